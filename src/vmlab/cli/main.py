@@ -1,0 +1,271 @@
+"""The frame of the command line: the table of commands, the global options, errors, exit status.
+
+What a command does is in its own module, which is imported when that command is called and not
+before: ``vmlab --help`` reads this table alone. A command module exports a function with typer's
+annotations, or a ``typer.Typer`` where the command has subcommands; it prints through
+`vmlab.cli.output` and raises `VmlabError` for what cannot be done. A function that returns an
+`ExitCode` (or an int) exits with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+import typer.main
+from typer.core import TyperGroup
+
+from vmlab import __version__
+from vmlab.cli import output
+from vmlab.cli.exit_codes import ExitCode
+
+__all__ = ["COMMANDS", "CommandEntry", "main"]
+
+
+@dataclass(frozen=True, slots=True)
+class CommandEntry:
+    """One command: where it lives and what the list of commands says about it."""
+
+    name: str
+    module: str
+    attribute: str
+    help: str
+    panel: str
+
+
+_PROVE = "Prove and break"
+_LOOK = "Look"
+
+COMMANDS: tuple[CommandEntry, ...] = (
+    CommandEntry(
+        "hypervisors",
+        "vmlab.cli.hypervisors",
+        "hypervisors",
+        "List the hypervisors, what each can do here, and why not.",
+        _LOOK,
+    ),
+    CommandEntry(
+        "doctor",
+        "vmlab.cli.doctor",
+        "doctor",
+        "Explain this host: accelerators, memory, permissions, what to install.",
+        _LOOK,
+    ),
+    CommandEntry(
+        "schema",
+        "vmlab.cli.schema",
+        "schema",
+        "Print the JSON Schema of a file that vmlab reads or writes.",
+        _LOOK,
+    ),
+    CommandEntry(
+        "conformance",
+        "vmlab.cli.conformance",
+        "conformance",
+        "Run the suite that every hypervisor must pass.",
+        _PROVE,
+    ),
+    CommandEntry(
+        "simulate",
+        "vmlab.cli.simulate",
+        "simulate",
+        "Run a simulated hypervisor in a process of its own.",
+        _PROVE,
+    ),
+    CommandEntry(
+        "demo",
+        "vmlab.cli.demo",
+        "demo",
+        "A few minutes in the life of a simulated data centre, with a report.",
+        _PROVE,
+    ),
+)
+
+EPILOG = "Exit status: " + ", ".join(
+    (
+        f"{ExitCode.OK} done",
+        f"{ExitCode.FAILED} failed",
+        f"{ExitCode.USAGE} wrong usage",
+        f"{ExitCode.CANNOT} cannot be done",
+        f"{ExitCode.UNAVAILABLE} not available on this host",
+        f"{ExitCode.INTERRUPTED} interrupted.",
+    )
+)
+
+
+class CommandTable(TyperGroup):
+    """A group of commands that imports a command when it is called, not to list it."""
+
+    entries: Sequence[CommandEntry] = COMMANDS
+
+    # click's Context, Command and HelpFormatter are private to typer: Any at its edge.
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of all commands, in the table's order."""
+        return [entry.name for entry in self.entries]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, imported now; None where the table has none."""
+        for entry in self.entries:
+            if entry.name == cmd_name:
+                return load(entry)
+        return None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As typer's, with a suggestion that needs no command imported."""
+        names = self.list_commands(ctx)
+        if args[0] not in names:
+            close = difflib.get_close_matches(args[0], names, n=3, cutoff=0.5)
+            suggestion = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            ctx.fail(f"there is no command {args[0]!r}{suggestion}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands for ``--help``, from the table alone."""
+        for panel in dict.fromkeys(entry.panel for entry in self.entries):
+            with formatter.section(panel):
+                formatter.write_dl(
+                    [(entry.name, entry.help) for entry in self.entries if entry.panel == panel]
+                )
+
+
+def load(entry: CommandEntry) -> Any:
+    """Import a command and make the click command of it."""
+    target: typer.Typer | Callable[..., object] = getattr(
+        importlib.import_module(entry.module), entry.attribute
+    )
+    if isinstance(target, typer.Typer):
+        app = target
+    else:
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(entry.name)(target)
+    command = typer.main.get_command(app)
+    command.name = entry.name
+    return command
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vmlab {__version__}")
+        raise typer.Exit(ExitCode.OK)
+
+
+app = typer.Typer(
+    cls=CommandTable,
+    name="vmlab",
+    add_completion=False,
+    # Plain text: quick to print, the same in a terminal, a pipe and the docs.
+    rich_markup_mode=None,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    verbose: Annotated[
+        int,
+        typer.Option(
+            "--verbose",
+            "-v",
+            count=True,
+            show_default=False,
+            help="Say what is done; twice for every detail.",
+        ),
+    ] = 0,
+    no_color: Annotated[
+        bool, typer.Option("--no-color", help="No colours, whatever the terminal can do.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """A laboratory for virtual machines.
+
+    Define a machine once, boot it on any hypervisor, break it on purpose, and read a report you
+    can trust.
+    """
+    output.configure(color=not no_color, verbose=verbose)
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(ExitCode.USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``vmlab`` with `argv` (default: the process's own) and return its exit status.
+
+    With ``VMLAB_DEBUG=1`` an error is preceded by its traceback.
+    """
+    try:
+        status = _run(sys.argv[1:] if argv is None else list(argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at its end; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.BROKEN_PIPE
+    except Exception as error:
+        return _report(error)
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("vmlab", arguments) as context:
+            result = command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:
+        return ExitCode.INTERRUPTED
+    return result if isinstance(result, int) else ExitCode.OK
+
+
+def _report(error: Exception) -> int:
+    """Print what went wrong as its kind deserves; returns the exit status."""
+    if isinstance(error, typer.TyperException):
+        return _report_usage(error)
+    # Imported here, since whoever raised one has paid for it already.
+    from vmlab.machine.errors import VmlabError
+
+    if not isinstance(error, VmlabError):
+        traceback.print_exception(error)
+        output.print_error(
+            f"{type(error).__name__}: this is a mistake in vmlab, not in what you asked",
+            hint="please report it with the traceback above and the command line",
+        )
+        return ExitCode.INTERNAL
+    if os.environ.get("VMLAB_DEBUG", "") not in {"", "0"}:
+        traceback.print_exception(error)
+    output.print_error(str(error), hint=error.hint)
+    return error.exit_code
+
+
+def _report_usage(error: typer.TyperException) -> int:
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "vmlab"
+    output.print_error(
+        _as_sentence_part(error.format_message()), hint=f"`{where} --help` shows what it takes"
+    )
+    return error.exit_code
+
+
+def _as_sentence_part(message: str) -> str:
+    """typer's messages begin with a capital and end with a full stop; ours do not."""
+    message = message.removesuffix(".")
+    return message[:1].lower() + message[1:]
