@@ -1,0 +1,67 @@
+# Everything that is done with this project, from a fresh clone on: `make` lists it.
+# .venv is made on the first call and again whenever pyproject.toml or constraints.txt change.
+
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+PYTHON_IN_VENV := $(VENV)/bin/python
+
+# make test TESTS=tests/unit/cli ARGS="-k help -x": a part of the tests, without the coverage gate.
+TESTS ?=
+ARGS  ?=
+# Processes that `make test` spreads the tests over.
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint bench soak docs lock coverage clean distclean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## make .venv with vmlab and everything its tests need, from hash-locked constraints
+
+$(STAMP): pyproject.toml constraints.txt tools/make-venv
+	@tools/make-venv $(VENV)
+	@touch $@
+
+demo: $(STAMP) ## a few minutes in the life of a simulated data centre, with a report
+	@$(VENV)/bin/vmlab demo
+
+test: $(STAMP) ## every test but the soak tests, and the coverage that [tool.vmlab.coverage-gate] asks for
+	@tools/debian-packages test
+ifeq ($(strip $(TESTS)$(ARGS)),)
+	@rm -f .coverage .coverage.*
+	$(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -ra --cov --cov-report=
+	@$(PYTHON_IN_VENV) tools/coverage_gate.py
+else
+	$(PYTHON_IN_VENV) -m pytest -ra $(TESTS) $(ARGS)
+endif
+
+lint: $(STAMP) ## style, types, the floors, and nobody's mirror or home directory in the files
+	@tools/lint $(VENV)/bin
+
+bench: $(STAMP) ## run every benchmark in benchmarks/
+	@set -e; for file in $$(grep -l '^def main' benchmarks/*.py); do \
+		echo "== $$file"; $(PYTHON_IN_VENV) $$file; done
+
+soak: $(STAMP) ## the tests marked `soak`: minutes to hours
+	$(PYTHON_IN_VENV) -m pytest -m soak --timeout 0 -ra $(ARGS)
+
+docs: $(STAMP) ## build the documentation into site/
+	@tools/debian-packages docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir site
+	@echo "built site/index.html"
+
+lock: $(STAMP) ## resolve pyproject.toml anew into constraints.txt, with hashes
+	@tools/lock $(VENV)/bin/uv
+
+coverage: test ## the same as `test`, and which lines and branches are not covered, into htmlcov/
+	@$(VENV)/bin/coverage html --quiet
+	@echo "wrote htmlcov/index.html"
+
+clean: ## remove everything that was made here, but not .venv
+	@rm -rf site htmlcov build dist .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache \
+		.import_linter_cache .hypothesis .build
+	@find src tests tools benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	@rm -rf $(VENV)
