@@ -18,7 +18,7 @@ from vmlab.machine.sizes import Size
 
 
 class Capability(StrEnum):
-    """One thing that a hypervisor may or may not be able to do; the docstrings below are its terms."""
+    """One thing that a hypervisor may or may not be able to do; DESCRIPTIONS says what each is."""
 
     PAUSE = "pause"
     RESUME = "resume"

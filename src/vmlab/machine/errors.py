@@ -94,10 +94,7 @@ class VmlabError(Exception):
     @classmethod
     def _build(cls, record: dict[str, Any]) -> VmlabError:
         error = cls.__new__(cls)
-        context = {
-            key: record.get(key)
-            for key in ("hint", "machine", "hypervisor", "operation")
-        }
+        context = {key: record.get(key) for key in ("hint", "machine", "hypervisor", "operation")}
         VmlabError.__init__(error, str(record["message"]), **context)
         for field in cls._fields:
             value = record.get(field)

@@ -12,7 +12,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
-
 class CpuMetrics(BaseModel):
     """Processor time of the vCPUs."""
 

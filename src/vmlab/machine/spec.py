@@ -26,15 +26,14 @@ from vmlab.machine.documents import build, parse_document, read_document
 from vmlab.machine.sizes import MIB, Size, format_size
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
-_NAME = re.compile(NAME_PATTERN)
+NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', the first one a letter or a digit"
+NAME = re.compile(NAME_PATTERN)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
 def _check_name(value: object) -> object:
-    if not isinstance(value, str) or not _NAME.match(value):
-        raise ValueError(
-            "1 to 63 letters, digits, '.', '_' or '-', the first one a letter or a digit"
-        )
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError(NAME_RULE)
     return value
 
 
@@ -58,7 +57,9 @@ class Cpus(_Part):
     cores: int | None = Field(None, ge=1, description="cores of each socket")
     threads: int | None = Field(None, ge=1, description="threads of each core")
     maximum: int | None = Field(None, ge=1, description="vCPUs that hot-plug may reach")
-    model: str | None = Field(None, min_length=1, description="CPU model, in the hypervisor's words")
+    model: str | None = Field(
+        None, min_length=1, description="CPU model, in the hypervisor's words"
+    )
     pinning: dict[int, tuple[int, ...]] = Field(
         default_factory=dict, description="vCPU -> the CPUs of the host that it may run on"
     )

@@ -140,9 +140,12 @@ OPERATIONS: Mapping[str, frozenset[MachineState]] = MappingProxyType(
         "clear_fault": frozenset({_S.CREATED, _S.RUNNING, _S.PAUSED, _S.STOPPED, _S.FAILED}),
         "channel": frozenset({_S.RUNNING, _S.PAUSED}),
         "delete": frozenset({_S.CREATED, _S.STOPPED, _S.FAILED, _S.UNKNOWN}),
+        "info": frozenset(MachineState) - {_S.DELETED},
+        "console": frozenset(MachineState) - {_S.DELETED},
+        "metrics": LIVE,
     }
 )
-"""The states in which each operation may begin; `status`, `info`, `metrics` and `console` always."""
+"""The states in which each operation may begin; `status` may be asked in any."""
 
 
 class Lifecycle:
