@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Written as patterns of host names, so that this file holds none itself.
 _INDEX_HOSTS = re.compile(
     r"""(?xi) (?<![\w-])
-    (?: (?:[\w-]+\.)* (?: pypi | pythonhosted | npmjs | crates | rubygems | anaconda | packagist )
+    (?: (?:[\w-]+\.)* (?: pypi | pythonhosted | npmjs | crates | rubygems | anaconda )
         \. (?: org | com | io )
-    |   (?: deb | ftp(?:\.[\w-]+)* | http(?:redir)? | security | snapshot | archive | ports | cdn[\w-]*
-        | cloud | mirrors? )
+    |   (?: deb | ftp(?:\.[\w-]+)* | http(?:redir)? | security | snapshot | archive | ports
+        | cdn[\w-]* | cloud | mirrors? )
         \. (?: [\w-]+\. )* (?: debian | ubuntu | kernel | fedoraproject | centos | alpinelinux
         | opensuse | archlinux ) \. (?: org | com | net )
     |   (?: [\w-]+\. )* mirrors? (?: \. [\w-]+ )+ \. (?: org | com | net | edu | cn | de | io )

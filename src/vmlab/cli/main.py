@@ -157,6 +157,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit(ExitCode.OK)
 
 
+def _forbid_color(wanted: bool) -> bool:
+    if wanted:
+        output.configure(color=False, verbose=0)
+    return wanted
+
+
 app = typer.Typer(
     cls=CommandTable,
     name="vmlab",
@@ -182,7 +188,13 @@ def options(
         ),
     ] = 0,
     no_color: Annotated[
-        bool, typer.Option("--no-color", help="No colours, whatever the terminal can do.")
+        bool,
+        typer.Option(
+            "--no-color",
+            callback=_forbid_color,
+            is_eager=True,
+            help="No colours, whatever the terminal can do.",
+        ),
     ] = False,
     version: Annotated[
         bool,
@@ -259,9 +271,12 @@ def _report(error: Exception) -> int:
 def _report_usage(error: typer.TyperException) -> int:
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "vmlab"
-    output.print_error(
-        _as_sentence_part(error.format_message()), hint=f"`{where} --help` shows what it takes"
-    )
+    message = _as_sentence_part(error.format_message())
+    # typer checks values with pydantic, whose complaint does not repeat the value.
+    details = getattr(error.__cause__, "errors", None)
+    if details is not None and repr(details()[0]["input"]) not in message:
+        message = f"{message}; got {details()[0]['input']!r}"
+    output.print_error(message, hint=f"`{where} --help` shows what it takes")
     return error.exit_code
 
 

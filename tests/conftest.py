@@ -1,0 +1,66 @@
+"""What holds for every test: nothing of the user's is touched, nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import settings
+
+# Slow machines are no failures; a failing example is printed so that anybody can run it again.
+settings.register_profile("vmlab", deadline=None, print_blob=True)
+settings.load_profile("vmlab")
+
+_XDG = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_directories() -> Iterator[None]:
+    """Runs, stores, caches and settings of the tests are the tests' own, and go with them."""
+    # Not pytest's tmp_path: a unix socket's path may have 107 bytes and no more.
+    base = Path(tempfile.mkdtemp(prefix="vmlab-t-"))
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in _XDG:
+            folder = base / variable.removeprefix("XDG_").partition("_")[0].lower()
+            folder.mkdir(mode=0o700)
+            patch.setenv(variable, str(folder))
+        for variable in [name for name in os.environ if name.startswith("VMLAB_")]:
+            patch.delenv(variable)
+        patch.delenv("NO_COLOR", raising=False)
+        patch.delenv("FORCE_COLOR", raising=False)
+        yield
+    shutil.rmtree(base)
+
+
+def _children() -> dict[int, psutil.Process]:
+    return {child.pid: child for child in psutil.Process().children()}
+
+
+@pytest.fixture(autouse=True)
+def _no_process_left() -> Iterator[None]:
+    """A test that leaves a child process behind fails, whatever else it found."""
+    before = set(_children())
+    yield
+    left = {
+        pid: child
+        for pid, child in _children().items()
+        if pid not in before and not _is_python_s_own(child)
+    }
+    for child in left.values():
+        child.kill()
+    if left:
+        psutil.wait_procs(left.values(), timeout=5)
+        pytest.fail(f"the test left processes behind: {sorted(map(str, left.values()))}")
+
+
+def _is_python_s_own(child: psutil.Process) -> bool:
+    """Whether it is multiprocessing's helper, which lives as long as the test process."""
+    try:
+        return any("multiprocessing" in argument for argument in child.cmdline())
+    except psutil.Error:
+        return False  # a zombie has no command line: nobody waited for it
