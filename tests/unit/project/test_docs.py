@@ -1,0 +1,185 @@
+"""The documentation builds strictly, needs no network to read, and says nothing untrue."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import docs_hooks
+import pytest
+import typer.main
+
+from vmlab.cli.exit_codes import ExitCode
+from vmlab.cli.main import COMMANDS, app
+from vmlab.machine.capabilities import Capability
+from vmlab.machine.events import EventType
+from vmlab.machine.faults import FaultKind
+from vmlab.machine.states import OPERATIONS, TRANSITIONS, MachineState
+
+ROOT = Path(__file__).parents[3]
+needs_graphviz = pytest.mark.skipif(
+    shutil.which("dot") is None, reason="graphviz is not installed (tools/debian-packages test)"
+)
+PROSE = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+    if "decisions" not in path.parts
+)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--site-dir", folder],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class _Loaded(HTMLParser):
+    """Collects what a browser would load to show a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag in {"script", "img", "iframe", "source"} and values.get("src"):
+            self.addresses.append(str(values["src"]))
+        if tag == "link" and values.get("rel") not in {"canonical", "next", "prev"}:
+            self.addresses.append(str(values["href"]))
+
+
+@needs_graphviz
+def test_reading_the_docs_needs_no_network(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > len(docs_hooks.PAGES)
+    for page in pages:
+        loaded = _Loaded()
+        loaded.feed(page.read_text())
+        assert loaded.addresses
+        assert [each for each in loaded.addresses if re.match(r"(?:\w+:)?//", each)] == [], page
+    styles = "".join(path.read_text() for path in site.rglob("*.css"))
+    assert re.findall(r"@import[^;]*|url\(['\"]?(?:https?:)?//[^)]*\)", styles) == []
+
+
+@needs_graphviz
+def test_the_state_diagram_is_drawn_from_the_table(site: Path) -> None:
+    page = (site / "reference/states.html").read_text()
+    svg = page[page.index("<svg") : page.index("</svg>")]
+    for state in MachineState:
+        assert f">{state.value}</text>" in svg
+    assert "created&#45;&gt;starting" in svg
+    assert "deleted&#45;&gt;" not in svg
+    for operation in OPERATIONS:
+        assert f"<code>{operation}</code>" in page
+
+
+def test_the_state_page_lists_every_transition() -> None:
+    rows = {
+        row[0].strip(" `"): set(re.findall(r"`([\w-]+)`", row[1]))
+        for row in re.findall(r"^\| (`\w+`) \| (.*) \|$", docs_hooks.states_page(), re.MULTILINE)
+        if row[0].strip("`") in list(MachineState)
+    }
+    assert rows == {
+        state.value: {target.value for target in targets} for state, targets in TRANSITIONS.items()
+    }
+
+
+def test_reference_pages_leave_nothing_out() -> None:
+    capabilities, faults = docs_hooks.capabilities_page(), docs_hooks.faults_page()
+    events, codes = docs_hooks.events_page(), docs_hooks.exit_codes_page()
+    assert all(f"`{each.value}`" in capabilities for each in Capability)
+    assert all(f"### {each.value}" in faults for each in FaultKind)
+    assert all(f"`{each.value}`" in events for each in EventType)
+    assert all(f"| `{each.value}` |" in codes for each in ExitCode)
+    assert all(f"## vmlab {entry.name}" in docs_hooks.command_line_page() for entry in COMMANDS)
+
+
+def blocks(path: Path, language: str) -> Iterator[str]:
+    for match in re.finditer(rf"^```{language}[^\n]*\n(.*?)^```", path.read_text(), re.M | re.S):
+        yield match[1]
+
+
+def indented(path: Path) -> Iterator[str]:
+    yield from re.findall(r"^ {4}(\S.*)$", path.read_text(), re.MULTILINE)
+
+
+def vmlab_calls(path: Path) -> Iterator[list[str]]:
+    """The arguments of every `vmlab` that a page tells its reader to call."""
+    lines = [line for block in blocks(path, "shell") for line in block.splitlines()]
+    lines += indented(path)
+    lines += [f"vmlab {each}" for each in re.findall(r"`vmlab ([^`]+)`", path.read_text())]
+    for line in lines:
+        if match := re.match(r"(?:\.venv/bin/)?vmlab( .*)?$", line.strip()):
+            yield re.split(r"\s+#|[|>]", match[1] or "")[0].split()
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_that_the_docs_name_exists_with_its_options(page: Path) -> None:
+    group = typer.main.get_command(app)
+    for call in vmlab_calls(page):
+        command, context = group, group.make_context("vmlab", [], resilient_parsing=True)
+        words = list(call)
+        while words and hasattr(command, "get_command") and not words[0].startswith("-"):
+            name = words.pop(0)
+            below = command.get_command(context, name)
+            assert below is not None, f"{page.name}: there is no `vmlab {' '.join(call)}`"
+            context = below.make_context(name, [], parent=context, resilient_parsing=True)
+            command = below
+        known = {option for each in command.get_params(context) for option in each.opts}
+        for word in words:
+            if word.startswith("-"):
+                assert word.partition("=")[0] in known, f"{page.name}: {' '.join(call)}: {word}"
+
+
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [
+        pytest.param(page, code, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PROSE
+        for number, code in enumerate(blocks(page, "python"), 1)
+    ],
+)
+def test_python_in_the_docs_runs(page: Path, code: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_the_project_s_own_files_lead_somewhere(page: Path) -> None:
+    generated = {ROOT / "docs" / path for path in docs_hooks.PAGES}
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in link:
+            target = (page.parent / link).resolve()
+            assert target.exists() or target in generated, f"{page.name}: {link}"
+
+
+def test_hints_in_the_code_name_commands_that_exist() -> None:
+    named = {
+        (path.relative_to(ROOT), command)
+        for path in (ROOT / "src").rglob("*.py")
+        for command in re.findall(r"`vmlab ([a-z]+)", path.read_text())
+    }
+    existing = {entry.name for entry in COMMANDS}
+    assert {each for each in named if each[1] not in existing} == set()
