@@ -30,6 +30,8 @@ from vmlab.report.model import (
     schema,
 )
 from vmlab.report.recorder import Recorder
+from vmlab.report.text import show
+from vmlab.report.writers import Writer, find_writer, write, writers
 
 __all__ = [
     # the model
@@ -57,6 +59,11 @@ __all__ = [
     "parse",
     "read_run",
     # writing
+    "Writer",
     "escape_controls",
+    "find_writer",
+    "show",
+    "write",
     "write_atomically",
+    "writers",
 ]

@@ -278,5 +278,7 @@ def _cut(text: str, room: int) -> tuple[str, int]:
     if omitted <= 0:
         return text, 0
     head, tail = room - room // 2, room // 2
+    if room == 0:
+        return "", omitted
     mark = f"\n[... {omitted} characters left out ...]\n"
     return text[:head] + mark + text[len(text) - tail :], omitted

@@ -49,5 +49,8 @@ def escape_controls(text: str) -> str:
 
 
 def escape_xml(text: str) -> str:
-    """`text` as XML 1.0 can hold it; markup (`<`, `&`) is the XML writer's own business."""
-    return _NOT_XML.sub(_written_out, text)
+    """`text` as XML 1.0 can hold it; markup (`<`, `&`) is the XML writer's own business.
+
+    A serial line's CR LF becomes LF, as any XML parser would make it.
+    """
+    return _NOT_XML.sub(_written_out, text.replace("\r\n", "\n"))
