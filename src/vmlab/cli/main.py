@@ -88,6 +88,9 @@ COMMANDS: tuple[CommandEntry, ...] = (
     ),
 )
 
+# Set by the scripts of --install-completion; its name is typer's, made of the program's name.
+_COMPLETION_VARIABLE = "_VMLAB_COMPLETE"
+
 EPILOG = "Exit status: " + ", ".join(
     (
         f"{ExitCode.OK} done",
@@ -166,7 +169,7 @@ def _forbid_color(wanted: bool) -> bool:
 app = typer.Typer(
     cls=CommandTable,
     name="vmlab",
-    add_completion=False,
+    add_completion=True,
     # Plain text: quick to print, the same in a terminal, a pipe and the docs.
     rich_markup_mode=None,
     epilog=EPILOG,
@@ -238,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
+    if _COMPLETION_VARIABLE in os.environ:
+        command.main(arguments, prog_name="vmlab")  # answers the shell and exits
     try:
         with command.make_context("vmlab", arguments) as context:
             result = command.invoke(context)

@@ -107,6 +107,21 @@ def test_unknown_option_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert "--bogus" in capsys.readouterr().err
 
 
+def test_shell_completes_commands_and_imports_only_those_that_fit() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vmlab"],
+        env=os.environ
+        | {"_VMLAB_COMPLETE": "complete_bash", "COMP_WORDS": "vmlab sch", "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.split() == ["schema"]
+    assert "vmlab.cli.schema" in done.stderr
+    assert "vmlab.cli.doctor" not in done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert frame.main(["--version"]) == ExitCode.OK
     assert capsys.readouterr().out == f"vmlab {__version__}\n"
