@@ -49,7 +49,7 @@ soak: $(STAMP) ## the tests marked `soak`: minutes to hours
 docs: $(STAMP) ## build the documentation into site/
 	@tools/debian-packages docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir site
-	@echo "built site/index.html"
+	@echo "built site/index.html (its search needs a server: $(PYTHON_IN_VENV) -m http.server -d site)"
 
 lock: $(STAMP) ## resolve pyproject.toml anew into constraints.txt, with hashes
 	@tools/lock $(VENV)/bin/uv

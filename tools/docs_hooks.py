@@ -145,10 +145,9 @@ def states_page() -> str:
             "table, `vmlab.machine.states.TRANSITIONS`, and this page is made from it.\n",
             f'<figure markdown="span" style="overflow-x: auto">\n{state_diagram()}\n</figure>\n',
             "Rounded: lasts until something happens. Square: lasts as long as one operation. An "
-            "arrow with two heads goes both ways. Left out of the picture, and all in the table: "
-            "what every state can do is drawn once, from “any state”, and so are not the arrows "
-            "from those states back to one that lasts (a hypervisor that did not answer answers "
-            "again, and the machine is found to be running).\n",
+            "arrow with two heads goes both ways. A state that can follow any other is drawn with "
+            "one dashed arrow, and its arrows back to states that last are left out (a hypervisor "
+            "answers again, and the machine is found to be running); the table has them all.\n",
             "## Transitions\n",
             _table(("from", "to"), transitions),
             "## Where an operation may begin\n",
@@ -209,7 +208,7 @@ def _svg(graph: str) -> str:
         raise RuntimeError("graphviz is not installed; Debian has it: apt-get install graphviz")
     drawn = subprocess.run([dot, "-Tsvg"], input=graph, capture_output=True, text=True, check=True)
     svg = re.sub(r"<!--.*?-->", "", drawn.stdout[drawn.stdout.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'width="(\d+)pt" height="\d+pt"', r'style="width: 100%; min-width: \1px"', svg)
+    svg = re.sub(r'width="(\d+)pt" height="\d+pt"', r'style="width: 100%; max-width: \1pt"', svg)
     svg = svg.replace('"black"', '"currentColor"').replace("<text ", '<text fill="currentColor" ')
     # Markdown ends a block of HTML at an empty line.
     return "\n".join(line for line in svg.splitlines() if line.strip())
