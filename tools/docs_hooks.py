@@ -143,7 +143,7 @@ def states_page() -> str:
             "# States\n",
             "Every hypervisor has these states and these transitions and no others; they are one "
             "table, `vmlab.machine.states.TRANSITIONS`, and this page is made from it.\n",
-            f'<figure markdown="span" style="overflow-x: auto">\n{state_diagram()}\n</figure>\n',
+            f'<div style="overflow-x: auto">\n{state_diagram()}\n</div>\n',
             "Rounded: lasts until something happens. Square: lasts as long as one operation. An "
             "arrow with two heads goes both ways. A state that can follow any other is drawn with "
             "one dashed arrow, and its arrows back to states that last are left out (a hypervisor "
@@ -208,7 +208,7 @@ def _svg(graph: str) -> str:
         raise RuntimeError("graphviz is not installed; Debian has it: apt-get install graphviz")
     drawn = subprocess.run([dot, "-Tsvg"], input=graph, capture_output=True, text=True, check=True)
     svg = re.sub(r"<!--.*?-->", "", drawn.stdout[drawn.stdout.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'width="(\d+)pt" height="\d+pt"', r'style="width: 100%; max-width: \1pt"', svg)
+    svg = re.sub(r'width="\d+pt" height="\d+pt"', r'style="width: 100%; min-width: 640px"', svg)
     svg = svg.replace('"black"', '"currentColor"').replace("<text ", '<text fill="currentColor" ')
     # Markdown ends a block of HTML at an empty line.
     return "\n".join(line for line in svg.splitlines() if line.strip())
@@ -304,8 +304,10 @@ def files_page() -> str:
     for name, schema in schemas().items():
         parts.append(f"## {name}\n\n{schema.get('description', '')}\n")
         parts.append(_fields(schema))
+        if name == "faults":
+            parts.append("The kinds of fault and their fields: [faults](faults.md).\n")
         for part, below in sorted(schema.get("$defs", {}).items()):
-            if below.get("properties"):
+            if below.get("properties") and name != "faults":
                 parts.append(f"### {name}: {part}\n\n{below.get('description', '')}\n")
                 parts.append(_fields(below))
         text = json.dumps(schema, indent=2)
@@ -320,9 +322,12 @@ def schemas() -> Mapping[str, dict[str, Any]]:
     from vmlab.machine.capabilities import Capabilities
     from vmlab.machine.faults import FaultSchedule
     from vmlab.machine.spec import MachineSpec
+    from vmlab.report.model import schema as report_schema
 
     models = {"machine": MachineSpec, "faults": FaultSchedule, "capabilities": Capabilities}
-    return {name: model.model_json_schema() for name, model in models.items()}
+    return {name: model.model_json_schema() for name, model in models.items()} | {
+        "report": report_schema()
+    }
 
 
 # ---------------------------------------------------------------------------------- rendering
