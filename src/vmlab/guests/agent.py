@@ -1,0 +1,387 @@
+"""The host's side of vmlab's guest agent, whose other half is `agent.sh` in the guest.
+
+Each slot is a pair of virtio-serial ports, `vmlab.N` and `vmlab.N.err`; a slot runs one command at
+a time, and `vmlab.agent` carries signals. To the guest go shell lines (`run TOKEN 'COMMAND'`) and
+input in counted blocks; from it come the output itself, as it is, between two marks that carry the
+command's random token: `\\x01pid TOKEN PID\\n` (on the error port `\\x01begin TOKEN\\n`) and
+`\\x01end TOKEN STATUS\\n`. Everything before the first mark is left over from others and dropped.
+Nothing is polled: the host waits for bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any, ClassVar, Final
+
+from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink
+from vmlab.hypervisors.base import Channel
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
+
+SLOTS: Final = 8
+CONTROL: Final = "vmlab.agent"
+CHANNELS: Final = (
+    *(name for slot in range(SLOTS) for name in (f"vmlab.{slot}", f"vmlab.{slot}.err")),
+    CONTROL,
+)
+"""The channels that a machine with the agent needs; the control port has to be the last one."""
+
+LONGEST_COMMAND: Final = 120_000
+"""Bytes; Linux takes no single argument of 128 KiB or more (MAX_ARG_STRLEN)."""
+
+INPUT_BLOCK: Final = 65536
+_READ: Final = 1 << 20
+_KILL_AFTER: Final = 5.0
+_HELLO = re.compile(rb"\x01hello [0-9]+ [0-9]+\n\Z")
+
+OpenChannel = Callable[[str], Awaitable[Channel]]
+
+
+def script() -> bytes:
+    """The guest's half, to be put into an image as an executable file."""
+    return files("vmlab.guests").joinpath("agent.sh").read_bytes()
+
+
+def shell_line(*words: str) -> bytes:
+    """`words` as one line that a shell's `eval` takes apart again; $NL holds a newline there."""
+    quoted = (
+        "'" + word.replace("'", "'\\''").replace("\n", "'\"$NL\"'") + "'" for word in words[1:]
+    )
+    return " ".join([words[0], *quoted]).encode("utf-8", "surrogateescape") + b"\n"
+
+
+class _Port:
+    """One virtio-serial port: bytes in, with a buffer to look for marks in."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._buffer = b""
+
+    async def send(self, data: bytes) -> None:
+        await self._channel.write(data)
+
+    async def more(self) -> bytes:
+        """The buffered bytes, or the next ones.
+
+        Raises:
+            ChannelClosed: there are none to come.
+        """
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            return data
+        data = await self._channel.read(_READ)
+        if not data:
+            raise ChannelClosed(
+                f"channel {self._channel.name!r} ended: the guest died or was stopped",
+                hint="the console tells what happened last",
+            )
+        return data
+
+    def keep(self, data: bytes) -> None:
+        """Put bytes back that belong to what follows."""
+        self._buffer = data + self._buffer
+
+    async def skip_to(self, marks: tuple[bytes, ...]) -> tuple[bytes, bytes]:
+        """Drop everything up to one of `marks`; returns it and the rest of its line."""
+        held = b""
+        while True:
+            held += await self.more()
+            found = [(held.find(mark), mark) for mark in marks if mark in held]
+            if found:
+                position, mark = min(found)
+                line, newline, rest = held[position + len(mark) :].partition(b"\n")
+                if newline:
+                    self.keep(rest)
+                    return mark, line
+                held = held[position:]
+            else:
+                held = held[-max(len(mark) for mark in marks) :]
+
+    async def copy_to(
+        self,
+        marks: tuple[bytes, ...],
+        sink: Sink,
+        greeted: Callable[[], Awaitable[None]] | None = None,
+    ) -> tuple[bytes, bytes]:
+        """Give everything up to one of `marks` to `sink`; returns it and the rest of its line.
+
+        `greeted` is called when the bytes so far end like the greeting of an agent.
+        """
+        held = b""
+        while True:
+            held += await self.more()
+            found = [(held.find(mark), mark) for mark in marks if mark in held]
+            if found:
+                position, mark = min(found)
+                line, newline, rest = held[position + len(mark) :].partition(b"\n")
+                if position:
+                    await sink(held[:position])
+                if newline:
+                    self.keep(rest)
+                    return mark, line
+                held = held[position:]
+                continue
+            if greeted is not None and _HELLO.search(held):
+                await greeted()
+            safe = min(_safe_length(held, mark) for mark in marks)
+            if safe:
+                await sink(held[:safe])
+                held = held[safe:]
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _safe_length(held: bytes, mark: bytes) -> int:
+    """How many bytes of `held` cannot be the beginning of `mark`."""
+    start = held.rfind(mark[:1], max(0, len(held) - len(mark)))
+    while start >= 0:
+        if mark.startswith(held[start:]):
+            return start
+        start = held.rfind(mark[:1], max(0, len(held) - len(mark)), start)
+    return len(held)
+
+
+class _Slot:
+    """A pair of ports, in step with the agent's process behind it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.out: _Port | None = None
+        self.err: _Port | None = None
+
+    async def open(self, open_channel: OpenChannel) -> tuple[_Port, _Port]:
+        """The ports, after the agent has answered on them once."""
+        if self.out is None or self.err is None:
+            out = _Port(await open_channel(f"vmlab.{self.number}"))
+            try:
+                err = _Port(await open_channel(f"vmlab.{self.number}.err"))
+                token = secrets.token_hex(8)
+                await out.send(shell_line("ping", token))
+                await out.skip_to((b"\x01pong " + token.encode(),))
+            except BaseException:
+                await out.close()
+                raise
+            self.out, self.err = out, err
+        return self.out, self.err
+
+    async def drop(self) -> None:
+        """Close the ports; the next use opens them anew."""
+        out, err, self.out, self.err = self.out, self.err, None, None
+        for port in (out, err):
+            if port is not None:
+                await port.close()
+
+
+class AgentChannel(CommandChannel):
+    """Commands by vmlab's agent, several at once.
+
+    Args:
+        open_channel: Opens a guest channel by name, as `Machine.channel` does.
+    """
+
+    name: ClassVar[str] = "agent"
+
+    def __init__(self, open_channel: OpenChannel) -> None:
+        self._open = open_channel
+        self._free = [_Slot(number) for number in reversed(range(SLOTS))]
+        self._all = tuple(self._free)
+        self._available = asyncio.Semaphore(SLOTS)
+        self._control: _Port | None = None
+
+    async def connect(self, *, timeout: float) -> None:
+        try:
+            async with asyncio.timeout(timeout), self._slot() as slot:
+                await slot.open(self._open)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "waiting for the guest's agent",
+                seconds=timeout,
+                hint="look at the console: did the guest boot, and does its image have the agent?",
+            ) from None
+
+    async def run(
+        self,
+        command: Command,
+        *,
+        stdout: Sink,
+        stderr: Sink,
+        started: Callable[[int], None] | None = None,
+    ) -> int:
+        text = command.script()
+        if len(text.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND or "\0" in text:
+            raise OperationFailed(
+                f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
+                hint="write it to a file in the guest and run that",
+                operation="execute",
+            )
+        async with self._slot() as slot:
+            return await _Run(self, slot, command, text).go(stdout, stderr, started)
+
+    async def signal(self, process: int, number: int) -> None:
+        if self._control is None:
+            self._control = _Port(await self._open(CONTROL))
+        await self._control.send(f"kill -{int(number)} -{int(process)}\n".encode())
+
+    async def close(self) -> None:
+        for slot in self._all:
+            await slot.drop()
+        control, self._control = self._control, None
+        if control is not None:
+            await control.close()
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[_Slot]:
+        """A slot that nobody else uses, the lowest free one."""
+        async with self._available:
+            slot = self._free.pop()
+            try:
+                yield slot
+            except BaseException:
+                # What it is in the middle of is unknown: begin anew next time.
+                await slot.drop()
+                raise
+            finally:
+                self._free.append(slot)
+                self._free.sort(key=lambda free: -free.number)
+
+    async def open_slot(self, slot: _Slot) -> tuple[_Port, _Port]:
+        """The ports of `slot`, in step with the agent."""
+        return await slot.open(self._open)
+
+
+class _Run:
+    """One command on one slot."""
+
+    def __init__(self, agent: AgentChannel, slot: _Slot, command: Command, text: str) -> None:
+        self._agent = agent
+        self._slot = slot
+        self._command = command
+        self._text = text
+        self._token = secrets.token_hex(16)
+        self._process: int | None = None
+        self._input_done = command.input is None
+        self._ended = asyncio.Event()
+
+    async def go(self, stdout: Sink, stderr: Sink, started: Callable[[int], None] | None) -> int:
+        """Run it; when cancelled, end it in the guest and leave the slot in step."""
+        out, err = await self._agent.open_slot(self._slot)
+        verb = "run" if self._command.input is None else "run_with_input"
+        await out.send(shell_line(verb, self._token, self._text))
+        work = asyncio.ensure_future(self._exchange(out, err, stdout, stderr, started))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if not work.done():
+                await self._end_in_guest(work)
+            raise
+
+    async def _exchange(
+        self,
+        out: _Port,
+        err: _Port,
+        stdout: Sink,
+        stderr: Sink,
+        started: Callable[[int], None] | None,
+    ) -> int:
+        token = self._token.encode()
+        end = b"\x01end " + token + b" "
+
+        async def output() -> int:
+            mark, line = await out.skip_to((b"\x01pid " + token + b" ", end))
+            if mark == end:
+                self._ended.set()
+                return int(line)
+            self._process = int(line)
+            if started is not None:
+                started(self._process)
+            pong = b"\x01pong " + token
+            mark, line = await out.copy_to((end, pong), stdout, lambda: self._question(out))
+            self._ended.set()
+            if mark == pong:
+                raise AgentRestarted(
+                    f"the guest's agent died while {self._command.text!r} ran",
+                    hint="what became of the command is unknown",
+                )
+            return int(line)
+
+        async def errors() -> int:
+            await err.skip_to((b"\x01begin " + token,))
+            return int((await err.copy_to((end,), stderr))[1])
+
+        parts = [output(), errors()]
+        if self._command.input is not None:
+            parts.append(self._send_input(out))
+        return (await _together(*parts))[0]
+
+    async def _send_input(self, out: _Port) -> int:
+        source = self._command.input
+        if isinstance(source, bytes):
+            for offset in range(0, len(source), _READ):
+                await _send_block(out, source[offset : offset + _READ])
+        elif source is not None:
+            waiter = asyncio.ensure_future(self._ended.wait())
+            iterator = aiter(source)
+            try:
+                while not self._ended.is_set():
+                    piece = asyncio.ensure_future(anext(iterator, None))
+                    await asyncio.wait({piece, waiter}, return_when=asyncio.FIRST_COMPLETED)
+                    if not piece.done():
+                        piece.cancel()
+                        break
+                    data = piece.result()
+                    if data is None:
+                        break
+                    await _send_block(out, data)
+            finally:
+                waiter.cancel()
+        await out.send(b"0 0\n")
+        self._input_done = True
+        return 0
+
+    async def _question(self, out: _Port) -> None:
+        """The output ends like an agent's greeting: ask whether it really began anew.
+
+        One that still runs the command answers after it, when nobody listens any more.
+        """
+        if self._input_done:
+            await out.send(shell_line("ping", self._token))
+
+    async def _end_in_guest(self, work: asyncio.Future[int]) -> None:
+        """SIGTERM, then SIGKILL, then give the slot up."""
+        try:
+            for number in (15, 9):
+                if self._process is not None:
+                    await self._agent.signal(self._process, number)
+                done, _ = await asyncio.wait({work}, timeout=_KILL_AFTER)
+                if done:
+                    return
+        finally:
+            work.cancel()
+            await asyncio.wait({work})
+
+
+async def _send_block(out: _Port, data: bytes) -> None:
+    """One piece of input: whole blocks first, what is left after them."""
+    count, rest = divmod(len(data), INPUT_BLOCK)
+    if count:
+        await out.send(f"{count} {INPUT_BLOCK}\n".encode() + data[: count * INPUT_BLOCK])
+    if rest:
+        await out.send(f"1 {rest}\n".encode() + data[count * INPUT_BLOCK :])
+
+
+async def _together(*parts: Coroutine[Any, Any, int]) -> list[int]:
+    """All results; when one part fails the others are cancelled and its error is raised."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failed = [task for task in tasks if task.done() and task.exception() is not None]
+        return [task.result() for task in failed or tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -1,0 +1,123 @@
+"""A command in a guest: what is run, and what came of it. The same for every channel."""
+
+from __future__ import annotations
+
+import signal as signals
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from vmlab.machine.errors import VmlabError
+
+Sink = Callable[[bytes], Awaitable[None]]
+"""Takes output as it comes; while it waits, so does the guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command line for the guest's /bin/sh.
+
+    `input` is None (the command reads /dev/null), all of it, or pieces as they become available.
+    """
+
+    text: str
+    input: bytes | AsyncIterable[bytes] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    directory: str | None = None
+
+    def script(self) -> str:
+        """The text with directory and environment in front."""
+        lines = [f"cd {quote(self.directory)} || exit 126"] if self.directory else []
+        lines += [f"export {name}={quote(value)}" for name, value in self.environment.items()]
+        return "\n".join([*lines, self.text])
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What a command did.
+
+    `status` is the exit status as a shell reports it: 128 + n for a command that signal n ended.
+    """
+
+    command: str
+    status: int
+    stdout_bytes: bytes
+    stderr_bytes: bytes
+    seconds: float
+
+    @property
+    def stdout(self) -> str:
+        """Standard output as text; bytes that are not UTF-8 are kept as surrogate escapes."""
+        return self.stdout_bytes.decode("utf-8", "surrogateescape")
+
+    @property
+    def stderr(self) -> str:
+        """Standard error as text; bytes that are not UTF-8 are kept as surrogate escapes."""
+        return self.stderr_bytes.decode("utf-8", "surrogateescape")
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that ended the command, as far as a shell's status tells."""
+        number = self.status - 128
+        return number if number in {member.value for member in signals.Signals} else None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the command exited with status 0."""
+        return self.status == 0
+
+
+class CommandChannel(ABC):
+    """A way to run commands in a guest."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    async def connect(self, *, timeout: float) -> None:
+        """Wait until the guest answers.
+
+        Raises:
+            DeadlineExceeded: it does not within `timeout` seconds.
+            ChannelClosed: the machine ended meanwhile.
+        """
+
+    @abstractmethod
+    async def run(
+        self,
+        command: Command,
+        *,
+        stdout: Sink,
+        stderr: Sink,
+        started: Callable[[int], None] | None = None,
+    ) -> int:
+        """Run a command to its end and return its status as a shell reports it.
+
+        Cancelling ends the command in the guest: first by SIGTERM, then by SIGKILL.
+
+        Args:
+            command: What to run.
+            stdout: Takes its standard output.
+            stderr: Takes its standard error.
+            started: Told the command's process id in the guest, where the channel knows it.
+
+        Raises:
+            ChannelClosed: the guest or its agent died before the command ended.
+        """
+
+    @abstractmethod
+    async def signal(self, process: int, number: int) -> None:
+        """Send a signal to the process group of a command that `started` told of."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the guest; commands under way fail."""
+
+
+class AgentRestarted(VmlabError):
+    """The guest's agent died and came back while a command ran; what became of it is unknown."""
+
+
+def quote(text: str) -> str:
+    """`text` as one word of a POSIX shell."""
+    return "'" + text.replace("'", "'\\''") + "'"

@@ -1,0 +1,321 @@
+"""The guest agent: its real script under real shells, over pseudo-terminals in place of ports."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.unit.guests.ports import HostedAgent
+
+from vmlab.guests import agent as agent_module
+from vmlab.guests.agent import CHANNELS, AgentChannel, shell_line
+from vmlab.guests.command import AgentRestarted, Command, CommandResult
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
+
+SHELLS = [["/bin/dash"], ["/bin/busybox", "sh"]]
+
+Body = Callable[[AgentChannel], Awaitable[None]]
+
+
+@pytest.fixture(params=SHELLS, ids=["dash", "busybox"])
+def hosted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[HostedAgent]:
+    shell = request.param
+    assert shutil.which(shell[0]), f"{shell[0]} is needed: tools/debian-packages.txt lists it"
+    hosted = HostedAgent(tmp_path, shell)
+    yield hosted
+    hosted.stop()
+
+
+def with_agent(hosted: HostedAgent, body: Body) -> None:
+    async def main() -> None:
+        channel = AgentChannel(hosted.open)
+        try:
+            async with asyncio.timeout(60):
+                await channel.connect(timeout=10)
+                await body(channel)
+        finally:
+            await channel.close()
+
+    asyncio.run(main())
+
+
+async def run(channel: AgentChannel, command: Command | str) -> CommandResult:
+    out, err = bytearray(), bytearray()
+
+    async def take_out(data: bytes) -> None:
+        out.extend(data)
+
+    async def take_err(data: bytes) -> None:
+        err.extend(data)
+
+    given = Command(command) if isinstance(command, str) else command
+    status = await channel.run(given, stdout=take_out, stderr=take_err)
+    return CommandResult(given.text, status, bytes(out), bytes(err), 0.0)
+
+
+def process_exists(pid_file: Path) -> bool:
+    return Path(f"/proc/{int(pid_file.read_text())}/cmdline").exists()
+
+
+def test_output_error_output_and_status_come_apart(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        result = await run(channel, "echo out; echo err >&2; exit 3")
+        assert (result.status, result.stdout, result.stderr) == (3, "out\n", "err\n")
+        assert not result.ok and result.signal is None
+
+    with_agent(hosted, body)
+
+
+def test_any_bytes_go_in_and_come_out_unchanged(hosted: HostedAgent) -> None:
+    payload = bytes(range(256)) * 1200 + b"\x01end 00 0\n\x01hello 1 2\nrest"
+
+    async def body(channel: AgentChannel) -> None:
+        result = await run(channel, Command("cat; cat </dev/null", input=payload))
+        assert result.stdout_bytes == payload
+
+    with_agent(hosted, body)
+
+
+def test_output_that_ends_like_a_greeting_is_only_output(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        result = await run(channel, r"printf '\001hello 1 77\n'; sleep 0.3; echo more")
+        assert result.stdout_bytes == b"\x01hello 1 77\nmore\n"
+        assert (await run(channel, "echo next")).stdout == "next\n"
+
+    with_agent(hosted, body)
+
+
+def test_more_commands_than_slots_run_and_stay_apart(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        results = await asyncio.gather(
+            *(run(channel, f"sleep 0.0{number % 5}; echo {number}") for number in range(30))
+        )
+        assert [result.stdout for result in results] == [f"{number}\n" for number in range(30)]
+
+    with_agent(hosted, body)
+
+
+def test_input_arrives_while_the_command_runs(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        answered = asyncio.Event()
+        seen = bytearray()
+
+        async def lines() -> AsyncIterator[bytes]:
+            yield b"first\n"
+            await answered.wait()
+            yield b"second\n"
+
+        async def take(data: bytes) -> None:
+            seen.extend(data)
+            answered.set()
+
+        status = await channel.run(
+            Command("while read -r line; do echo got $line; done", input=lines()),
+            stdout=take,
+            stderr=take,
+        )
+        assert (status, bytes(seen)) == (0, b"got first\ngot second\n")
+
+    with_agent(hosted, body)
+
+
+def test_a_command_that_reads_no_input_ends_and_the_next_one_is_in_step(
+    hosted: HostedAgent,
+) -> None:
+    async def body(channel: AgentChannel) -> None:
+        async def endless() -> AsyncIterator[bytes]:
+            yield b"a"
+            await asyncio.Event().wait()
+
+        assert (await run(channel, Command("echo x", input=endless()))).stdout == "x\n"
+        assert (await run(channel, Command("head -c 1", input=b"y" * 3_000_000))).stdout == "y"
+        assert (await run(channel, "echo in step")).stdout == "in step\n"
+
+    with_agent(hosted, body)
+
+
+@pytest.mark.parametrize("text", ["sleep 100", "trap '' TERM; while :; do sleep 1; done"])
+def test_a_cancelled_command_is_ended_in_the_guest(
+    hosted: HostedAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(agent_module, "_KILL_AFTER", 0.5)
+
+    async def body(channel: AgentChannel) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await run(channel, f"echo $$ >{tmp_path}/pid; {text}")
+        assert not process_exists(tmp_path / "pid")
+        assert (await run(channel, "echo alive")).stdout == "alive\n"
+
+    with_agent(hosted, body)
+
+
+def test_signals_reach_the_whole_process_group_and_sigint_is_not_ignored(
+    hosted: HostedAgent,
+) -> None:
+    async def body(channel: AgentChannel) -> None:
+        started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def drop(data: bytes) -> None:
+            """Nothing of the output matters."""
+
+        work = asyncio.ensure_future(
+            channel.run(
+                Command("sleep 100 & sleep 100; wait"),
+                stdout=drop,
+                stderr=drop,
+                started=started.set_result,
+            )
+        )
+        await channel.signal(await started, 2)
+        assert await work == 130
+
+    with_agent(hosted, body)
+
+
+def test_a_background_child_does_not_hold_the_command_up(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        result = await run(channel, "(sleep 2; echo late) & echo now")
+        assert result.stdout == "now\n"
+        assert (await run(channel, "echo next")).stdout == "next\n"
+
+    with_agent(hosted, body)
+
+
+def test_directory_and_environment_apply_and_newlines_survive(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        result = await run(
+            channel,
+            Command(
+                "echo 'a\nb' \"$VALUE\"; pwd",
+                environment={"VALUE": 'it\'s "1"\n$2'},
+                directory="/usr",
+            ),
+        )
+        assert result.stdout == 'a\nb it\'s "1"\n$2\n/usr\n'
+        missing = await run(channel, Command("echo no", directory="/does/not/exist"))
+        assert (missing.status, missing.stdout) == (126, "")
+
+    with_agent(hosted, body)
+
+
+def test_killing_the_agent_fails_the_command_and_the_next_one_works(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        with pytest.raises(AgentRestarted):
+            await run(channel, "kill -9 $PPID; sleep 1; echo after")
+        assert (await run(channel, "echo back")).stdout == "back\n"
+
+    with_agent(hosted, body)
+
+
+def test_too_long_a_command_is_refused_with_advice(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        with pytest.raises(OperationFailed, match="at most 120000 bytes") as caught:
+            await run(channel, "x" * 130_000)
+        assert caught.value.hint
+
+    with_agent(hosted, body)
+
+
+class _SilentChannel:
+    name = "silent"
+
+    async def read(self, size: int = 65536) -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Nobody listens."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+
+def test_a_guest_without_agent_is_a_deadline_with_advice() -> None:
+    async def main() -> None:
+        async def open_silent(name: str) -> _SilentChannel:
+            return _SilentChannel()
+
+        channel = AgentChannel(open_silent)  # type: ignore[arg-type]  # a stand-in of the shape
+        with pytest.raises(DeadlineExceeded, match="agent") as caught:
+            await channel.connect(timeout=0.05)
+        assert "console" in (caught.value.hint or "")
+
+    asyncio.run(main())
+
+
+class _ScriptedChannel(_SilentChannel):
+    """Answers whatever the test says, in pieces, then ends."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self._pieces = pieces
+
+    async def read(self, size: int = 65536) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+class _DyingChannel(_SilentChannel):
+    """An agent that answers, begins the command, and dies in the middle of its output."""
+
+    def __init__(self) -> None:
+        self._answers: list[bytes] = []
+
+    async def write(self, data: bytes) -> None:
+        verb, token, *_ = data.decode().replace("'", "").split()
+        if verb == "ping":
+            self._answers.append(f"\x01pong {token}\n".encode())
+        else:
+            self._answers.append(f"\x01pid {token} 7\nhalf of the out".encode())
+
+    async def read(self, size: int = 65536) -> bytes:
+        return self._answers.pop(0) if self._answers else b""
+
+
+def test_a_guest_that_dies_ends_the_command_and_what_it_printed_is_delivered() -> None:
+    async def main() -> None:
+        async def open_dying(name: str) -> _SilentChannel:
+            return _SilentChannel() if name.endswith(".err") else _DyingChannel()
+
+        channel = AgentChannel(open_dying)  # type: ignore[arg-type]  # a stand-in of the shape
+        seen = bytearray()
+
+        async def take(data: bytes) -> None:
+            seen.extend(data)
+
+        async with asyncio.timeout(5):
+            with pytest.raises(ChannelClosed, match="died or was stopped"):
+                await channel.run(Command("cat"), stdout=take, stderr=take)
+        assert bytes(seen) == b"half of the out"
+
+    asyncio.run(main())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.binary(max_size=40) | st.just(b"\x01pid ") | st.just(b"\x01end "), max_size=8))
+def test_garbage_from_the_guest_is_a_clear_error(pieces: list[bytes]) -> None:
+    async def main() -> None:
+        async def open_scripted(name: str) -> _ScriptedChannel:
+            return _ScriptedChannel([piece for piece in pieces if piece])
+
+        channel = AgentChannel(open_scripted)  # type: ignore[arg-type]  # a stand-in of the shape
+        async with asyncio.timeout(5):
+            with pytest.raises(ChannelClosed):
+                await run(channel, "true")
+
+    asyncio.run(main())
+
+
+def test_the_control_port_comes_last_so_that_its_presence_means_all_are_there() -> None:
+    assert CHANNELS[-1] == "vmlab.agent"
+    assert len(set(CHANNELS)) == len(CHANNELS) <= 31  # virtio-serial's ports of one device
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), max_size=4))
+def test_shell_lines_are_one_line_each(words: list[str]) -> None:
+    line = shell_line("run", *words)
+    assert line.endswith(b"\n") and line.count(b"\n") == 1
