@@ -161,8 +161,8 @@ def _rich_parts(run: Run) -> Iterator[RenderableType]:
     yield Text(_heading(run), style="bold")
     head, *rows = _rows(run)
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column, title in enumerate(head):
-        table.add_column(title, justify="right" if column else "left")
+    for column, column_title in enumerate(head):
+        table.add_column(column_title, justify="right" if column else "left")
     for row in rows:
         cells = [Text(cell) for cell in row]
         for outcome, cell in zip(_COLUMNS, cells[2:-1], strict=True):
