@@ -29,15 +29,11 @@ _COMPRESSIONS = (".xz", ".gz", "")
 
 
 @dataclass(frozen=True)
-class Trust:
-    """Whose signature counts, and which dates are checked. `keys` None: Debian's own."""
+class DateChecks:
+    """Which dates of a fetched index are checked; apt's Check-Date and Check-Valid-Until."""
 
-    keys: tuple[bytes, ...] | None = None
-    check_date: bool = True
-    check_valid_until: bool = True
-
-    def keyrings(self) -> tuple[bytes, ...]:
-        return archive_keys() if self.keys is None else self.keys
+    date: bool = True
+    valid_until: bool = True
 
 
 class Archive:
@@ -50,7 +46,8 @@ class Archive:
         blobs: Where fetched files are kept.
         downloader: How they are fetched.
         mirrors: Told when the network is needed; the mirrors to try, the best first.
-        trust: What is believed.
+        keys: The keyrings whose signature counts; None for Debian's own.
+        date_checks: Told when an index was fetched; what to check of it.
     """
 
     def __init__(
@@ -62,14 +59,16 @@ class Archive:
         blobs: BlobCache,
         downloader: Downloader,
         mirrors: Callable[[str], Sequence[Mirror]],
-        trust: Trust,
+        keys: tuple[bytes, ...] | None = None,
+        date_checks: Callable[[], DateChecks] = DateChecks,
     ) -> None:
         self.suite = suite
         self._root = root / f"{distribution}-{suite}"
         self._blobs = blobs
         self._downloader = downloader
         self._mirrors = mirrors
-        self._trust = trust
+        self._keys = keys
+        self._date_checks = date_checks
 
     def pinned(self) -> str | None:
         """The digest of the snapshot that is in use, or None before the first one."""
@@ -131,13 +130,14 @@ class Archive:
         return self._read(message, str(path), fresh=False)
 
     def _read(self, message: bytes, source: str, *, fresh: bool) -> Release:
+        checks = self._date_checks() if fresh else DateChecks(date=False, valid_until=False)
         return read_release(
             message,
             suite=self.suite,
-            keys=self._trust.keyrings(),
+            keys=archive_keys() if self._keys is None else self._keys,
             source=source,
-            check_date=fresh and self._trust.check_date,
-            check_valid_until=fresh and self._trust.check_valid_until,
+            check_date=checks.date,
+            check_valid_until=checks.valid_until,
         )
 
     def _fetch(self, current: str | None, progress: Progress) -> Release:

@@ -46,13 +46,13 @@ class Downloader:
     """How files are fetched.
 
     Args:
-        apt: The host's apt configuration, for its proxies.
+        apt: Returns the host's apt configuration, for its proxies; called when it is needed.
         timeout_seconds: How long the other side may be silent.
         attempts: Tries in a row that bring nothing new before giving up.
         pause_seconds: The pause before the second try; it doubles with each one.
     """
 
-    apt: AptConfiguration = field(default_factory=AptConfiguration, repr=False)
+    apt: Callable[[], AptConfiguration] = field(default=AptConfiguration, repr=False)
     timeout_seconds: float = 30.0
     attempts: int = 4
     pause_seconds: float = 0.5
@@ -152,7 +152,7 @@ class Downloader:
     def _open(self, url: str, start: int) -> IO[bytes]:
         shown = without_password(url)
         request = urllib.request.Request(_plain(url), headers=_headers(url, start))
-        proxy = proxy_for(url, apt=self.apt)
+        proxy = proxy_for(url, apt=self.apt())
         proxies = {urlsplit(url).scheme: proxy} if proxy else {}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
         try:

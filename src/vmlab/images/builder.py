@@ -1,0 +1,256 @@
+"""From a recipe to an image's files, in a directory of the caller's.
+
+The step between archive and store: which packages, which inputs, which digest. Nothing here
+decides where an image is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from vmlab.images.debian.archive import Archive
+from vmlab.images.debian.index import Package, PackageIndex
+from vmlab.images.debian.release import Release
+from vmlab.images.errors import ImageNotFound, RecipeError
+from vmlab.images.progress import Progress, ProgressEvent
+from vmlab.images.recipe import Recipe
+from vmlab.images.tiny import build as tiny
+
+# Raised whenever the same recipe and index would give other bytes than before.
+BUILDER_VERSION = 1
+_KERNEL_PREFIX = "linux-image-"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What goes into an image beside the packages.
+
+    `agent` is the guest agent's script, or None; `files` maps guest paths to (contents, mode).
+    """
+
+    agent: bytes | None
+    files: Mapping[str, tuple[bytes, int]] = field(default_factory=dict)
+
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each input, by a name of its own."""
+        found = {f"file:{path}": _sha256(data) for path, (data, _) in self.files.items()}
+        if self.agent is not None:
+            found["agent"] = _sha256(self.agent)
+        for name, data in tiny.own_scripts().items():
+            found[f"vmlab:{name}"] = _sha256(data)
+        return found
+
+
+@dataclass(frozen=True)
+class Built:
+    """The files of an image in the directory that it was built in, by role, and what it is."""
+
+    files: Mapping[str, Path]
+    kernel_release: str
+    packages: Mapping[str, str]
+    disk_format: str | None = None
+
+
+def guest_agent() -> bytes | None:
+    """The agent's script that comes with vmlab, or None in an installation without guests."""
+    try:
+        return (resources.files("vmlab.guests") / "agent.sh").read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError):
+        return None
+
+
+def inputs(recipe: Recipe, agent: bytes | None) -> Inputs:
+    """The inputs of a recipe, with its files read.
+
+    Raises:
+        RecipeError: a file that the recipe names cannot be read.
+    """
+    files = {}
+    for file in recipe.files:
+        if file.source is None:
+            files[file.path] = ((file.text or "").encode(), file.mode)
+            continue
+        try:
+            files[file.path] = (file.source.read_bytes(), file.mode)
+        except OSError as error:
+            raise RecipeError(
+                f"recipe {recipe.name!r}: files.source = {str(file.source)!r} cannot be read: "
+                f"{error.strerror}",
+                hint="the path is relative to the recipe's file",
+            ) from error
+    return Inputs(agent if "agent" in recipe.channels else None, files)
+
+
+def image_digest(recipe: Recipe, index: str, given: Inputs) -> str:
+    """The digest of the image that this recipe, index snapshot and inputs give."""
+    data: dict[str, Any] = {
+        "builder": BUILDER_VERSION,
+        "name": recipe.name,
+        "recipe": recipe.canonical(),
+        "index": index,
+        "inputs": given.digests(),
+    }
+    return _sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
+
+
+def build(
+    recipe: Recipe,
+    archive: Archive,
+    release: Release,
+    given: Inputs,
+    directory: Path,
+    *,
+    digest: str,
+    progress: Progress,
+) -> Built:
+    """Build the image into `directory`, an empty directory that has room for it.
+
+    Raises:
+        ImageError: of the kind that says what went wrong.
+    """
+    indexes = [
+        archive.index(
+            release,
+            component=component,
+            architecture=recipe.architecture.debian,
+            progress=progress,
+        )
+        for component in recipe.components
+    ]
+    kernel = _kernel_package(recipe, indexes)
+    kernel_deb = archive.package(kernel, progress=progress)
+    if not recipe.tiny:
+        from vmlab.images.roots.build import build_root
+
+        return build_root(
+            recipe, archive, release, given, directory,
+            kernel=kernel, kernel_deb=kernel_deb, indexes=indexes, digest=digest,
+            progress=progress,
+        )  # fmt: skip
+    packages = _closure(recipe, indexes)
+    debs = [archive.package(package, progress=progress) for package in packages]
+    scratch = directory / "unpacked"
+    scratch.mkdir()
+    files = tiny.unpack_kernel(kernel_deb, scratch, progress=progress)
+    build_initramfs(
+        recipe, files, debs, given, directory / "initrd", mtime=release.date, progress=progress
+    )
+    tiny.copy_kernel(files, directory / "kernel")
+    return Built(
+        files={"kernel": directory / "kernel", "initrd": directory / "initrd"},
+        kernel_release=files.release,
+        packages={package.name: package.version for package in [kernel, *packages]},
+    )
+
+
+def build_initramfs(
+    recipe: Recipe,
+    kernel: tiny.KernelFiles,
+    packages: list[Path],
+    given: Inputs,
+    output: Path,
+    *,
+    mtime: int,
+    everything: bool = False,
+    progress: Progress,
+) -> None:
+    """Write the initramfs of a recipe for a kernel.
+
+    Args:
+        recipe: Gives the modules and boot scripts.
+        kernel: The kernel and its modules.
+        packages: The .debs to unpack.
+        given: The agent and further files.
+        output: The file to write.
+        mtime: The time of every file, seconds since 1970.
+        everything: Put in all modules of the kernel, and none that it lacks.
+        progress: Told of the step.
+    """
+    step = f"assembling {recipe.name}"
+    progress(ProgressEvent(step))
+    selection = None
+    if kernel.modules is not None:
+        tree = tiny.module_tree(kernel.modules, kernel.release)
+        load, late, available = recipe.modules.expanded()
+        if everything:
+            load, late = _optional(load), _optional(late)
+            available = (*_optional(available), *tree.names())
+        selection = tree.select(load, late, available)
+    tiny.initramfs(
+        output,
+        packages,
+        contents=tiny.Contents(
+            agent=given.agent,
+            files=given.files,
+            boot_scripts={
+                f"{number:02}-{script.name}": script.text
+                for number, script in enumerate(recipe.scripts)
+                if script.when == "boot"
+            },
+        ),
+        release=kernel.release,
+        modules=selection,
+        builtin=kernel.modules,
+        mtime=mtime,
+    )
+    progress(ProgressEvent(step, finished=True))
+
+
+def _optional(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{name.removesuffix('?')}?" for name in names)
+
+
+def _kernel_package(recipe: Recipe, indexes: list[PackageIndex]) -> Package:
+    """The package that holds the kernel: `linux-image-amd64` only depends on it."""
+    package = _get(recipe.kernel, indexes)
+    for _ in range(4):
+        real = next(
+            (
+                name
+                for alternatives in package.depends
+                for name in alternatives
+                if name.startswith(_KERNEL_PREFIX)
+            ),
+            None,
+        )
+        if real is None:
+            return package
+        package = _get(real, indexes)
+    return package
+
+
+def _get(name: str, indexes: list[PackageIndex]) -> Package:
+    for index in indexes[:-1]:
+        found = index.find(name)
+        if found is not None:
+            return found
+    return indexes[-1].get(name)
+
+
+def _closure(recipe: Recipe, indexes: list[PackageIndex]) -> list[Package]:
+    """The recipe's packages and their dependencies, each from the first component that has it."""
+    if len(indexes) == 1:
+        return indexes[0].closure(recipe.packages)
+    found: dict[str, Package] = {}
+    for name in recipe.packages:
+        for index in indexes:
+            if index.find(name) is not None:
+                found.update({package.name: package for package in index.closure([name])})
+                break
+        else:
+            raise ImageNotFound(
+                f"recipe {recipe.name!r}: packages has {name!r}, which the suite "
+                f"{recipe.suite!r} does not have",
+                hint="check its spelling and the recipe's components",
+            )
+    return [found[name] for name in sorted(found)]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

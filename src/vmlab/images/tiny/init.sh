@@ -1,0 +1,93 @@
+#!/bin/sh
+# The first process of a tiny image: mounts, modules, name, network, agent; then busybox init.
+# With root= on the kernel's command line it mounts that instead and hands over to its init.
+#
+# Understood on the command line:
+#   vmlab.hostname=NAME   the guest's name
+#   vmlab.net=dhcp|up     configure (or only raise) every network interface before the agent starts
+#   vmlab.modules=A,B     load these modules as well
+#   vmlab.agent=off       do not start the agent
+#   root=DEVICE|LABEL=..|UUID=.. [rootfstype=] [rootflags=] [ro] [init=]   boot from a disk
+# Kept short on purpose: every command here is paid for at every boot of an emulated CPU.
+
+export PATH=/usr/bin HOME=/root TERM=linux
+mount -t devtmpfs -o nosuid dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+
+hostname=vmlab net= extra= agent=on root= rootfstype=auto rootflags= mode=rw init=/sbin/init
+read -r cmdline </proc/cmdline
+for word in $cmdline; do
+    case $word in
+        vmlab.hostname=*) hostname=${word#*=} ;;
+        vmlab.net=*) net=${word#*=} ;;
+        vmlab.modules=*) extra=${word#*=} ;;
+        vmlab.agent=*) agent=${word#*=} ;;
+        root=*) root=${word#root=} ;;
+        rootfstype=*) rootfstype=${word#*=} ;;
+        rootflags=*) rootflags=${word#*=} ;;
+        ro) mode=ro ;;
+        rw) mode=rw ;;
+        init=*) init=${word#*=} ;;
+    esac
+done
+
+load=
+[ -r /usr/lib/vmlab/modules.load ] && read -r load </usr/lib/vmlab/modules.load
+IFS=' ,'
+# shellcheck disable=SC2086 # the lists are meant to be split
+[ -n "$load$extra" ] && modprobe -a $load $extra
+unset IFS
+
+if [ -n "$root" ]; then
+    device=$root tries=0
+    case $root in LABEL=* | UUID=*) device= ;; esac
+    while :; do
+        [ -n "$device" ] || device=$(findfs "$root" 2>/dev/null)
+        [ -b "$device" ] && break
+        [ $((tries += 1)) -le 500 ] || break
+        usleep 20000
+    done
+    mkdir -p /sysroot
+    if mount -t "$rootfstype" -o "$mode${rootflags:+,$rootflags}" "$device" /sysroot; then
+        [ "$hostname" = vmlab ] || echo "$hostname" >/proc/sys/kernel/hostname
+        mount -o move /dev /sysroot/dev
+        mount -o move /proc /sysroot/proc
+        mount -o move /sys /sysroot/sys
+        exec switch_root /sysroot "$init"
+    fi
+    echo "vmlab: the root $root cannot be mounted; this is the initramfs" >/dev/kmsg
+fi
+
+echo "$hostname" >/proc/sys/kernel/hostname
+mkdir -p /dev/pts /dev/shm /dev/virtio-ports
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+ln -s /proc/self/fd /dev/fd
+ip link set lo up
+
+case $net in
+    dhcp | up)
+        for interface in /sys/class/net/*; do
+            interface=${interface##*/}
+            [ "$interface" = lo ] && continue
+            ip link set "$interface" up
+            [ "$net" = dhcp ] && udhcpc -q -n -t 10 -T 1 -A 1 -i "$interface" >/dev/kmsg 2>&1 &
+        done
+        wait
+        ;;
+esac
+
+/usr/lib/vmlab/hotplug ports
+for script in /usr/lib/vmlab/boot.d/*; do
+    [ -x "$script" ] && "$script"
+done
+
+{
+    echo '::sysinit:/usr/lib/vmlab/late'
+    [ "$agent" != off ] && [ -x /usr/lib/vmlab/agent ] && echo '::respawn:/usr/lib/vmlab/agent'
+    read -r consoles </sys/class/tty/console/active
+    echo "${consoles##* }::askfirst:-/bin/sh"
+    echo '::ctrlaltdel:/sbin/reboot'
+    echo '::shutdown:/bin/umount -a -r'
+} >/etc/inittab
+exec /sbin/init
