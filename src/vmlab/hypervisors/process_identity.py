@@ -1,0 +1,108 @@
+"""Which process is which: a pid with the time it began, and signals through a pidfd.
+
+A pid alone is given to another process once its own has ended (pidfd_open(2), proc(5)).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+__all__ = ["ProcessIdentity", "boot_id", "open_pidfd", "send_signal"]
+
+
+def boot_id() -> str:
+    """A name of this boot of the host: pids and start times of another one mean nothing."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    except OSError:
+        return f"boot-{psutil.boot_time():.0f}"  # not Linux
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process that cannot be mistaken: its number and when it began.
+
+    `start` is in clock ticks since boot (proc(5), /proc/pid/stat, field 22); where there is no
+    /proc, in hundredths of a second of Unix time.
+    """
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessIdentity | None:
+        """Who has that pid now; None if nobody has, or only a dead one that nobody waited for."""
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return cls._without_proc(pid)
+        # The name of the command stands in parentheses and may hold any byte but NUL.
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        if fields[0] in {b"Z", b"X"}:
+            return None
+        return cls(pid, int(fields[19]))
+
+    @classmethod
+    def _without_proc(cls, pid: int) -> ProcessIdentity | None:
+        if Path("/proc/self/stat").exists():
+            return None
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return cls(pid, round(process.create_time() * 100))
+        return None
+
+    @property
+    def alive(self) -> bool:
+        """Whether that very process still runs (or is stopped)."""
+        return ProcessIdentity.of(self.pid) == self
+
+
+def open_pidfd(process: ProcessIdentity) -> int | None:
+    """A descriptor that is readable once `process` has ended; None where there are no pidfds.
+
+    Raises:
+        ProcessLookupError: it has ended, or another process has its number.
+    """
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except AttributeError:
+        return None
+    except OSError as error:
+        if error.errno in {errno.ENOSYS, errno.EPERM}:  # before Linux 5.3, or forbidden by seccomp
+            return None
+        raise
+    # If the process is the right one now, it was when the descriptor was opened.
+    if not process.alive:
+        os.close(descriptor)
+        raise ProcessLookupError(errno.ESRCH, "it has ended")
+    return descriptor
+
+
+def send_signal(process: ProcessIdentity, number: int) -> bool:
+    """Send signal `number` to that process and no other; False if it has ended.
+
+    Raises:
+        PermissionError: it belongs to somebody else.
+    """
+    try:
+        descriptor = open_pidfd(process)
+        if descriptor is None:
+            if not process.alive:
+                return False
+            os.kill(process.pid, number)
+            return True
+        try:
+            signal.pidfd_send_signal(descriptor, number)
+        finally:
+            os.close(descriptor)
+    except ProcessLookupError:
+        return False
+    return True
