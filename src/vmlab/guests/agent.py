@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import signal
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, ClassVar, Final
 
 from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink
 from vmlab.hypervisors.base import Channel
-from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
 
 SLOTS: Final = 8
 CONTROL: Final = "vmlab.agent"
@@ -265,6 +266,7 @@ class _Run:
         self._token = secrets.token_hex(16)
         self._process: int | None = None
         self._input_done = command.input is None
+        self._input_error: Exception | None = None
         self._ended = asyncio.Event()
 
     async def go(self, stdout: Sink, stderr: Sink, started: Callable[[int], None] | None) -> int:
@@ -316,32 +318,47 @@ class _Run:
         parts = [output(), errors()]
         if self._command.input is not None:
             parts.append(self._send_input(out))
-        return (await _together(*parts))[0]
+        status = (await _together(*parts))[0]
+        if self._input_error is not None:
+            raise self._input_error
+        return status
 
     async def _send_input(self, out: _Port) -> int:
+        """Send all input and its end; a source that fails ends the command in the guest."""
         source = self._command.input
-        if isinstance(source, bytes):
-            for offset in range(0, len(source), _READ):
-                await _send_block(out, source[offset : offset + _READ])
-        elif source is not None:
-            waiter = asyncio.ensure_future(self._ended.wait())
-            iterator = aiter(source)
-            try:
-                while not self._ended.is_set():
-                    piece = asyncio.ensure_future(anext(iterator, None))
-                    await asyncio.wait({piece, waiter}, return_when=asyncio.FIRST_COMPLETED)
-                    if not piece.done():
-                        piece.cancel()
-                        break
-                    data = piece.result()
-                    if data is None:
-                        break
+        try:
+            if isinstance(source, bytes):
+                for offset in range(0, len(source), _READ):
+                    await _send_block(out, source[offset : offset + _READ])
+            elif source is not None:
+                async for data in self._until_ended(source):
                     await _send_block(out, data)
-            finally:
-                waiter.cancel()
+        except (VmlabError, OSError) as error:
+            self._input_error = error
+            if self._process is not None:
+                await self._agent.signal(self._process, signal.SIGKILL)
         await out.send(b"0 0\n")
         self._input_done = True
         return 0
+
+    async def _until_ended(self, source: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        """What `source` yields, until the command has ended: it may never yield again."""
+        ended = asyncio.ensure_future(self._ended.wait())
+        iterator = aiter(source)
+        try:
+            while not self._ended.is_set():
+                piece = asyncio.ensure_future(anext(iterator, None))
+                try:
+                    await asyncio.wait({piece, ended}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not piece.done():
+                        piece.cancel()
+                        await asyncio.wait({piece})
+                if piece.cancelled() or (data := piece.result()) is None:
+                    return
+                yield data
+        finally:
+            ended.cancel()
 
     async def _question(self, out: _Port) -> None:
         """The output ends like an agent's greeting: ask whether it really began anew.
@@ -354,7 +371,7 @@ class _Run:
     async def _end_in_guest(self, work: asyncio.Future[int]) -> None:
         """SIGTERM, then SIGKILL, then give the slot up."""
         try:
-            for number in (15, 9):
+            for number in (signal.SIGTERM, signal.SIGKILL):
                 if self._process is not None:
                     await self._agent.signal(self._process, number)
                 done, _ = await asyncio.wait({work}, timeout=_KILL_AFTER)

@@ -32,7 +32,7 @@ find_port() { # NAME: sets PORT
 
 # The host sends input as "COUNT SIZE" lines, each followed by COUNT x SIZE bytes; "0 0" ends it.
 feed() {
-    while read -r count size && [ "$count" -gt 0 ]; do
+    while read -r count size && [ "$count" -gt 0 ] 2>/dev/null; do
         dd bs="$size" count="$count" iflag=fullblock 2>/dev/null
     done
 }

@@ -1,0 +1,448 @@
+"""What one does with a guest: run commands, wait for things, read and copy files, break it.
+
+The names are those of the NixOS test driver where it has them. Waiting happens inside the guest
+(one command that ends when the thing has come), so nothing is polled over the channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import AsyncIterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, Final
+
+from vmlab.guests import trees
+from vmlab.guests.command import Command, CommandChannel, CommandResult, Sink, quote
+from vmlab.hypervisors.base import Machine
+from vmlab.machine.errors import (
+    ChannelClosed,
+    DeadlineExceeded,
+    OperationFailed,
+    ResourceNotFound,
+    VmlabError,
+)
+from vmlab.machine.faults import NetPartition
+
+DEFAULT_TIMEOUT: Final = 900.0
+"""Seconds that a command or a wait has when its caller names no timeout, as in the NixOS driver."""
+
+CONNECT_TIMEOUT: Final = 300.0
+"""Seconds that a guest has to boot and answer."""
+
+_PAUSE = "0.05"
+_EXCERPT: Final = 2000
+
+
+class CommandFailed(OperationFailed):
+    """A command in the guest did not end as it should have.
+
+    `command`, `status`, `stdout` and `stderr` tell what it did.
+    """
+
+    _fields: ClassVar[tuple[str, ...]] = ("command", "status", "stdout", "stderr")
+
+    def __init__(self, result: CommandResult, expected: str, *, machine: str | None = None) -> None:
+        self.command = result.command
+        self.status = result.status
+        self.stdout = result.stdout
+        self.stderr = result.stderr
+        parts = [f"{result.command!r} exited with status {result.status}, expected {expected}"]
+        for label, text in (("stdout", result.stdout), ("stderr", result.stderr)):
+            if text.strip():
+                parts.append(f"{label}:\n{_tail(text)}")
+        super().__init__("\n".join(parts), machine=machine, operation="execute")
+
+
+def _tail(text: str) -> str:
+    text = text.rstrip("\n")
+    return text if len(text) <= _EXCERPT else "[...]" + text[-_EXCERPT:]
+
+
+class Guest:
+    """The inside of one machine.
+
+    Args:
+        machine: Whose inside.
+        channel: How its commands get there.
+    """
+
+    def __init__(self, machine: Machine, channel: CommandChannel) -> None:
+        self.machine = machine
+        self.channel = channel
+        self._blocked: dict[str, str] = {}
+
+    async def connect(self, *, timeout: float = CONNECT_TIMEOUT) -> None:
+        """Wait until the guest answers.
+
+        Raises:
+            DeadlineExceeded: it does not within `timeout` seconds.
+        """
+        await self.channel.connect(timeout=timeout)
+
+    # Commands.
+
+    async def execute(
+        self,
+        command: str | Sequence[str],
+        *,
+        input: bytes | str | AsyncIterable[bytes] | None = None,
+        environment: Mapping[str, str] | None = None,
+        directory: str | None = None,
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+        timeout: float | None = None,
+    ) -> CommandResult:
+        """Run a command, whatever its exit status.
+
+        Args:
+            command: Text for /bin/sh, or words that are passed as they are.
+            input: Standard input; None is /dev/null.
+            environment: Variables to set for it.
+            directory: Where to run it.
+            stdout: Takes standard output as it comes; it is then not in the result.
+            stderr: Takes standard error as it comes; it is then not in the result.
+            timeout: Seconds; then the command is ended by SIGTERM, and SIGKILL if need be.
+
+        Raises:
+            DeadlineExceeded: it ran longer than `timeout`.
+            ChannelClosed: the guest died.
+        """
+        text = command if isinstance(command, str) else shlex.join(command)
+        given = Command(
+            text,
+            input.encode() if isinstance(input, str) else input,
+            dict(environment or {}),
+            directory,
+        )
+        out, err = bytearray(), bytearray()
+        limit = DEFAULT_TIMEOUT if timeout is None else timeout
+        begun = time.monotonic()
+        try:
+            async with asyncio.timeout(limit):
+                status = await self.channel.run(
+                    given, stdout=stdout or _into(out), stderr=stderr or _into(err)
+                )
+        except TimeoutError:
+            error = DeadlineExceeded(
+                f"{_tail(text)!r}",
+                seconds=limit,
+                machine=self.machine.name,
+                hint="the command was ended in the guest; give it a longer timeout if it needs one",
+            )
+            if out or err:
+                error.add_note(
+                    f"until then it printed: {_tail((out + err).decode('utf-8', 'replace'))}"
+                )
+            raise error from None
+        seconds = time.monotonic() - begun
+        return CommandResult(text, status, bytes(out), bytes(err), seconds)
+
+    async def succeed(self, *commands: str, timeout: float | None = None) -> CommandResult:
+        """Run commands one after the other; each has to exit with 0. Returns the last result.
+
+        Raises:
+            CommandFailed: with what it printed.
+        """
+        result = CommandResult("", 0, b"", b"", 0.0)
+        for command in commands:
+            result = await self.execute(command, timeout=timeout)
+            if not result.ok:
+                raise CommandFailed(result, "0", machine=self.machine.name)
+        return result
+
+    async def fail(self, *commands: str, timeout: float | None = None) -> CommandResult:
+        """Run commands one after the other; none may exit with 0. Returns the last result.
+
+        Raises:
+            CommandFailed: one succeeded.
+        """
+        result = CommandResult("", 1, b"", b"", 0.0)
+        for command in commands:
+            result = await self.execute(command, timeout=timeout)
+            if result.ok:
+                raise CommandFailed(result, "another one than 0", machine=self.machine.name)
+        return result
+
+    # Waiting.
+
+    async def wait_until_succeeds(
+        self, command: str, *, timeout: float | None = None, every: float = 1.0
+    ) -> CommandResult:
+        """Run a command again and again, `every` so many seconds, until it exits with 0."""
+        return await self._wait(
+            f"until ( {command}\n) >/tmp/.vmlab-wait.$$ 2>&1; do sleep {every}; done; "
+            "cat /tmp/.vmlab-wait.$$; rm -f /tmp/.vmlab-wait.$$",
+            f"{command!r} to succeed",
+            timeout,
+        )
+
+    async def wait_until_fails(
+        self, command: str, *, timeout: float | None = None, every: float = 1.0
+    ) -> CommandResult:
+        """Run a command again and again, `every` so many seconds, until it does not exit with 0."""
+        return await self._wait(
+            f"while ( {command}\n) >/dev/null 2>&1; do sleep {every}; done",
+            f"{command!r} to fail",
+            timeout,
+        )
+
+    async def wait_for_file(self, path: str, *, timeout: float | None = None) -> None:
+        """Wait until there is something at `path`."""
+        name = quote(path)
+        await self._wait(
+            f"until [ -e {name} ] || [ -L {name} ]; do sleep {_PAUSE}; done",
+            f"file {path}",
+            timeout,
+        )
+
+    async def wait_for_open_port(
+        self, port: int, *, address: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Wait until something listens on a TCP port, at `address` or at any."""
+        await self._wait(
+            f"until {_listening(port, address)}; do sleep {_PAUSE}; done",
+            f"TCP port {port} to be open",
+            timeout,
+        )
+
+    async def wait_for_closed_port(
+        self, port: int, *, address: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Wait until nothing listens on a TCP port, at `address` or at any."""
+        await self._wait(
+            f"while {_listening(port, address)}; do sleep {_PAUSE}; done",
+            f"TCP port {port} to be closed",
+            timeout,
+        )
+
+    async def wait_for_unit(self, unit: str, *, timeout: float | None = None) -> None:
+        """Wait until a systemd unit is active.
+
+        Raises:
+            OperationFailed: it failed, or stopped with no job that would start it.
+        """
+        name = quote(unit)
+        result = await self._wait(
+            f"while :; do s=$(systemctl show -p ActiveState --value {name}); case $s in "
+            "active) exit 0 ;; failed) echo failed; exit 1 ;; inactive) "
+            f'[ "$(systemctl show -p Job --value {name})" ] || {{ echo inactive; exit 1; }} ;; '
+            f"esac; sleep {_PAUSE}; done",
+            f"unit {unit}",
+            timeout,
+        )
+        if not result.ok:
+            status = await self.execute(["systemctl", "status", "--no-pager", "-n", "30", unit])
+            raise OperationFailed(
+                f"unit {unit!r} is {result.stdout.strip() or 'unknown'}, not active:\n"
+                f"{_tail(status.stdout or result.stderr)}",
+                hint=f"`journalctl -u {unit}` in the guest tells more",
+                machine=self.machine.name,
+                operation="wait_for_unit",
+            )
+
+    async def wait_for_console_text(
+        self, text: str, *, console: str = "serial", timeout: float | None = None
+    ) -> None:
+        """Wait until the console has printed `text`, from boot on."""
+        limit = DEFAULT_TIMEOUT if timeout is None else timeout
+        wanted = text.encode()
+        async with await self.machine.console(console) as terminal:
+            seen = await terminal.log()
+            try:
+                async with asyncio.timeout(limit):
+                    while wanted not in seen:
+                        data = await terminal.read()
+                        if not data:
+                            raise ChannelClosed(
+                                f"the console ended before it printed {text!r}",
+                                hint="the machine died or was stopped",
+                                machine=self.machine.name,
+                            )
+                        seen = await terminal.log()
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"waiting for {text!r} on the console",
+                    seconds=limit,
+                    machine=self.machine.name,
+                ) from None
+
+    async def systemctl(self, arguments: str, *, timeout: float | None = None) -> CommandResult:
+        """Run `systemctl` with arguments, whatever its exit status."""
+        return await self.execute(f"systemctl {arguments}", timeout=timeout)
+
+    async def _wait(self, script: str, what: str, timeout: float | None) -> CommandResult:
+        limit = DEFAULT_TIMEOUT if timeout is None else timeout
+        try:
+            return await self.execute(script, timeout=limit)
+        except DeadlineExceeded:
+            raise DeadlineExceeded(
+                f"waiting for {what}", seconds=limit, machine=self.machine.name
+            ) from None
+
+    # Files.
+
+    async def read(self, path: str, *, timeout: float | None = None) -> bytes:
+        """The contents of a file.
+
+        Raises:
+            ResourceNotFound: it cannot be read.
+        """
+        result = await self.execute(f"cat -- {quote(path)}", timeout=timeout)
+        if not result.ok:
+            raise ResourceNotFound(
+                f"cannot read {path!r} in the guest: {result.stderr.strip()}",
+                machine=self.machine.name,
+                operation="read",
+            )
+        return result.stdout_bytes
+
+    async def write(
+        self, path: str, data: bytes | str, *, mode: int = 0o644, timeout: float | None = None
+    ) -> None:
+        """Make `data` the contents of a file; directories above it are made.
+
+        Raises:
+            CommandFailed: it cannot be written; the file that was there is untouched.
+        """
+        name, part = quote(path), quote(f"{path}.vmlab-part")
+        parent = quote(str(PurePosixPath(path).parent))
+        command = (
+            f"mkdir -p {parent} && cat >{part} && chmod {mode:o} {part} && mv -f {part} {name} "
+            f"|| {{ status=$?; rm -f {part}; exit $status; }}"
+        )
+        result = await self.execute(command, input=data, timeout=timeout)
+        if not result.ok:
+            raise CommandFailed(result, "0", machine=self.machine.name)
+
+    async def copy_in(self, source: Path, target: str, *, timeout: float | None = None) -> None:
+        """Copy a file or a tree of the host to `target`, which it will be, modes and links kept.
+
+        Raises:
+            OperationFailed: it cannot be read here or written there.
+        """
+        parent, name = _split(target)
+        stream = trees.packed(source, name)
+        result = await self.execute(
+            f"mkdir -p {quote(parent)} && tar -x -f - -C {quote(parent)}",
+            input=stream,
+            timeout=timeout,
+        )
+        if not result.ok:
+            raise CommandFailed(result, "0", machine=self.machine.name)
+
+    async def copy_out(self, source: str, target: Path, *, timeout: float | None = None) -> None:
+        """Copy a file or a tree of the guest to `target`, which it will be, modes and links kept.
+
+        Nothing of `target` exists if it fails.
+
+        Raises:
+            ResourceNotFound: there is nothing at `source`.
+            OperationFailed: it cannot be written here.
+        """
+        parent, name = _split(source)
+        with trees.scratch(target) as scratch:
+            unpacker = trees.Unpacker(scratch)
+            try:
+                result = await self.execute(
+                    f"cd {quote(parent)} && tar -c -f - -- {quote(name)}",
+                    stdout=unpacker.take,
+                    timeout=timeout,
+                )
+            finally:
+                await unpacker.finish()
+            if not result.ok:
+                raise ResourceNotFound(
+                    f"cannot copy {source!r} out of the guest: {result.stderr.strip()}",
+                    machine=self.machine.name,
+                    operation="copy_out",
+                )
+            unpacker.check()
+            (scratch / name).rename(target)
+
+    # Life and death.
+
+    async def boot_id(self) -> str:
+        """What is different after every boot (random(4), /proc/sys/kernel/random/boot_id)."""
+        return (await self.read("/proc/sys/kernel/random/boot_id")).decode().strip()
+
+    async def reboot(self, *, timeout: float = CONNECT_TIMEOUT) -> None:
+        """Reboot from inside and wait until the guest answers again.
+
+        Raises:
+            DeadlineExceeded: it did not come back within `timeout` seconds.
+        """
+        before = await self.boot_id()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._leave("reboot")
+                while True:
+                    with suppress(ChannelClosed, DeadlineExceeded):
+                        await self.channel.connect(timeout=5)
+                        if await self.boot_id() != before:
+                            return
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "rebooting the guest", seconds=timeout, machine=self.machine.name
+            ) from None
+
+    async def shutdown(self, *, timeout: float | None = None) -> None:
+        """Power the guest down and wait until the machine is off."""
+        await self.machine.stop(timeout=timeout)
+
+    async def crash(self) -> None:
+        """Make the guest's kernel panic at once, without syncing its disks (sysrq "c")."""
+        await self._leave("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")
+
+    async def _leave(self, command: str) -> None:
+        """Run a command that the guest may not survive."""
+        with suppress(ChannelClosed, DeadlineExceeded):
+            await self.execute(command, timeout=2)
+
+    async def block(self) -> None:
+        """Take the link of every NIC down, as if the cables were pulled."""
+        for nic in self.machine.spec.nics:
+            if nic.name not in self._blocked:
+                self._blocked[nic.name] = await self.machine.inject(NetPartition(nic=nic.name))
+
+    async def unblock(self) -> None:
+        """Bring back the links that `block` took down."""
+        while self._blocked:
+            name, fault = next(iter(self._blocked.items()))
+            await self.machine.clear_fault(fault)
+            del self._blocked[name]
+
+    async def close(self) -> None:
+        """Let go of the guest."""
+        with suppress(VmlabError):
+            await self.channel.close()
+
+
+def _into(buffer: bytearray) -> Sink:
+    async def take(data: bytes) -> None:
+        buffer.extend(data)
+
+    return take
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Directory and last name of an absolute path in the guest."""
+    pure = PurePosixPath(path)
+    if not pure.is_absolute() or not pure.name or ".." in pure.parts:
+        raise OperationFailed(
+            f"{path!r} is not an absolute path to a file or directory",
+            hint='such as "/root/results"',
+        )
+    return str(pure.parent), pure.name
+
+
+def _listening(port: int, address: str | None) -> str:
+    """A shell test: does something listen on a TCP port? (proc(5), /proc/net/tcp, state 0A)."""
+    if not 1 <= port <= 65535:
+        raise OperationFailed(f"port {port}: 1 to 65535")
+    if address is None:
+        return f"cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q ':{port:04X} [0-9A-F:]* 0A'"
+    return f"nc -z -w 1 {quote(address)} {port} 2>/dev/null"
