@@ -174,7 +174,7 @@ class AttemptRecorder:
             self._written[stream] = written + len(whole) - omitted
 
     def attach(
-        self, name: str, content: bytes | str | Path, *, media_type: str | None = None
+        self, name: str, content: bytes | bytearray | str | Path, *, media_type: str | None = None
     ) -> Artifact:
         """Keep a file as evidence.
 

@@ -6,6 +6,7 @@ Shared by the recorder of a run and those of its attempts. Not for callers outsi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mimetypes
 import re
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -121,7 +122,11 @@ class JournalWriter:
         return max(0.0, self.clock.monotonic() - monotonic)
 
     def attach(
-        self, number: int | None, name: str, content: bytes | str | Path, media_type: str | None
+        self,
+        number: int | None,
+        name: str,
+        content: bytes | bytearray | str | Path,
+        media_type: str | None,
     ) -> Artifact:
         """Store `content` in the run's directory and append it as an artifact."""
         shown = str(escape_surrogates(name))
@@ -159,25 +164,30 @@ def _guessed_media_type(name: str) -> str:
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
-def _keep(content: bytes | str | Path, target: Path) -> tuple[str, int]:
+def _keep(content: bytes | bytearray | str | Path, target: Path) -> tuple[str, int]:
     """Store `content` as `target`; returns its SHA-256 and its size in bytes."""
+    if isinstance(content, Path):
+        try:
+            source: BinaryIO = content.open("rb")
+        except OSError as error:
+            raise VmlabError(
+                f"cannot keep {content} as evidence: {error.strerror or error}",
+                hint="attach a file that exists, or its contents as bytes or text",
+            ) from error
+    else:
+        data = str(escape_surrogates(content)).encode() if isinstance(content, str) else content
+        source = io.BytesIO(data)
     digest = hashlib.sha256()
     size = 0
-    if isinstance(content, str):
-        content = str(escape_surrogates(content)).encode()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-                digest.update(content)
-                size = len(content)
-            else:
-                with content.open("rb") as source:
-                    while piece := source.read(_COPY_BYTES):
-                        file.write(piece)
-                        digest.update(piece)
-                        size += len(piece)
+        with source:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as file:
+                while piece := source.read(_COPY_BYTES):
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
     except OSError as error:
+        target.unlink(missing_ok=True)
         raise cannot_write(target, error) from error
     return digest.hexdigest(), size

@@ -255,10 +255,10 @@ class Attempt(_Record):
         for message in self.messages:
             if message.severity is Severity.ERROR:
                 return message.text
-        for check in self.checks:
-            if not check.outcome.ok:
-                return describe(check)
-        return "begun, never finished" if self.outcome is Outcome.PENDING else ""
+        wrong = next((describe(c) for c in self.checks if not c.outcome.ok), "")
+        if self.outcome is Outcome.PENDING:
+            return f"begun, never finished; {wrong}" if wrong else "begun, never finished"
+        return wrong
 
 
 def describe(check: Check) -> str:

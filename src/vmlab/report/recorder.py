@@ -8,7 +8,6 @@ the journal (`journal.py`) when it returns. `Recorder.close` of the owner merges
 
 from __future__ import annotations
 
-import itertools
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,15 +137,16 @@ class Recorder:
             )
         path = Path(directory)
         clock = clock or Clock()
-        for again in itertools.count(1):
-            name = worker if again == 1 else f"{worker}-{again}"
+        name, used = worker, 1
+        while True:
             try:
                 file = AppendFile(journal_path(path, name), sync=sync)
             except FileExistsError:
-                continue
-            journal = JournalWriter(path, file, worker=name, clock=clock, run=None)
-            return cls(journal, owns_run=False)
-        raise AssertionError("itertools.count ended")
+                used += 1
+                name = f"{worker}-{used}"
+            else:
+                journal = JournalWriter(path, file, worker=name, clock=clock, run=None)
+                return cls(journal, owns_run=False)
 
     @property
     def closed(self) -> bool:
@@ -211,7 +211,7 @@ class Recorder:
         self._journal.part(None, message)
 
     def attach(
-        self, name: str, content: bytes | str | Path, *, media_type: str | None = None
+        self, name: str, content: bytes | bytearray | str | Path, *, media_type: str | None = None
     ) -> Artifact:
         """Keep a file as evidence about the run as a whole; see `AttemptRecorder.attach`."""
         return self._journal.attach(None, name, content, media_type)
@@ -223,6 +223,7 @@ class Recorder:
     def close(self) -> Run | None:
         """End this process's part; the run's owner ends the run and writes `report.json`.
 
+        The owner closes last: what a worker records later is in its journal, not in the report.
         An attempt that is still under way stays pending in it. A second call does nothing.
 
         Returns:
