@@ -168,3 +168,11 @@ class AppendFile:
                 raise cannot_write(self.path, error) from error
             finally:
                 os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Close the file and remove it: nothing in it is worth keeping."""
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                os.close(descriptor)
+                self.path.unlink(missing_ok=True)

@@ -84,17 +84,18 @@ class JournalWriter:
         self._lock = threading.Lock()
         self._serials = 0
         self._opened = clock.monotonic()
-        self.write(
-            "open",
-            {
-                "journal": VERSION,
-                "worker": worker,
-                "clock": clock_identity(),
-                "at": clock.now(),
-                "run": run,
-            },
-            durable=True,
-        )
+        facts = {
+            "journal": VERSION,
+            "worker": worker,
+            "clock": clock_identity(),
+            "at": clock.now(),
+            "run": run,
+        }
+        try:
+            self.write("open", facts, durable=True)
+        except VmlabError:
+            file.abandon()
+            raise
 
     @property
     def closed(self) -> bool:

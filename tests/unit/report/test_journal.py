@@ -390,6 +390,24 @@ def test_the_policy_decides_what_is_forced_to_the_disk(
     assert len(forced) == before + (sync is not Sync.NEVER)
 
 
+def test_a_run_that_cannot_begin_leaves_no_journal_and_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[AppendFile] = []
+
+    def full(file: AppendFile, data: bytes) -> None:
+        opened.append(file)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AppendFile, "_write", full)
+        with pytest.raises(VmlabError, match="No space left"):
+            Recorder.create(tmp_path, tool="t")
+    assert [file.closed for file in opened] == [True]
+    opened[0].abandon()
+    assert Recorder.create(tmp_path, tool="t").close() is not None, "it can be tried again"
+
+
 def test_another_process_may_close_but_not_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
