@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -18,6 +19,7 @@ from vmlab.images.debian.archive import Archive
 from vmlab.images.debian.index import Package, PackageIndex
 from vmlab.images.debian.release import Release
 from vmlab.images.errors import ImageNotFound, RecipeError
+from vmlab.images.formats.kernel import direct_boot
 from vmlab.images.progress import Progress, ProgressEvent
 from vmlab.images.recipe import Recipe
 from vmlab.images.tiny import build as tiny
@@ -25,6 +27,8 @@ from vmlab.images.tiny import build as tiny
 # Raised whenever the same recipe and index would give other bytes than before.
 BUILDER_VERSION = 1
 _KERNEL_PREFIX = "linux-image-"
+# A developer's modules go into the initramfs whole, if they are not more bytes than this.
+_MODULES_BYTES_FOR_ALL = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -141,12 +145,22 @@ def build(
     build_initramfs(
         recipe, files, debs, given, directory / "initrd", mtime=release.date, progress=progress
     )
-    tiny.copy_kernel(files, directory / "kernel")
     return Built(
-        files={"kernel": directory / "kernel", "initrd": directory / "initrd"},
+        files={**kernel_files(files.image, directory), "initrd": directory / "initrd"},
         kernel_release=files.release,
         packages={package.name: package.version for package in [kernel, *packages]},
     )
+
+
+def kernel_files(kernel: Path, directory: Path) -> dict[str, Path]:
+    """Copy a kernel into `directory`, in the forms to boot it; returns them by role."""
+    vmlinux = direct_boot(kernel)
+    if vmlinux is None:
+        shutil.copyfile(kernel, directory / "kernel")
+        return {"kernel": directory / "kernel"}
+    (directory / "kernel").write_bytes(vmlinux)
+    shutil.copyfile(kernel, directory / "bzimage")
+    return {"kernel": directory / "kernel", "bzimage": directory / "bzimage"}
 
 
 def build_initramfs(
@@ -157,7 +171,7 @@ def build_initramfs(
     output: Path,
     *,
     mtime: int,
-    everything: bool = False,
+    foreign: bool = False,
     progress: Progress,
 ) -> None:
     """Write the initramfs of a recipe for a kernel.
@@ -169,7 +183,8 @@ def build_initramfs(
         given: The agent and further files.
         output: The file to write.
         mtime: The time of every file, seconds since 1970.
-        everything: Put in all modules of the kernel, and none that it lacks.
+        foreign: The kernel is not the recipe's: take what it has of the recipe's modules, and
+            all modules that are its own.
         progress: Told of the step.
     """
     step = f"assembling {recipe.name}"
@@ -178,9 +193,9 @@ def build_initramfs(
     if kernel.modules is not None:
         tree = tiny.module_tree(kernel.modules, kernel.release)
         load, late, available = recipe.modules.expanded()
-        if everything:
+        if foreign:
             load, late = _optional(load), _optional(late)
-            available = (*_optional(available), *tree.names())
+            available = (*_optional(available), *tree.own(limit=_MODULES_BYTES_FOR_ALL))
         selection = tree.select(load, late, available)
     tiny.initramfs(
         output,

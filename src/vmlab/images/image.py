@@ -17,7 +17,7 @@ from vmlab.machine.architecture import Architecture
 
 MANIFEST = "manifest.json"
 _VERSION = 1
-_ROLES = ("kernel", "initrd", "disk")
+_ROLES = ("kernel", "bzimage", "initrd", "disk")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Image:
         name: Of the recipe, or as it was imported.
         architecture: Of the guest.
         directory: Where the files are. Never write to them: use overlays and copies.
-        files: By role: "kernel", "initrd", "disk".
+        files: By role: "kernel", "initrd", "disk", and "bzimage" where the kernel is an ELF file.
         disk_format: "raw" or "qcow2", where there is a disk.
         cmdline: What the kernel's command line needs for this image; the console is for the
             hypervisor to add. None of it is needed for a disk that boots by itself.
@@ -62,8 +62,17 @@ class Image:
 
     @property
     def kernel(self) -> Path | None:
-        """The kernel to boot, or None for a disk that boots by itself."""
+        """The kernel to boot, or None for a disk that boots by itself.
+
+        On x86_64 the uncompressed ELF kernel where it can be entered directly (PVH), which saves
+        an emulated CPU two seconds.
+        """
         return self._path("kernel")
+
+    @property
+    def packaged_kernel(self) -> Path | None:
+        """The kernel as its package has it: for firmware, kexec, and hypervisors without PVH."""
+        return self._path("bzimage") or self.kernel
 
     @property
     def initrd(self) -> Path | None:

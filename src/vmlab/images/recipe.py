@@ -122,8 +122,8 @@ class Script(_Part):
 class Modules(_Part):
     """Kernel modules of a tiny image; "@lab" stands for what a lab's guest usually needs."""
 
-    load: tuple[ModuleName, ...] = Field((_LAB,), description="loaded before the agent starts")
-    late: tuple[ModuleName, ...] = Field((_LAB,), description="loaded in the background then")
+    load: tuple[ModuleName, ...] = Field((_LAB,), description="loaded first, devices or not")
+    late: tuple[ModuleName, ...] = Field((_LAB,), description="loaded in the background later")
     available: tuple[ModuleName, ...] = Field((_LAB,), description="there for modprobe")
 
     def expanded(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:

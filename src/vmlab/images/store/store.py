@@ -153,7 +153,7 @@ class ImageStore:
         pinned = index or self.settings.pins.get(recipe.suite)
         snapshot = pinned or (None if refresh else archive.pinned())
         if snapshot is not None:
-            image = self._ready(image_digest(recipe, snapshot, given), progress)
+            image = self.ready(image_digest(recipe, snapshot, given), progress=progress)
             if image is not None:
                 return image
         try:
@@ -214,7 +214,7 @@ class ImageStore:
             ),
         )
 
-    def _ready(self, digest: str, progress: Progress) -> Image | None:
+    def ready(self, digest: str, *, progress: Progress = silent) -> Image | None:
         """The image of that digest, if it is here and sound; one that is not is removed."""
         try:
             image = manifests.read(self._directory(digest))
@@ -241,10 +241,12 @@ class ImageStore:
         digest = image_digest(recipe, release.digest, given)
         guard = self.root / "locks" / f"{digest}.lock"
         with lock(guard, what=f"building {recipe.name}", progress=progress):
-            ready = self._ready(digest, progress)  # another process may have built it meanwhile
+            ready = self.ready(
+                digest, progress=progress
+            )  # another process may have built it meanwhile
             if ready is not None:
                 return ready
-            with self._working(recipe.name) as directory:
+            with self.working(recipe.name) as directory:
                 built = build(
                     recipe, archive, release, given, directory, digest=digest, progress=progress
                 )
@@ -268,7 +270,7 @@ class ImageStore:
                         "inputs": given.digests(),
                     },
                 )
-                image = self._enter(image, built.files, progress)
+                image = self.add(image, built.files, progress=progress)
         self._make_room(digest)
         return image
 
@@ -284,7 +286,7 @@ class ImageStore:
         archive = self.archive(recipe.distribution, recipe.suite)
         release = archive.snapshot(str(image.source["index"]), progress=progress)
         given = inputs(recipe, guest_agent())
-        with self._working(recipe.name) as directory:
+        with self.working(recipe.name) as directory:
             built = build(
                 recipe, archive, release, given, directory, digest=image.digest, progress=progress
             )
@@ -303,12 +305,22 @@ class ImageStore:
     def _named(self, name: str) -> Path:
         return self.root / "names" / name
 
-    def _working(self, name: str) -> AbstractContextManager[Path]:
+    def working(self, name: str) -> AbstractContextManager[Path]:
+        """A directory on the store's disk for a build; gone when the block ends."""
         clear_abandoned(self.root / "work")
         return working_directory(self.root / "work", name)
 
-    def _enter(self, image: Image, files: Mapping[str, Path], progress: Progress) -> Image:
-        """Put the files of an image, which lie in one working directory, into the store."""
+    def add(self, image: Image, files: Mapping[str, Path], *, progress: Progress = silent) -> Image:
+        """Put the files of an image, which lie in one working directory, into the store.
+
+        Args:
+            image: What it is; its `files` are filled in.
+            files: The files by role; they are moved.
+            progress: Told of the hashing.
+
+        Returns:
+            The image as it is in the store.
+        """
         stored = {}
         staging = next(iter(files.values())).parent / "staging"
         staging.mkdir()

@@ -7,7 +7,6 @@ same bytes.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -29,6 +28,7 @@ _SCRIPTS = {
     "init.sh": "init",
     "hotplug.sh": "usr/lib/vmlab/hotplug",
     "late.sh": "usr/lib/vmlab/late",
+    "lend-agent.sh": "usr/lib/vmlab/lend-agent",
     "udhcpc.sh": "usr/share/udhcpc/default.script",
 }
 AGENT_PATH = "usr/lib/vmlab/agent"
@@ -110,8 +110,9 @@ def module_tree(directory: Path, release: str) -> ModuleTree:
     return ModuleTree(
         release,
         paths,
-        lambda path: (directory / path).read_bytes(),
-        builtin.read_text(errors="replace") if builtin.is_file() else "",
+        read=lambda path: (directory / path).read_bytes(),
+        size=lambda path: (directory / path).stat().st_size,
+        builtin=builtin.read_text(errors="replace") if builtin.is_file() else "",
     )
 
 
@@ -224,8 +225,3 @@ def _add_modules(tree: Tree, release: str, selection: Selection, builtin: Path |
     # One line each, so that the guest's shell reads them without starting anything.
     tree.file("usr/lib/vmlab/modules.load", (" ".join(selection.load) + "\n").encode())
     tree.file("usr/lib/vmlab/modules.late", (" ".join(selection.late) + "\n").encode())
-
-
-def copy_kernel(kernel: KernelFiles, output: Path) -> None:
-    """Copy the kernel image."""
-    shutil.copyfile(kernel.image, output)

@@ -32,12 +32,22 @@ for word in $cmdline; do
     esac
 done
 
+# Modules: those that are listed, then those of the devices that are there. The rest is loaded
+# while the first command is running (late), for devices that are plugged in later.
 load=
 [ -r /usr/lib/vmlab/modules.load ] && read -r load </usr/lib/vmlab/modules.load
 IFS=' ,'
 # shellcheck disable=SC2086 # the lists are meant to be split
 [ -n "$load$extra" ] && modprobe -a $load $extra
 unset IFS
+present=
+for file in /sys/bus/virtio/devices/*/modalias /sys/bus/pci/devices/*/modalias; do
+    read -r alias <"$file" || continue
+    present="$present $alias"
+    case $alias in virtio:d00000008*) present="$present sd_mod" ;; esac # disks of virtio-scsi
+done 2>/dev/null
+# shellcheck disable=SC2086 # so is this one
+[ -n "$present" ] && modprobe -a -q $present 2>/dev/null
 
 if [ -n "$root" ]; then
     device=$root tries=0
@@ -51,6 +61,7 @@ if [ -n "$root" ]; then
     mkdir -p /sysroot
     if mount -t "$rootfstype" -o "$mode${rootflags:+,$rootflags}" "$device" /sysroot; then
         [ "$hostname" = vmlab ] || echo "$hostname" >/proc/sys/kernel/hostname
+        [ "$agent" != off ] && [ -r /usr/lib/vmlab/agent ] && . /usr/lib/vmlab/lend-agent
         mount -o move /dev /sysroot/dev
         mount -o move /proc /sysroot/proc
         mount -o move /sys /sysroot/sys

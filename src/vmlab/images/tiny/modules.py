@@ -13,16 +13,17 @@ from vmlab.images.errors import ImageError
 from vmlab.images.formats import modinfo
 from vmlab.images.formats.modinfo import ModuleInfo, module_name
 
-# What a guest in a lab meets. A question mark: left out where the kernel has it neither as a
-# module nor built in.
-LAB_LOAD = (
-    "virtio_pci?", "virtio_mmio?", "virtio_console", "virtio_blk", "virtio_net", "virtio_scsi",
-    "sd_mod", "virtio_rng", "vmgenid?",
+# What a guest in a lab meets; init loads the drivers of devices that are there by itself, the
+# late ones are for what is plugged in afterwards. A question mark: left out where the kernel has
+# it neither as a module nor built in.
+LAB_LOAD = ("virtio_pci?", "virtio_mmio?", "virtio_console", "vmgenid?")
+LAB_LATE = (
+    "virtio_blk", "virtio_net", "virtio_scsi", "sd_mod", "virtio_rng", "virtio_balloon",
+    "9pnet_virtio?", "button?", "gpio_keys?", "evdev?", "virtio_mem?",
 )  # fmt: skip
-LAB_LATE = ("virtio_balloon", "button?", "gpio_keys?", "evdev?", "9pnet_virtio?", "virtio_mem?")
 LAB_AVAILABLE = (
     "9p?", "virtiofs?", "ext4", "overlay", "vfat", "nls_ascii?", "nls_cp437?", "nls_utf8?",
-    "loop", "squashfs?", "xfs?", "btrfs?", "dm_mod?", "isofs?", "sr_mod?", "crc32c_generic?",
+    "loop", "squashfs?", "dm_mod?", "isofs?", "sr_mod?", "crc32c_generic?",
     "af_packet?", "veth?", "bridge?", "tun?", "dummy?", "vmw_vsock_virtio_transport?",
     "virtio_input?", "virtio_pmem?", "virtio_crypto?", "nbd?", "fuse?", "zram?",
     "pci_hotplug?", "acpiphp?", "configfs?", "softdog?",
@@ -54,21 +55,39 @@ class ModuleTree:
         release: The kernel's release.
         paths: The modules' paths below /lib/modules/RELEASE.
         read: Returns the file at one of these paths, as it is packed.
+        size: Returns the bytes of that file.
         builtin: The contents of modules.builtin.
     """
 
     def __init__(
-        self, release: str, paths: Iterable[str], read: Callable[[str], bytes], builtin: str
+        self,
+        release: str,
+        paths: Iterable[str],
+        *,
+        read: Callable[[str], bytes],
+        size: Callable[[str], int],
+        builtin: str,
     ) -> None:
         self.release = release
         self._paths = {module_name(path): path for path in sorted(paths)}
         self._read = read
+        self._size = size
         self._builtin = {module_name(line) for line in builtin.split()}
         self._known: dict[str, Module] = {}
 
-    def names(self) -> tuple[str, ...]:
-        """The names of all modules, sorted."""
-        return tuple(sorted(self._paths))
+    def own(self, *, limit: int) -> tuple[str, ...]:
+        """The names of all modules; beyond `limit` bytes only of those from outside the kernel.
+
+        Those are in the directories where `make modules_install` puts external modules.
+        """
+        total = sum(self._size(path) for path in self._paths.values())
+        return tuple(
+            sorted(
+                name
+                for name, path in self._paths.items()
+                if total <= limit or not path.startswith("kernel/")
+            )
+        )
 
     def select(
         self, load: Iterable[str], late: Iterable[str], available: Iterable[str]
