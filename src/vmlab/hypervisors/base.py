@@ -5,11 +5,13 @@ What is unsupported raises UnsupportedOperation before anything happens; a call 
 raises InvalidState. Every operation takes `timeout`, its deadline in seconds (None is the
 operation's own default), and can be cancelled: a timed-out or cancelled operation leaves the
 machine in the state that it had before, or in another stable state that `status` tells, and no
-process, socket, file or record behind. Operations on one machine are serialised in the order of
-the calls; only `kill` interrupts the one that is under way.
+process, socket, file or record behind. A `timeout` that is negative or no number is InvalidSpec.
+Operations on one machine are serialised in the order of the calls; only `kill`, and `delete` with
+force, end those that were called before them. Questions (`status`, `info`, `metrics`, consoles
+and channels, `snapshots`) wait for nothing.
 
-Back ends do not implement this directly but the hooks of `vmlab.hypervisors.operations`, unless
-the machinery of operations runs elsewhere (a client of a remote hypervisor).
+Back ends do not implement this directly but the hooks of `vmlab.hypervisors.hooks`, unless the
+machinery of operations runs elsewhere (a client of a remote hypervisor).
 """
 
 from __future__ import annotations
@@ -214,7 +216,7 @@ class Machine(ABC):
         Args:
             graceful: Ask the guest to power down and wait for it; a paused guest runs for that.
             kill: When `timeout` seconds have passed without effect, kill it instead of giving up.
-            timeout: Seconds that the guest is given.
+            timeout: Seconds that the guest is given; killing it may take up to 30 more.
 
         Raises:
             DeadlineExceeded: with `kill` false; the machine is as before.
@@ -222,7 +224,11 @@ class Machine(ABC):
 
     @abstractmethod
     async def kill(self, *, timeout: float | None = None) -> None:
-        """End it at once, as a power cut would; an operation under way fails (OperationAborted)."""
+        """End it at once, as a power cut would: any live state, failed or unknown -> stopped.
+
+        The operation under way and those that wait for their turn fail (OperationAborted), but for
+        other kills and deletes.
+        """
 
     @abstractmethod
     async def pause(self, *, timeout: float | None = None) -> None:
@@ -241,8 +247,10 @@ class Machine(ABC):
         """Remove it with its disks and snapshots; deleting a deleted machine does nothing.
 
         Args:
-            force: Kill it first if it is live, instead of refusing.
-            timeout: Seconds for all of it.
+            force: Kill it first if it is live, instead of refusing; what is under way or waits
+                fails as it does by `kill`.
+            timeout: Seconds for all of it. A delete that has begun to remove things is not
+                cancelled any more but by this; one that fails can be repeated.
         """
 
     @abstractmethod
@@ -326,12 +334,13 @@ class Machine(ABC):
 
         Args:
             target: Where to.
-            live: While it runs; None is live if its state is running.
+            live: With its memory; None is live if it is running or paused.
             progress: Told how far it is.
             timeout: Seconds for all of it.
 
         Raises:
             MigrationFailed: it did not arrive; it is as before here, and nothing is left there.
+                After a cancellation `get` of either hypervisor tells where it is.
         """
 
     @abstractmethod

@@ -46,6 +46,7 @@ class EventLog:
     ) -> Event:
         """Record an event and wake those who follow."""
         self._last += 1
+        # Not validated: this is the busiest line of a simulation, and its values are vmlab's own.
         event = Event.model_construct(
             sequence=self._last,
             time=self._now(),
@@ -57,27 +58,39 @@ class EventLog:
             data=data,
         )
         self._events.append(event)
-        self._wake()
+        if self._waiting:
+            self._wake()
         return event
 
     def since(self, sequence: int) -> list[Event]:
-        """The events after number `sequence`, oldest first.
+        """The events after number `sequence` (0 or less is all there were), oldest first.
 
         Raises:
             ResourceNotFound: some of them are no longer kept.
         """
-        first = self._last - len(self._events) + 1
-        if sequence + 1 < first:
+        wanted = self._last - max(0, sequence)
+        if wanted <= 0:
+            return []
+        if wanted > len(self._events):
             raise ResourceNotFound(
-                f"events {sequence + 1} to {first - 1} of {self._hypervisor!r} are no longer kept",
+                f"events {self._last - wanted + 1} to {self._last - len(self._events)} of "
+                f"{self._hypervisor!r} are no longer kept",
                 hint="list the machines anew and follow the events from there",
                 hypervisor=self._hypervisor,
             )
-        return list(islice(self._events, max(0, sequence + 1 - first), None))
+        # From the right: a deque's middle is far from its ends, and who follows wants the newest.
+        return list(islice(reversed(self._events), wanted))[::-1]
 
-    async def follow(self, since: int | None = None) -> AsyncIterator[Event]:
-        """Events as they happen, after number `since` (None: from now on), until `close`."""
-        cursor = self._last if since is None else since
+    def follow(self, since: int | None = None) -> AsyncIterator[Event]:
+        """Events as they happen, after number `since` (None: from now on), until `close`.
+
+        Iterating raises ResourceNotFound for a reader who is so slow that events are no longer
+        kept when it comes for them.
+        """
+        # "Now" is when this is called, not when the first event is waited for.
+        return self._follow(self._last if since is None else since)
+
+    async def _follow(self, cursor: int) -> AsyncIterator[Event]:
         while True:
             for event in self.since(cursor):
                 cursor = event.sequence

@@ -1,7 +1,10 @@
 """What a back end fills in for each of its machines.
 
 A hook does its one thing and raises a VmlabError when it cannot; it knows nothing of states,
-deadlines or events, which `operated_machine` sees to. It may be cancelled at any await.
+deadlines or events, which `serialised_machine` sees to. It may be cancelled at any await, and lets
+the cancellation out. Hooks that take an operation run one at a time on a machine; the questions
+(`_observe`, `_do_status`, `_do_info`, `_do_metrics`, `_do_console`, `_do_channel`,
+`_do_snapshots`) may come at any time.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class MachineHooks(Machine):
-    """The hooks of a machine; `OperatedMachine` calls them one at a time."""
+    """The hooks of a machine; `OperatedMachine` calls them."""
 
     @abstractmethod
     async def _observe(self) -> MachineState:
@@ -39,7 +42,11 @@ class MachineHooks(Machine):
 
     @abstractmethod
     async def _undo(self, operation: Operation) -> None:
-        """Remove what `operation`, which did not succeed, has half done; must be repeatable."""
+        """Remove what `operation`, which did not succeed, has half done.
+
+        Called once for an operation that had begun, whatever ended it and however far it was; for
+        one that was refused it is not called.
+        """
 
     @abstractmethod
     async def _do_create(self, operation: Operation) -> None:
@@ -55,7 +62,7 @@ class MachineHooks(Machine):
 
     @abstractmethod
     async def _do_kill(self, operation: Operation) -> None:
-        """End the machine at once; return when nothing of it runs."""
+        """End the machine at once; return when nothing of it runs, also if nothing did."""
 
     @abstractmethod
     async def _do_reset(self, operation: Operation) -> None:
@@ -71,7 +78,10 @@ class MachineHooks(Machine):
 
     @abstractmethod
     async def _do_delete(self, operation: Operation) -> None:
-        """Remove all that belongs to the machine; not interrupted; must be repeatable."""
+        """Remove all that belongs to the machine; must be repeatable.
+
+        No cancellation interrupts it; only its deadline does.
+        """
 
     @abstractmethod
     async def _do_info(self) -> MachineInfo:
@@ -117,7 +127,11 @@ class MachineHooks(Machine):
 
     @abstractmethod
     async def _do_hand_over(self, operation: Operation, arrival: OperatedMachine) -> None:
-        """Let `arrival` take over and remove what is left here; not interrupted."""
+        """Let `arrival` take over and remove what is left here.
+
+        No cancellation interrupts it; its deadline does, but not within 30 seconds. When it
+        raises, both sides are undone and the machine stays here.
+        """
 
     @abstractmethod
     async def _do_create_from(self, operation: Operation, snapshot: Snapshot) -> None:

@@ -1,15 +1,17 @@
-"""How operations run on every machine: order, deadlines, cancellation, states and events.
+"""The operations of the contract, each in terms of the hooks that a back end fills in.
 
-A back end derives from `OperatedMachine` and fills in the hooks of `hooks`. When an operation
-fails, times out or is cancelled, its `_undo` hook removes what was half done, and `_observe` tells
-what the machine is doing now.
+Which states an operation leads through, which capabilities it needs, what refuses it before it
+begins and what is announced after it stands here; how operations are ordered, bounded and undone
+is `serialised_machine`'s. A back end derives from `OperatedMachine` and fills in `hooks`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from vmlab.hypervisors.base import (
     Channel,
@@ -23,7 +25,16 @@ from vmlab.hypervisors.base import (
     Progress,
     Snapshot,
 )
-from vmlab.machine.capabilities import Capability
+from vmlab.hypervisors.operation import (
+    DEFAULT_TIMEOUTS,
+    HOST_ERRORS,
+    UNDO_TIMEOUT,
+    Operation,
+    seconds_allowed,
+)
+from vmlab.hypervisors.serialised_machine import Action, Needs, NothingToDo, SerialisedMachine
+from vmlab.machine.capabilities import Capabilities, Capability
+from vmlab.machine.documents import build
 from vmlab.machine.errors import (
     InvalidSpec,
     InvalidState,
@@ -41,225 +52,23 @@ from vmlab.machine.events import EventType
 from vmlab.machine.faults import Fault
 from vmlab.machine.fit import check_fit
 from vmlab.machine.metrics import MachineMetrics
-from vmlab.machine.spec import NAME, NAME_RULE, Disk, MachineSpec, Nic
-from vmlab.machine.states import OFF, OPERATIONS, TRANSITIONS, Lifecycle, MachineState
+from vmlab.machine.spec import NAME_RULE, Disk, Nic, is_name
+from vmlab.machine.states import LIVE, OFF, OPERATIONS, MachineState
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
 
-from vmlab.hypervisors.hooks import MachineHooks
-from vmlab.hypervisors.operation import DEFAULT_TIMEOUTS, UNDO_TIMEOUT, Operation, uninterrupted
-
-T = TypeVar("T")
 P = TypeVar("P")
 
-_ENDING: Final = frozenset({"stop", "kill", "delete"})
-"""Operations that want the machine to end, so that its end does not spoil them."""
+_AT_REST: Final = frozenset({MachineState.CREATED, MachineState.STOPPED, MachineState.DELETED})
+_KILLABLE: Final = LIVE | {MachineState.UNKNOWN}
+"""States in which something of the machine may run."""
 
 
-class OperatedMachine(MachineHooks):
-    """A machine whose operations are ordered, bounded and undone here; back ends add the hooks."""
+class OperatedMachine(SerialisedMachine):
+    """A machine that fulfils the contract by its hooks; back ends add those."""
 
-    def __init__(
-        self,
-        hypervisor: OperatedHypervisor,
-        id_: str,
-        spec: MachineSpec,
-        state: MachineState = MachineState.CREATED,
-    ) -> None:
-        self.id = id_
-        self.name = spec.name
-        self._hypervisor = hypervisor
-        self._spec = spec
-        self._lock = asyncio.Lock()
-        self._current: Operation | None = None
-        self._crash: str | None = None
-        self._changed = hypervisor.now()
-        self._lifecycle = Lifecycle(spec.name, hypervisor.name, state, self._state_changed)
-
-    # What back ends call when something happens by itself.
-
-    def _happened(self, state: MachineState, event: EventType, reason: str) -> None:
-        """The machine went to `state` by itself: a crash, a shutdown by the guest, a pause.
-
-        An operation under way that this spoils is ended; one that wanted it is left alone.
-        """
-        self._emit(event, reason=reason)
-        crashed = state is MachineState.FAILED
-        operation = self._current
-        if operation is None:
-            self._lifecycle.move(state, reason)
-            return
-        if crashed:
-            self._crash = reason
-        if operation.name in _ENDING:
-            return
-        kind = MachineCrashed if crashed else OperationAborted
-        operation.abort(
-            kind(
-                f"{operation.name} failed: {reason}",
-                machine=self.name,
-                hypervisor=self._hypervisor.name,
-                operation=operation.name,
-            )
-        )
-
-    def _emit(self, event: EventType, **data: Any) -> None:
-        operation = self._current.id if self._current is not None else None
-        self._hypervisor.log.emit(
-            event, machine=self.id, name=self.name, operation=operation, **data
-        )
-
-    def _state_changed(self, old: MachineState, new: MachineState, reason: str) -> None:
-        self._changed = self._hypervisor.now()
-        self._emit(EventType.STATE, **{"from": old.value, "to": new.value, "reason": reason})
-
-    # The machinery.
-
-    async def _operate(
-        self,
-        name: str,
-        action: Callable[[Operation], Awaitable[T]],
-        *,
-        timeout: float | None,
-        via: MachineState | None = None,
-        to: MachineState | Callable[[Operation], MachineState] | None = None,
-        needs: Callable[[MachineState], Sequence[Capability]] | None = None,
-        event: tuple[EventType, Callable[[T], dict[str, Any]]] | None = None,
-    ) -> T:
-        """Run one operation: in turn, allowed, bounded, announced, and undone if it fails."""
-        operation = Operation(name, self._hypervisor.next_operation(), timeout)
-
-        async def work() -> T:
-            await self._lock.acquire()
-            # From here on `recover` finds the lock held and releases it.
-            self._current = operation
-            self._lifecycle.require(name)
-            if needs is not None:
-                capabilities = await self._hypervisor.capabilities()
-                capabilities.require(
-                    *needs(self._lifecycle.state), machine=self.name, operation=name
-                )
-            operation.before = self._lifecycle.state
-            operation.started = self._hypervisor.now()
-            operation.begun = True
-            self._crash = None
-            self._emit(EventType.OPERATION_STARTED, timeout=operation.timeout)
-            if via is not None:
-                self._lifecycle.move(via, name)
-            result = await action(operation)
-            if event is not None:
-                self._emit(event[0], **event[1](result))
-            target = to(operation) if callable(to) else to
-            if target is None and via is not None:
-                target = operation.before
-            if target is not None:
-                self._lifecycle.move(target, name)
-            self._emit(EventType.OPERATION_FINISHED, seconds=self._elapsed(operation))
-            self._release()
-            return result
-
-        async def recover(error: BaseException) -> None:
-            if self._current is not operation:
-                return
-            try:
-                if operation.begun and self.state is not MachineState.DELETED:
-                    await self._restore_order(operation, error)
-            finally:
-                self._release()
-
-        return await operation.run(
-            work, recover, machine=self.name, hypervisor=self._hypervisor.name
-        )
-
-    def _release(self) -> None:
-        self._current = None
-        self._lock.release()
-
-    def _elapsed(self, operation: Operation) -> float:
-        return round(self._hypervisor.now() - operation.started, 6)
-
-    async def _restore_order(self, operation: Operation, error: BaseException) -> None:
-        """After a failure: undo, look, and settle in a state that lasts."""
-        failure = operation.aborted_by or error
-        reason = f"{operation.name} {_describe(failure)}"
-        try:
-            async with asyncio.timeout(UNDO_TIMEOUT):
-                await self._undo(operation)
-                after = await self._observe()
-        except TimeoutError:
-            after, reason = MachineState.UNKNOWN, f"{reason}; undoing it did not end either"
-        except (VmlabError, OSError, ValueError, LookupError, RuntimeError) as second:
-            after, reason = MachineState.UNKNOWN, f"{reason}; undoing it failed too: {second}"
-        if after is MachineState.STOPPED and operation.before in OFF:
-            after = operation.before
-        if self._crash is not None and after is not MachineState.UNKNOWN:
-            after, reason = MachineState.FAILED, self._crash
-        elif (
-            operation.name == "start"
-            and after in OFF
-            and isinstance(failure, OperationFailed)
-            and not isinstance(failure, OperationAborted)
-        ):
-            # A cancelled or late start never was; one that failed by itself is remembered.
-            after = MachineState.FAILED
-        self._lifecycle.move(after, reason)
-        self._emit(
-            EventType.OPERATION_FAILED,
-            error=type(failure).__name__,
-            message=str(failure),
-            seconds=self._elapsed(operation),
-        )
-
-    async def _query(
-        self,
-        name: str,
-        question: Callable[[], Awaitable[T]],
-        timeout: float | None,
-        *,
-        needs: Sequence[Capability] = (),
-        rule: str | None = "",
-    ) -> T:
-        """Ask something that changes nothing; it does not wait for operations under way.
-
-        `rule` names the operation whose states apply: its own unless given, None for no rule.
-        """
-        if needs:
-            capabilities = await self._hypervisor.capabilities()
-            capabilities.require(*needs, machine=self.name, operation=name)
-        if rule is not None:
-            self._lifecycle.require(rule or name)
-        query = Operation(name, 0, timeout)
-
-        async def nothing(error: BaseException) -> None:
-            """A question leaves nothing to undo."""
-
-        return await query.run(
-            question, nothing, machine=self.name, hypervisor=self._hypervisor.name
-        )
-
-    # The contract.
-
-    @property
-    def spec(self) -> MachineSpec:
-        return self._spec
-
-    @property
-    def state(self) -> MachineState:
-        return self._lifecycle.state
-
-    @property
-    def hypervisor(self) -> OperatedHypervisor:
-        return self._hypervisor
-
-    @property
-    def _deleted(self) -> bool:
-        return self.state is MachineState.DELETED
-
-    @property
-    def reason(self) -> str:
-        """Why the machine is in its state."""
-        return self._lifecycle.reason
+    # The contract: life.
 
     async def start(self, *, timeout: float | None = None) -> None:
         await self._operate(
@@ -273,29 +82,26 @@ class OperatedMachine(MachineHooks):
     async def stop(
         self, *, graceful: bool = True, kill: bool = True, timeout: float | None = None
     ) -> None:
-        grace = DEFAULT_TIMEOUTS["stop"] if timeout is None else timeout
+        grace = seconds_allowed("stop", timeout)
+        in_all = grace + DEFAULT_TIMEOUTS["kill"] if kill else grace
 
         async def ask(operation: Operation) -> None:
-            resumed = False
-            try:
-                if operation.before is MachineState.PAUSED:
-                    await self._do_resume(operation)
-                    resumed = True
-                await self._do_shutdown(operation)
-            except BaseException:
-                if resumed and await uninterrupted(self._observe()) is MachineState.RUNNING:
-                    await uninterrupted(self._do_pause(operation))
-                raise
+            if operation.before is MachineState.PAUSED:
+                operation.repause = True
+                await self._do_resume(operation)
+            await self._do_shutdown(operation)
 
         async def action(operation: Operation) -> None:
             if graceful and operation.before is not MachineState.UNKNOWN:
                 if not kill:
                     return await ask(operation)
-                waiting = asyncio.timeout(grace)
+                # The guest has its grace from now on, however long this waited for its turn.
+                operation.allow(in_all)
+                waiting = asyncio.timeout(grace if grace < math.inf else None)
                 try:
                     async with waiting:
                         return await ask(operation)
-                except TimeoutError:
+                except (VmlabError, *HOST_ERRORS):
                     if not waiting.expired():
                         raise
             return await self._do_kill(operation)
@@ -303,38 +109,27 @@ class OperatedMachine(MachineHooks):
         await self._operate(
             "stop",
             action,
-            timeout=grace + DEFAULT_TIMEOUTS["kill"] if kill else grace,
+            timeout=in_all,
             via=MachineState.STOPPING,
             to=MachineState.STOPPED,
+            ending=True,
         )
 
     async def kill(self, *, timeout: float | None = None) -> None:
+        seconds_allowed("kill", timeout)
         self._lifecycle.require("kill")
-        if self._current is not None:
-            self._current.abort(
-                OperationAborted(
-                    f"{self._current.name} was ended because the machine was killed",
-                    machine=self.name,
-                    hypervisor=self._hypervisor.name,
-                    operation=self._current.name,
-                )
-            )
-
-        async def action(operation: Operation) -> None:
-            await self._do_kill(operation)
-
-        try:
+        self._end_pending("killed")
+        # What was under way may have ended with the machine at rest.
+        with suppress(NothingToDo):
             await self._operate(
                 "kill",
-                action,
+                self._do_kill,
                 timeout=timeout,
                 via=MachineState.STOPPING,
                 to=MachineState.STOPPED,
+                ending=True,
+                already=_AT_REST,
             )
-        except InvalidState:
-            # What was under way ended with the machine at rest: nothing is left to kill.
-            if self.state.is_live or self.state is MachineState.UNKNOWN:
-                raise
 
     async def pause(self, *, timeout: float | None = None) -> None:
         await self._operate(
@@ -358,11 +153,13 @@ class OperatedMachine(MachineHooks):
 
     async def restart(self, *, graceful: bool = True, timeout: float | None = None) -> None:
         async def action(operation: Operation) -> None:
-            if graceful:
-                await self._do_shutdown(operation)
-                await self._do_start(operation)
-            else:
-                await self._do_reset(operation)
+            if not graceful:
+                return await self._do_reset(operation)
+            # That the guest goes down is wanted, until it is to come up again.
+            operation.ending = True
+            await self._do_shutdown(operation)
+            operation.ending = False
+            return await self._do_start(operation)
 
         await self._operate(
             "restart",
@@ -373,10 +170,11 @@ class OperatedMachine(MachineHooks):
         )
 
     async def delete(self, *, force: bool = False, timeout: float | None = None) -> None:
+        seconds_allowed("delete", timeout)
         if self._deleted:
             return
-        if force and self.state.is_live:
-            await self.kill(timeout=timeout)
+        if force and self.state in _KILLABLE:
+            self._end_pending("deleted")
 
         async def removal(operation: Operation) -> None:
             await self._do_delete(operation)
@@ -385,50 +183,55 @@ class OperatedMachine(MachineHooks):
             self._hypervisor.forget(self)
 
         async def action(operation: Operation) -> None:
-            operation.commit()
-            await uninterrupted(removal(operation))
+            if force and operation.before in _KILLABLE:
+                self._lifecycle.move(MachineState.STOPPING, "delete")
+                await self._do_kill(operation)
+                self._lifecycle.move(MachineState.STOPPED, "delete")
+            self._lifecycle.move(MachineState.DELETING, "delete")
+            await operation.conclude(removal(operation))
 
-        try:
+        # Somebody else may have deleted it while this call waited for its turn.
+        with suppress(NothingToDo):
             await self._operate(
                 "delete",
                 action,
                 timeout=timeout,
-                via=MachineState.DELETING,
                 to=MachineState.DELETED,
+                ending=True,
+                already=frozenset({MachineState.DELETED}),
+                allowed=OPERATIONS["delete"] | OPERATIONS["kill"] if force else None,
             )
-        except InvalidState:
-            # Somebody else deleted it while this call waited for its turn.
-            if not self._deleted:
-                raise
+
+    # Questions.
 
     async def _do_status(self) -> tuple[MachineState, float]:
         return await self._observe(), self._hypervisor.now()
 
     async def status(self, *, timeout: float | None = None) -> MachineStatus:
-        state, asked = self.state, self._hypervisor.now()
+        seconds_allowed("status", timeout)
+        state, time = self.state, self._hypervisor.now()
         if self._current is None and state is not MachineState.DELETED:
-            state, asked = await self._query("status", self._do_status, timeout, rule=None)
-            state = self._agree(state, asked)
+            changes = self._changes
+            try:
+                seen, when = await self._query("status", self._do_status, timeout, rule=None)
+            except VmlabError:
+                # A machine that was deleted meanwhile cannot answer; that is the answer.
+                if not self._deleted:
+                    raise
+            else:
+                if self._changes == changes and self._current is None:
+                    state, time = self._agree(seen, when), when
+            if self._changes != changes or self._current is not None:
+                # What happened while the hypervisor was asked is newer than what it says.
+                state, time = self.state, self._hypervisor.now()
         return MachineStatus(
             id=self.id,
             name=self.name,
             state=state,
             reason=self.reason,
             operation=self._current.id if self._current is not None else None,
-            time=asked,
+            time=time,
         )
-
-    def _agree(self, seen: MachineState, when: float) -> MachineState:
-        """Take over what the hypervisor said at `when`, unless something newer is known."""
-        state = self.state
-        if seen is state or (seen is MachineState.STOPPED and state in OFF):
-            return state
-        if self._current is not None or when < self._changed:
-            return seen
-        if seen not in TRANSITIONS[state]:
-            self._lifecycle.move(MachineState.UNKNOWN, "changed behind vmlab's back")
-        self._lifecycle.move(seen, "the hypervisor says so")
-        return seen
 
     async def info(self, *, timeout: float | None = None) -> MachineInfo:
         return await self._query("info", self._do_info, timeout)
@@ -449,12 +252,26 @@ class OperatedMachine(MachineHooks):
     async def snapshots(self, *, timeout: float | None = None) -> list[Snapshot]:
         return await self._query("snapshots", self._do_snapshots, timeout, rule="info")
 
+    # Snapshots and copies.
+
     async def snapshot(
         self, name: str, *, memory: bool | None = None, timeout: float | None = None
     ) -> Snapshot:
-        check_part_name("snapshot", name)
+        check_part_name("snapshot", name, operation="snapshot")
 
-        async def action(operation: Operation) -> Snapshot:
+        def needs(state: MachineState) -> Sequence[Capability]:
+            return (Capability.SNAPSHOT, *((Capability.MEMORY_SNAPSHOT,) if memory else ()))
+
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[Snapshot]:
+            if memory and not state.is_live:
+                raise InvalidState(
+                    "snapshot",
+                    expected=(MachineState.RUNNING.value, MachineState.PAUSED.value),
+                    actual=state.value,
+                    machine=self.name,
+                    hypervisor=self._hypervisor.name,
+                    hint="a machine at rest has no memory to save: leave `memory` out",
+                )
             if any(kept.name == name for kept in await self._do_snapshots()):
                 raise OperationFailed(
                     f"there is a snapshot {name!r} already",
@@ -463,28 +280,14 @@ class OperatedMachine(MachineHooks):
                     hypervisor=self._hypervisor.name,
                     operation="snapshot",
                 )
-            capabilities = await self._hypervisor.capabilities()
-            live = operation.before.is_live
-            with_memory = memory
-            if with_memory is None:
-                with_memory = live and Capability.MEMORY_SNAPSHOT in capabilities
-            if with_memory and not live:
-                raise InvalidState(
-                    "snapshot",
-                    expected=(MachineState.RUNNING.value, MachineState.PAUSED.value),
-                    actual=operation.before.value,
-                    machine=self.name,
-                    hypervisor=self._hypervisor.name,
-                    hint="a machine at rest has no memory to save: leave `memory` out",
-                )
-            return await self._do_snapshot(operation, name, with_memory)
-
-        def needs(state: MachineState) -> Sequence[Capability]:
-            return (Capability.SNAPSHOT, *((Capability.MEMORY_SNAPSHOT,) if memory else ()))
+            with_memory = state.is_live and Capability.MEMORY_SNAPSHOT in capabilities
+            if memory is not None:
+                with_memory = memory
+            return lambda operation: self._do_snapshot(operation, name, with_memory)
 
         return await self._operate(
             "snapshot",
-            action,
+            plan=plan,
             timeout=timeout,
             via=MachineState.SNAPSHOTTING,
             needs=needs,
@@ -503,60 +306,58 @@ class OperatedMachine(MachineHooks):
         )
 
     async def delete_snapshot(self, name: str, *, timeout: float | None = None) -> None:
-        async def action(operation: Operation) -> None:
-            await self._do_delete_snapshot(operation, await self._named_snapshot(name))
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[None]:
+            kept = await self._named_snapshot(name)
+            return lambda operation: self._do_delete_snapshot(operation, kept)
 
         await self._operate(
             "delete_snapshot",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_always(Capability.SNAPSHOT),
             event=(EventType.SNAPSHOT_DELETED, lambda _: {"snapshot": name}),
         )
 
     async def restore(self, name: str, *, timeout: float | None = None) -> None:
-        brought_back: list[MachineState] = []
-
-        async def action(operation: Operation) -> None:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[MachineState]:
             kept = await self._named_snapshot(name)
-            if not kept.memory and operation.before not in OFF:
+            if not kept.memory and state not in OFF:
                 raise InvalidState(
                     "restore",
                     expected=tuple(state.value for state in MachineState if state in OFF),
-                    actual=operation.before.value,
+                    actual=state.value,
                     machine=self.name,
                     hypervisor=self._hypervisor.name,
                     hint="the snapshot has no memory in it: stop the machine first",
                 )
-            await self._do_restore(operation, kept)
-            brought_back.append(kept.state if kept.memory else MachineState.STOPPED)
+
+            async def act(operation: Operation) -> MachineState:
+                await self._do_restore(operation, kept)
+                return kept.state if kept.memory else MachineState.STOPPED
+
+            return act
 
         await self._operate(
             "restore",
-            action,
+            plan=plan,
             timeout=timeout,
             via=MachineState.RESTORING,
-            to=lambda _: brought_back[0],
+            to=lambda brought_back: brought_back,
             needs=_always(Capability.RESTORE),
             event=(EventType.RESTORED, lambda _: {"snapshot": name}),
         )
 
     async def fork(self, name: str, *, timeout: float | None = None) -> Machine:
-        async def action(operation: Operation) -> OperatedMachine:
-            spec = self._spec.with_changes(
-                name=name,
-                nics=[nic.model_copy(update={"mac": None}) for nic in self._spec.nics],
-            )
-            return await self._hypervisor.make(
-                operation,
-                spec,
-                lambda child: self._do_fork(operation, child),
-                state=operation.before,
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[OperatedMachine]:
+            spec = self._spec.renamed(name)
+            self._hypervisor.require_free(name, operation="fork")
+            return lambda operation: self._hypervisor.make(
+                operation, spec, lambda child: self._do_fork(operation, child), state=state
             )
 
         return await self._operate(
             "fork",
-            action,
+            plan=plan,
             timeout=timeout,
             via=MachineState.SNAPSHOTTING,
             needs=_always(Capability.FORK),
@@ -578,12 +379,17 @@ class OperatedMachine(MachineHooks):
                 [SpecProblem("target", getattr(target, "name", target), expected)],
                 machine=self.name,
                 hypervisor=here.name,
+                operation="migrate",
+                what="migrate",
+                hint="open a second one, for another owner or on another host",
             )
         there: OperatedHypervisor = target
 
-        async def action(operation: Operation) -> OperatedMachine:
-            going_live = operation.before.is_live
-            if live is not None and live is not going_live:
+        def needs(state: MachineState) -> Sequence[Capability]:
+            return (Capability.LIVE_MIGRATION if state.is_live else Capability.COLD_MIGRATION,)
+
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[OperatedMachine]:
+            if live is not None and live is not state.is_live:
                 fitting = OPERATIONS["migrate"]
                 raise InvalidState(
                     "migrate",
@@ -592,43 +398,21 @@ class OperatedMachine(MachineHooks):
                         for state in MachineState
                         if state in fitting and state.is_live is live
                     ),
-                    actual=operation.before.value,
+                    actual=state.value,
                     machine=self.name,
                     hypervisor=here.name,
                 )
-            check_fit(self._spec, await there.capabilities())
-
-            def report(transferred: int, total: int) -> None:
-                self._emit(
-                    EventType.MIGRATION_PROGRESS, transferred_bytes=transferred, total_bytes=total
-                )
-                if progress is not None:
-                    progress(transferred, total)
-
-            async def arrive(arrival: OperatedMachine) -> None:
-                await self._do_migrate(operation, arrival, going_live, report)
-                operation.commit()
-                await uninterrupted(hand_over(operation, arrival))
-
-            return await there.make(
-                operation, self._spec, arrive, state=operation.before, id_=self.id
-            )
-
-        async def hand_over(operation: Operation, arrival: OperatedMachine) -> None:
-            await self._do_hand_over(operation, arrival)
-            self._emit(EventType.MIGRATED, to=str(there.owner))
-            self._lifecycle.move(MachineState.DELETING, "migrated")
-            self._emit(EventType.DELETED)
-            self._lifecycle.move(MachineState.DELETED, "migrated")
-            here.forget(self)
-
-        def needs(state: MachineState) -> Sequence[Capability]:
-            return (Capability.LIVE_MIGRATION if state.is_live else Capability.COLD_MIGRATION,)
+            await there._prepare()
+            theirs = await there.capabilities()
+            theirs.require(*needs(state), machine=self.name, operation="migrate")
+            check_fit(self._spec, theirs)
+            there.require_free(self.name, operation="migrate")
+            return lambda operation: self._move(operation, there, progress)
 
         try:
             return await self._operate(
                 "migrate",
-                action,
+                plan=plan,
                 timeout=timeout,
                 via=MachineState.MIGRATING,
                 to=MachineState.DELETED,
@@ -645,93 +429,147 @@ class OperatedMachine(MachineHooks):
                 operation="migrate",
             ) from error
 
+    async def _move(
+        self, operation: Operation, there: OperatedHypervisor, progress: Progress | None
+    ) -> OperatedMachine:
+        """Make this machine anew at `there` and delete it here: all of it or nothing."""
+        here = self._hypervisor
+
+        def report(transferred: int, total: int) -> None:
+            self._emit(
+                EventType.MIGRATION_PROGRESS, transferred_bytes=transferred, total_bytes=total
+            )
+            if progress is not None:
+                progress(transferred, total)
+
+        async def arrive(arrival: OperatedMachine) -> None:
+            await self._do_migrate(operation, arrival, operation.before.is_live, report)
+            await operation.conclude(hand_over(arrival), grace=UNDO_TIMEOUT)
+
+        async def hand_over(arrival: OperatedMachine) -> None:
+            await self._do_hand_over(operation, arrival)
+            # Nothing awaits from here on: the machine is never at both places, nor at neither.
+            there.enlist(operation, arrival)
+            self._emit(EventType.MIGRATED, to=str(there.owner))
+            self._lifecycle.move(MachineState.DELETING, "migrated")
+            self._emit(EventType.DELETED)
+            self._lifecycle.move(MachineState.DELETED, "migrated")
+            here.forget(self)
+
+        return await there.make(operation, self._spec, arrive, state=operation.before, id_=self.id)
+
+    # Devices.
+
     async def plug_disk(self, disk: Disk, *, timeout: float | None = None) -> DiskInfo:
-        async def action(operation: Operation) -> DiskInfo:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[DiskInfo]:
             changed = self._spec.with_changes(disks=[*self._spec.disks, disk])
-            check_fit(changed, await self._hypervisor.capabilities())
-            plugged = await self._do_plug_disk(operation, disk)
-            self._spec = changed
-            return plugged
+            check_fit(changed, capabilities)
+
+            async def act(operation: Operation) -> DiskInfo:
+                plugged = await self._do_plug_disk(operation, disk)
+                self._spec = changed
+                return plugged
+
+            return act
 
         return await self._operate(
             "plug_disk",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_if_live(Capability.HOTPLUG_DISK),
             event=(EventType.DISK_PLUGGED, lambda _: {"disk": disk.name}),
         )
 
     async def unplug_disk(self, name: str, *, timeout: float | None = None) -> None:
-        async def action(operation: Operation) -> None:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[None]:
             disk = self._named("disk", name, self._spec.disk(name))
-            await self._do_unplug_disk(operation, disk)
-            kept = tuple(other for other in self._spec.disks if other.name != name)
-            self._spec = self._spec.model_copy(update={"disks": kept})
+
+            async def act(operation: Operation) -> None:
+                await self._do_unplug_disk(operation, disk)
+                kept = tuple(other for other in self._spec.disks if other.name != name)
+                self._spec = self._spec.model_copy(update={"disks": kept})
+
+            return act
 
         await self._operate(
             "unplug_disk",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_if_live(Capability.HOTPLUG_DISK),
             event=(EventType.DISK_UNPLUGGED, lambda _: {"disk": name}),
         )
 
     async def resize_disk(self, name: str, size: int, *, timeout: float | None = None) -> DiskInfo:
-        async def action(operation: Operation) -> DiskInfo:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[DiskInfo]:
             disk = self._named("disk", name, self._spec.disk(name))
+            grown = build(Disk, {**disk.model_dump(), "size": size})
+            changed = self._spec.with_changes(
+                disks=[grown if other.name == name else other for other in self._spec.disks]
+            )
+            check_fit(changed, capabilities)
             present = next(
                 (had.size for had in (await self._do_info()).disks if had.name == name), 0
             )
-            if size < present:
+            bytes_ = grown.size or 0
+            if bytes_ < present:
                 raise InvalidSpec(
                     [SpecProblem("size", size, f"at least its present {present} bytes")],
                     machine=self.name,
                     hypervisor=self._hypervisor.name,
+                    operation="resize_disk",
+                    what=f"disk {name!r}",
                     hint="a disk can only grow",
                 )
-            grown = disk.model_copy(update={"size": size})
-            changed = self._spec.with_changes(
-                disks=[grown if other.name == name else other for other in self._spec.disks]
-            )
-            check_fit(changed, await self._hypervisor.capabilities())
-            resized = await self._do_resize_disk(operation, disk, size)
-            self._spec = changed
-            return resized
+
+            async def act(operation: Operation) -> DiskInfo:
+                resized = await self._do_resize_disk(operation, disk, bytes_)
+                self._spec = changed
+                return resized
+
+            return act
 
         return await self._operate(
             "resize_disk",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_always(Capability.RESIZE_DISK),
             event=(EventType.DISK_RESIZED, lambda disk: {"disk": disk.name, "size": disk.size}),
         )
 
     async def plug_nic(self, nic: Nic, *, timeout: float | None = None) -> NicInfo:
-        async def action(operation: Operation) -> NicInfo:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[NicInfo]:
             changed = self._spec.with_changes(nics=[*self._spec.nics, nic])
-            check_fit(changed, await self._hypervisor.capabilities())
-            plugged = await self._do_plug_nic(operation, nic)
-            self._spec = changed
-            return plugged
+            check_fit(changed, capabilities)
+
+            async def act(operation: Operation) -> NicInfo:
+                plugged = await self._do_plug_nic(operation, nic)
+                self._spec = changed
+                return plugged
+
+            return act
 
         return await self._operate(
             "plug_nic",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_if_live(Capability.HOTPLUG_NIC),
             event=(EventType.NIC_PLUGGED, lambda _: {"nic": nic.name}),
         )
 
     async def unplug_nic(self, name: str, *, timeout: float | None = None) -> None:
-        async def action(operation: Operation) -> None:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[None]:
             nic = self._named("nic", name, self._spec.nic(name))
-            await self._do_unplug_nic(operation, nic)
-            kept = tuple(other for other in self._spec.nics if other.name != name)
-            self._spec = self._spec.model_copy(update={"nics": kept})
+
+            async def act(operation: Operation) -> None:
+                await self._do_unplug_nic(operation, nic)
+                kept = tuple(other for other in self._spec.nics if other.name != name)
+                self._spec = self._spec.model_copy(update={"nics": kept})
+
+            return act
 
         await self._operate(
             "unplug_nic",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_if_live(Capability.HOTPLUG_NIC),
             event=(EventType.NIC_UNPLUGGED, lambda _: {"nic": name}),
@@ -752,21 +590,34 @@ class OperatedMachine(MachineHooks):
                 *((Capability.HOTPLUG_MEMORY,) if memory is not None else ()),
             )
 
-        async def action(operation: Operation) -> MachineInfo:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[MachineInfo]:
+            if vcpus is None and memory is None:
+                raise InvalidSpec(
+                    [SpecProblem("vcpus", None, "vcpus or memory has to be given")],
+                    machine=self.name,
+                    hypervisor=self._hypervisor.name,
+                    operation="resize",
+                    what="resize",
+                )
             cpus, ram = self._spec.cpus.model_dump(), self._spec.memory.model_dump()
             if vcpus is not None:
                 cpus |= {"count": vcpus, "sockets": None, "cores": None, "threads": None}
             if memory is not None:
                 ram |= {"size": memory}
             changed = self._spec.with_changes(cpus=cpus, memory=ram)
-            check_fit(changed, await self._hypervisor.capabilities())
-            await self._do_resize(operation, vcpus, memory)
-            self._spec = changed
-            return await self._do_info()
+            check_fit(changed, capabilities)
+
+            async def act(operation: Operation) -> MachineInfo:
+                await self._do_resize(operation, vcpus, memory)
+                resized = await self._do_info()
+                self._spec = changed
+                return resized
+
+            return act
 
         return await self._operate(
             "resize",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=needs,
             event=(EventType.RESIZED, lambda has: {"vcpus": has.vcpus, "memory": has.memory}),
@@ -775,15 +626,19 @@ class OperatedMachine(MachineHooks):
     async def pin(
         self, pinning: Mapping[int, tuple[int, ...]], *, timeout: float | None = None
     ) -> None:
-        async def action(operation: Operation) -> None:
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[None]:
             cpus = self._spec.cpus.model_dump() | {"pinning": dict(pinning)}
             changed = self._spec.with_changes(cpus=cpus)
-            await self._do_pin(operation, changed.cpus.pinning)
-            self._spec = changed
+
+            async def act(operation: Operation) -> None:
+                await self._do_pin(operation, changed.cpus.pinning)
+                self._spec = changed
+
+            return act
 
         await self._operate(
             "pin",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_always(Capability.PINNING),
             event=(
@@ -793,8 +648,7 @@ class OperatedMachine(MachineHooks):
         )
 
     async def inject(self, fault: Fault, *, timeout: float | None = None) -> str:
-        async def action(operation: Operation) -> str:
-            capabilities = await self._hypervisor.capabilities()
+        async def plan(state: MachineState, capabilities: Capabilities) -> Action[str]:
             if fault.kind not in capabilities.faults:
                 raise UnsupportedOperation(
                     f"fault {fault.kind.value}",
@@ -802,11 +656,11 @@ class OperatedMachine(MachineHooks):
                     machine=self.name,
                     operation="inject",
                 )
-            return await self._do_inject(operation, fault)
+            return lambda operation: self._do_inject(operation, fault)
 
         return await self._operate(
             "inject",
-            action,
+            plan=plan,
             timeout=timeout,
             needs=_always(Capability.FAULTS),
             event=(
@@ -839,28 +693,24 @@ class OperatedMachine(MachineHooks):
         return part
 
 
-def check_part_name(field: str, name: str) -> None:
+def check_part_name(field: str, name: str, *, operation: str = "create") -> None:
     """Refuse a name that is not safe as a file name.
 
     Raises:
         InvalidSpec: naming the field and what would be right.
     """
-    if not NAME.fullmatch(name):
-        raise InvalidSpec([SpecProblem(field, name, NAME_RULE)])
+    if not is_name(name):
+        raise InvalidSpec(
+            [SpecProblem(field, name, NAME_RULE)],
+            operation=operation,
+            what=operation,
+            hint="choose another name",
+        )
 
 
-def _always(*capabilities: Capability) -> Callable[[MachineState], Sequence[Capability]]:
+def _always(*capabilities: Capability) -> Needs:
     return lambda state: capabilities
 
 
-def _if_live(*capabilities: Capability) -> Callable[[MachineState], Sequence[Capability]]:
+def _if_live(*capabilities: Capability) -> Needs:
     return lambda state: capabilities if state.is_live else ()
-
-
-def _describe(failure: BaseException) -> str:
-    """How an operation ended, as part of a sentence."""
-    if isinstance(failure, asyncio.CancelledError):
-        return "was cancelled"
-    if isinstance(failure, TimeoutError):
-        return "took too long"
-    return f"failed: {failure}"

@@ -7,10 +7,17 @@ is cancelled again meanwhile.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
-from vmlab.machine.errors import DeadlineExceeded, OperationFailed, VmlabError
+from vmlab.machine.errors import (
+    DeadlineExceeded,
+    InvalidSpec,
+    OperationFailed,
+    SpecProblem,
+    VmlabError,
+)
 from vmlab.machine.states import MachineState
 
 T = TypeVar("T")
@@ -51,6 +58,42 @@ DEFAULT_TIMEOUTS: Mapping[str, float] = {
 UNDO_TIMEOUT: Final = 30.0
 """Seconds that undoing has before the machine is given up as `unknown`."""
 
+HOST_ERRORS: Final = (OSError, EOFError, ValueError, LookupError, RuntimeError)
+"""What the host or a library raises when it fails; an operation makes OperationFailed of it.
+
+Anything else (TypeError, AssertionError, ...) is a mistake in the program and comes out as it is.
+"""
+
+
+def seconds_allowed(operation: str, timeout: float | None) -> float:
+    """The seconds that `operation` has: `timeout`, or its default where that is None.
+
+    Zero allows what needs no waiting; infinity is no deadline.
+
+    Raises:
+        InvalidSpec: `timeout` is negative, NaN or no number.
+    """
+    default = DEFAULT_TIMEOUTS[operation]
+    if timeout is None:
+        return default
+    if not _is_duration(timeout):
+        expected = f"a number of seconds from 0 on, or None for the default of {default:g}"
+        raise InvalidSpec(
+            [SpecProblem("timeout", timeout, expected)],
+            what=operation,
+            operation=operation,
+            hint="leave `timeout` out to take the default",
+        )
+    try:
+        return float(timeout)
+    except OverflowError:
+        return math.inf
+
+
+def _is_duration(value: object) -> bool:
+    # Not `not value < 0`, which NaN would pass.
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` to its end even if the caller is cancelled, and raise the cancellation then."""
@@ -58,58 +101,137 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
-            await asyncio.shield(task)
+            # `wait` never raises what the task raises: a CancelledError here is the caller's own.
+            await asyncio.wait((task,))
         except asyncio.CancelledError as error:
-            if task.cancelled():
-                raise
             cancelled = error
-        except Exception:
-            # The task's own failure: it is raised by result() below.
-            break
-    if cancelled is not None:
-        if (failure := task.exception()) is not None:
-            raise cancelled from failure
-        raise cancelled
-    return task.result()
+    if cancelled is None:
+        return task.result()
+    try:
+        raise cancelled from None if task.cancelled() else task.exception()
+    finally:
+        # An exception in a local of its own traceback's frame would be a cycle.
+        cancelled = None
 
 
 class Operation:
-    """One operation under way: its id, its deadline, and ways to end it early or not at all."""
+    """One operation under way: its id, its deadline, and ways to end it early or not at all.
+
+    Args:
+        name: One of DEFAULT_TIMEOUTS.
+        number: What tells it from others of the name.
+        timeout: Its deadline in seconds from now; None is the default, infinity is none.
+
+    Raises:
+        InvalidSpec: `timeout` is negative, NaN or no number.
+    """
 
     __slots__ = (
+        "_failure",
         "aborted_by",
         "before",
         "begun",
         "committed",
+        "ending",
+        "holds",
+        "hypervisor",
         "id",
+        "machine",
         "name",
+        "over",
+        "repause",
         "scope",
         "started",
+        "target",
         "timeout",
     )
 
     def __init__(self, name: str, number: int, timeout: float | None) -> None:
         self.name = name
         self.id = f"{name}-{number}"
-        self.timeout = DEFAULT_TIMEOUTS[name] if timeout is None else timeout
+        self.timeout = seconds_allowed(name, timeout)
+        # Names for errors, which `run` is told.
+        self.machine: str | None = None
+        self.hypervisor: str | None = None
+        # It is the machine's turn; it was allowed and announced; it ended, well or not.
+        self.holds = False
         self.begun = False
+        self.over = False
         self.started = 0.0
+        # The machine's state before, the one that is wanted, and whether its end is no failure.
         self.before = MachineState.UNKNOWN
+        self.target: MachineState | None = None
+        self.ending = False
+        # Whether undoing it pauses the machine again: it was resumed only for the operation.
+        self.repause = False
         self.aborted_by: VmlabError | None = None
         self.committed = False
-        self.scope = asyncio.timeout(self.timeout)
+        self._failure: BaseException | None = None
+        self.scope = asyncio.timeout(self.timeout if self.timeout < math.inf else None)
 
     def abort(self, error: VmlabError) -> None:
         """End the operation now, so that it fails with `error`; a committed one runs on."""
-        if self.committed or self.aborted_by is not None or self.scope.expired():
+        if self.committed or self.over or self.aborted_by is not None or self.scope.expired():
             return
         self.aborted_by = error
         self.scope.reschedule(asyncio.get_running_loop().time())
 
+    def check(self) -> None:
+        """Fail if the operation was ended from elsewhere but ran on for a moment.
+
+        Raises:
+            VmlabError: what `abort` was given.
+        """
+        if self.aborted_by is not None and not self.committed:
+            raise self.aborted_by
+
+    def allow(self, seconds: float) -> None:
+        """Give the operation `seconds` from now on, instead of what was left of its deadline."""
+        if self.over or self.committed or self.aborted_by is not None or self.scope.expired():
+            return
+        now = asyncio.get_running_loop().time()
+        self.scope.reschedule(now + seconds if seconds < math.inf else None)
+
     def commit(self) -> None:
-        """The point of no return: from here on neither deadline nor abort ends the operation."""
+        """The point of no return: from here on neither deadline nor abort ends the operation.
+
+        Raises:
+            VmlabError: what `abort` was given; it came first.
+        """
+        self.check()
         self.committed = True
         self._lift_deadline()
+
+    async def conclude(self, work: Coroutine[Any, Any, T], *, grace: float = 0.0) -> T:
+        """Commit, and run `work` to its end whether the caller is cancelled or not.
+
+        Args:
+            work: The last part of the operation.
+            grace: Seconds that it has at least, should the deadline be nearer than that.
+
+        Raises:
+            DeadlineExceeded: it took longer, and was cancelled for that.
+        """
+        deadline = self.scope.when()
+        try:
+            self.commit()
+        except VmlabError:
+            work.close()
+            raise
+        if deadline is not None:
+            deadline = max(deadline, asyncio.get_running_loop().time() + grace)
+
+        async def bounded() -> T:
+            limit = asyncio.timeout_at(deadline)
+            try:
+                async with limit:
+                    return await work
+            except TimeoutError:
+                if limit.expired():
+                    raise self._late() from None
+                raise
+
+        return await uninterrupted(bounded())
 
     def _lift_deadline(self) -> None:
         if not self.scope.expired():
@@ -130,35 +252,51 @@ class Operation:
             VmlabError: what `abort` was given, or what `action` raised; an error of the host is
                 wrapped in OperationFailed.
         """
-
-        async def guarded() -> T:
-            try:
-                return await action()
-            except BaseException as error:
-                self._lift_deadline()
-                await uninterrupted(recover(error))
-                raise
-
+        self.machine, self.hypervisor = machine, hypervisor
         try:
             async with self.scope:
-                return await guarded()
-        except VmlabError:
-            raise
-        except TimeoutError as error:
-            if self.aborted_by is not None:
-                raise self.aborted_by from None
-            if self.scope.expired():
-                raise DeadlineExceeded(
-                    self.name, seconds=self.timeout, machine=machine, hypervisor=hypervisor
-                ) from None
-            raise self._wrap(error, machine, hypervisor) from error
-        except (OSError, ValueError, LookupError, RuntimeError) as error:
-            raise self._wrap(error, machine, hypervisor) from error
+                try:
+                    result = await action()
+                    self.over = True
+                    return result
+                except BaseException as error:
+                    # Neither deadline nor abort cuts the undoing short.
+                    self.over = True
+                    self._lift_deadline()
+                    await uninterrupted(recover(error))
+                    raise
+        except Exception as error:
+            failure = self.failure(error)
+            if failure is error:
+                raise
+            # The cancellation by which deadline and abort work explains nothing.
+            ended_by_scope = self.scope.expired() and type(error) is TimeoutError
+            raise failure from (None if ended_by_scope else error)
 
-    def _wrap(self, error: Exception, machine: str, hypervisor: str) -> OperationFailed:
+    def failure(self, error: BaseException) -> BaseException:
+        """Why the operation failed, as its caller is told, where `error` is what came out of it."""
+        if self._failure is None:
+            self._failure = self._explained(error)
+        return self._failure
+
+    def _explained(self, error: BaseException) -> BaseException:
+        expected = isinstance(error, (VmlabError, *HOST_ERRORS, asyncio.CancelledError))
+        if not expected:
+            return error
+        if self.aborted_by is not None:
+            return self.aborted_by
+        if self.scope.expired():
+            return error if isinstance(error, DeadlineExceeded) else self._late()
+        if isinstance(error, VmlabError | asyncio.CancelledError):
+            return error
         return OperationFailed(
             f"{self.name} failed: {type(error).__name__}: {error}",
-            machine=machine,
-            hypervisor=hypervisor,
+            machine=self.machine,
+            hypervisor=self.hypervisor,
             operation=self.name,
+        )
+
+    def _late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            self.name, seconds=self.timeout, machine=self.machine, hypervisor=self.hypervisor
         )

@@ -8,6 +8,9 @@ traceback is for vmlab's own mistakes only. Errors travel between processes as p
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 __all__ = [
@@ -88,28 +91,49 @@ class VmlabError(Exception):
             "operation": self.operation,
         }
         for field in self._fields:
-            record[field] = getattr(self, field)
+            record[field] = _thawed(getattr(self, field))
+        notes = getattr(self, "__notes__", [])
+        if notes:
+            record["notes"] = list(notes)
         return record
 
     @classmethod
-    def _build(cls, record: dict[str, Any]) -> VmlabError:
+    def _build(cls, record: Mapping[str, Any]) -> VmlabError:
         error = cls.__new__(cls)
         context = {key: record.get(key) for key in ("hint", "machine", "hypervisor", "operation")}
-        VmlabError.__init__(error, str(record["message"]), **context)
+        VmlabError.__init__(error, str(record.get("message", "unknown error")), **context)
         for field in cls._fields:
-            value = record.get(field)
-            setattr(error, field, tuple(value) if isinstance(value, list) else value)
+            setattr(error, field, _frozen(record.get(field)))
+        for note in record.get("notes") or ():
+            error.add_note(str(note))
         return error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructors differ; pickle and copy take the same road as other processes do.
+        return from_record, (self.to_record(),)
 
-def from_record(record: dict[str, Any]) -> VmlabError:
+
+def from_record(record: Mapping[str, Any]) -> VmlabError:
     """The error that `VmlabError.to_record` described; an unknown kind is a plain VmlabError."""
     kind = VmlabError._kinds.get(str(record.get("kind")), VmlabError)
     return kind._build(record)
 
 
+def _thawed(value: Any) -> Any:
+    """`value` with lists for tuples, as JSON has them."""
+    return [_thawed(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    """`value` with tuples for JSON's lists."""
+    return tuple(_frozen(part) for part in value) if isinstance(value, list | tuple) else value
+
+
 class SpecProblem:
-    """One thing wrong with a specification: where, what stands there, what would be right."""
+    """One thing wrong with a specification: where, what stands there, what would be right.
+
+    `value` is None where nothing stands.
+    """
 
     __slots__ = ("expected", "field", "value")
 
@@ -119,14 +143,22 @@ class SpecProblem:
         self.expected = expected
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value!r}: {self.expected}"
+        stands = f" = {_written(self.value)}" if self.value is not None else ""
+        return f"{self.field}{stands}: {self.expected}"
 
     def __repr__(self) -> str:
         return f"SpecProblem({self.field!r}, {self.value!r}, {self.expected!r})"
 
 
 class InvalidSpec(VmlabError):
-    """A machine specification that cannot work: every problem of it, with its file."""
+    """A specification or an argument that cannot work: every problem of it, with its file.
+
+    Args:
+        problems: What is wrong, in the order of the fields.
+        source: The file it stands in, if it stands in one.
+        what: What has the problems, where `source` does not say it.
+        operation: The operation that it was given to.
+    """
 
     exit_code = 2
     _fields = ("source", "problem_rows")
@@ -139,6 +171,8 @@ class InvalidSpec(VmlabError):
         hint: str | None = None,
         machine: str | None = None,
         hypervisor: str | None = None,
+        operation: str = "create",
+        what: str = "machine specification",
     ) -> None:
         self.source = source
         self.problem_rows: tuple[Any, ...] = tuple(
@@ -147,11 +181,11 @@ class InvalidSpec(VmlabError):
         lines = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__(
-            f"{source or 'machine specification'} has {count}:\n{lines}",
+            f"{source or what} has {count}:\n{lines}",
             hint=hint or "`vmlab schema` prints every field with its type and meaning",
             machine=machine,
             hypervisor=hypervisor,
-            operation="create",
+            operation=operation,
         )
 
     @property
@@ -160,9 +194,37 @@ class InvalidSpec(VmlabError):
         return tuple(SpecProblem(str(row[0]), row[1], str(row[2])) for row in self.problem_rows)
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> str | int | float | bool | None:
     """`value` where JSON can hold it, else its representation."""
-    return value if isinstance(value, str | int | float | bool | type(None)) else repr(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        # Python refuses to write numbers of more than some thousand digits.
+        bits = value.bit_length()
+        return int(value) if bits <= _MOST_BITS else f"a number of {bits} bits"
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, str):
+        # An enum's member that is text stands for that text.
+        return str.__str__(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    try:
+        return repr(value)
+    except (RecursionError, ValueError):
+        # Nested too deeply, or holding a number that is too long to be written.
+        return f"a {type(value).__name__}"
+
+
+_MOST_BITS = 1024
+
+
+def _written(value: object) -> str:
+    """`value` as a specification would have it: "text" in quotes, true, 2, [1, 2]."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    plain = _plain(value)
+    return repr(plain) if isinstance(value, str) or not isinstance(plain, str) else plain
 
 
 class InvalidState(VmlabError):

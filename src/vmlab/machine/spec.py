@@ -23,6 +23,7 @@ from pydantic import (
 
 from vmlab.machine.architecture import Architecture, host_architecture, parse_architecture
 from vmlab.machine.documents import build, parse_document, read_document
+from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.sizes import MIB, Size, format_size
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
@@ -31,8 +32,13 @@ NAME = re.compile(NAME_PATTERN)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 
 
+def is_name(value: object) -> bool:
+    """Whether `value` is a name as NAME_RULE says."""
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
 def _check_name(value: object) -> object:
-    if not isinstance(value, str) or not NAME.fullmatch(value):
+    if not is_name(value):
         raise ValueError(NAME_RULE)
     return value
 
@@ -232,6 +238,11 @@ class Console(_Part):
     kind: Literal["serial", "virtio"] = "serial"
 
 
+DEFAULT_CONSOLES = (Console(),)
+DEFAULT_CHANNELS = ("vmlab.agent",)
+"""What a machine has unless its specification says otherwise."""
+
+
 class HostDevice(_Part):
     """A device of the host's given to the guest."""
 
@@ -270,9 +281,9 @@ class MachineSpec(_Part):
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     shares: tuple[Share, ...] = ()
-    consoles: tuple[Console, ...] = Field(default_factory=lambda: (Console(),))
+    consoles: tuple[Console, ...] = DEFAULT_CONSOLES
     channels: tuple[Name, ...] = Field(
-        ("vmlab.agent",), description="byte channels between host and guest"
+        DEFAULT_CHANNELS, description="byte channels between host and guest"
     )
     host_devices: tuple[HostDevice, ...] = ()
     display: bool = Field(False, description="a display, for screenshots and keys")
@@ -341,6 +352,18 @@ class MachineSpec(_Part):
             InvalidSpec: naming field, value and what would be right.
         """
         return build(MachineSpec, {**self.model_dump(), **fields})
+
+    def renamed(self, name: str) -> MachineSpec:
+        """The same specification for another machine: its own name, and MAC addresses of its own.
+
+        Raises:
+            InvalidSpec: the name is not one.
+        """
+        if not is_name(name):
+            raise InvalidSpec([SpecProblem("name", name, NAME_RULE)], hint="choose another name")
+        # Nothing else can become wrong by this, so nothing else is checked again.
+        nics = tuple(nic.model_copy(update={"mac": None}) for nic in self.nics)
+        return self.model_copy(update={"name": name, "nics": nics})
 
     def disk(self, name: str) -> Disk | None:
         """The disk of that name, if there is one."""

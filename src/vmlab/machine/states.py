@@ -178,13 +178,18 @@ class Lifecycle:
         """The present state."""
         return self._state
 
-    def require(self, operation: str) -> None:
+    def require(self, operation: str, allowed: frozenset[MachineState] | None = None) -> None:
         """Refuse `operation` unless the present state allows it to begin.
+
+        Args:
+            operation: Its name.
+            allowed: The states it may begin in, where OPERATIONS does not say that.
 
         Raises:
             InvalidState: with the states that would allow it and the actual one.
         """
-        allowed = OPERATIONS[operation]
+        if allowed is None:
+            allowed = OPERATIONS[operation]
         if self._state not in allowed:
             raise InvalidState(
                 operation,
