@@ -318,16 +318,10 @@ def files_page() -> str:
 
 
 def schemas() -> Mapping[str, dict[str, Any]]:
-    """JSON Schemas of the documents, by the names that `vmlab schema` has for them."""
-    from vmlab.machine.capabilities import Capabilities
-    from vmlab.machine.faults import FaultSchedule
-    from vmlab.machine.spec import MachineSpec
-    from vmlab.report.model import schema as report_schema
+    """JSON Schemas of the documents, as `vmlab schema` prints them, by its names for them."""
+    from vmlab.cli.schema import Document, schema_of
 
-    models = {"machine": MachineSpec, "faults": FaultSchedule, "capabilities": Capabilities}
-    return {name: model.model_json_schema() for name, model in models.items()} | {
-        "report": report_schema()
-    }
+    return {document.value: schema_of(document) for document in Document}
 
 
 # ---------------------------------------------------------------------------------- rendering

@@ -41,7 +41,7 @@ class CommandEntry:
 
 
 _PROVE = "Prove and break"
-_LOOK = "Look"
+_LOOK = "Look around and tidy up"
 
 COMMANDS: tuple[CommandEntry, ...] = (
     CommandEntry(
@@ -63,6 +63,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         "vmlab.cli.schema",
         "schema",
         "Print the JSON Schema of a file that vmlab reads or writes.",
+        _LOOK,
+    ),
+    CommandEntry(
+        "clean",
+        "vmlab.cli.clean",
+        "clean",
+        "Remove what dead runs left: processes, mounts, sockets, files.",
         _LOOK,
     ),
     CommandEntry(
@@ -274,6 +281,9 @@ def _report(error: Exception) -> int:
 
 
 def _report_usage(error: typer.TyperException) -> int:
+    if error.message.startswith("Usage: "):
+        print(error.message, file=sys.stderr)  # a group without a command: the help is the message
+        return error.exit_code
     context = getattr(error, "ctx", None)
     where = context.command_path if context is not None else "vmlab"
     message = _as_sentence_part(error.format_message())

@@ -118,8 +118,15 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
+    out = console()
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+        title=title,
+        title_justify="left",
+        # In a pipe, only words: a rule as wide as the longest hint says nothing there.
+        box=box.SIMPLE_HEAD if out.is_terminal else None,
+        padding=(0, 2 if not out.is_terminal else 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
     for column in columns:
         table.add_column(
@@ -128,7 +135,6 @@ def print_table(
     for row in rows:
         # Text, not str: a "[" in somebody's machine name is no markup.
         table.add_row(*(Text(_cell(row.get(column.key))) for column in columns))
-    out = console()
     if out.is_terminal:
         out.print(table)
         return

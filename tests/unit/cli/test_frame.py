@@ -107,19 +107,21 @@ def test_unknown_option_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> No
     assert "--bogus" in capsys.readouterr().err
 
 
-def test_shell_completes_commands_and_imports_only_those_that_fit() -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "vmlab"],
-        env=os.environ
-        | {"_VMLAB_COMPLETE": "complete_bash", "COMP_WORDS": "vmlab sch", "COMP_CWORD": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+def test_shell_completes_commands_and_imports_only_those_that_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("_VMLAB_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "vmlab sch")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    done = run_python(
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*sys.modules, sep='\\n', file=sys.stderr))\n"
+        "from vmlab.cli.main import main\n"
+        "sys.exit(main([]))"
     )
     assert done.stdout.split() == ["schema"]
-    assert "vmlab.cli.schema" in done.stderr
-    assert "vmlab.cli.doctor" not in done.stderr
+    assert "vmlab.cli.schema" in done.stderr.split()
+    assert "vmlab.cli.doctor" not in done.stderr.split()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +235,24 @@ def test_typer_app_is_a_command_with_subcommands(
     assert capsys.readouterr().out == "this is two\n"
 
 
+def test_group_without_a_command_prints_its_help(
+    command: Callable[[object], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+    @app.command()
+    def one() -> None:
+        print("this is one")
+
+    @app.callback()
+    def group() -> None:
+        """A group of one."""
+
+    command(app)
+    assert frame.main(["probe"]) == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith("Usage: vmlab probe")
+
+
 def test_global_options_reach_the_output(
     command: Callable[[object], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +349,7 @@ def test_table_shows_its_columns_and_no_other(capsys: pytest.CaptureFixture[str]
     output.print_table(COLUMNS, ROWS, as_json=False)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["machine", "vCPUs", "tags"]
-    assert lines[2:] == [["web[1]", "2", "a,", "b"], ["db", "-", "-"]]
+    assert lines[1:] == [["web[1]", "2", "a,", "b"], ["db", "-", "-"]]
 
 
 def test_table_in_a_pipe_is_never_cut(capsys: pytest.CaptureFixture[str]) -> None:
