@@ -70,6 +70,13 @@ class FileLock:
 
     def release(self) -> None:
         """Let go of it; again does nothing."""
+        if self._descriptor is not None:
+            # For all who share the open file: a child between fork and exec does for a moment.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        self.drop()
+
+    def drop(self) -> None:
+        """Close the descriptor, and nothing else: in a fork, the lock is the parent's."""
         _held.discard(self)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -82,7 +89,7 @@ _held: set[FileLock] = set()
 def _close_after_fork() -> None:
     """A fork shares the lock's open file, and would hold the lock beyond its parent's death."""
     for lock in tuple(_held):
-        lock.release()
+        lock.drop()
 
 
 os.register_at_fork(after_in_child=_close_after_fork)

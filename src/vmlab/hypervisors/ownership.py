@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 import platformdirs
 
 from vmlab.hypervisors.locks import FileLock, locked_now
-from vmlab.hypervisors.processes import ProcessIdentity, boot_id
+from vmlab.hypervisors.processes import ProcessIdentity, boot_id, wait_for_dead_children
 from vmlab.hypervisors.records import FILE_NAME, LOCK, read_document, write_document
 from vmlab.machine.errors import OperationFailed, VmlabError
 from vmlab.report import write_atomically
@@ -218,14 +218,24 @@ class Run:
                 continue
             if lock is not None:
                 break
-        runtime = _choose_runtime(directory)
+        run = cls(home, Owner("run", id_, directory), lock)
+        try:
+            run._prepare()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _prepare(self) -> None:
+        """Write down who this is, and make the directory of sockets."""
+        runtime = _choose_runtime(self.directory)
         myself = ProcessIdentity.of(os.getpid())
         assert myself is not None
-        # Written before the directory of sockets is made, so that the reaper knows of it.
+        # Written before that directory is made, so that the reaper knows of it in any case.
         write_document(
-            directory / "run.json",
+            self.directory / "run.json",
             {
-                "id": id_,
+                "id": self.id,
                 "pid": myself.pid,
                 "start": myself.start,
                 "boot": boot_id(),
@@ -236,7 +246,7 @@ class Run:
         )
         if runtime is not None:
             runtime.mkdir(mode=0o700)
-        return cls(home, Owner("run", id_, directory, runtime), lock)
+            self.owner = replace(self.owner, runtime=runtime)
 
     def close(self) -> list[ReapItem]:
         """End the run: its processes, mounts and files go. Closing it again does nothing.
@@ -250,6 +260,7 @@ class Run:
 
         try:
             items = clear_run(self.directory)
+            wait_for_dead_children()
         finally:
             self._lock.release()
         return [item for item in items if item.error is not None]

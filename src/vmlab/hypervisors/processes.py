@@ -53,6 +53,7 @@ __all__ = [
     "send_signal",
     "spawn",
     "start",
+    "wait_for_dead_children",
 ]
 
 RUN_VARIABLE: Final = "VMLAB_RUN"
@@ -62,6 +63,9 @@ MACHINE_VARIABLE: Final = "VMLAB_MACHINE"
 
 _RECORDS = "processes"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_UNFINISHED_S = 60.0
+"""Age of an empty record that nobody is going to write any more."""
+
 _POLL_S = 0.01
 """How often a process is looked at where it has no pidfd."""
 
@@ -117,8 +121,10 @@ def recorded(directory: Path) -> list[ProcessRecord]:
 def _prctl() -> Callable[[int, int, int, int, int], int] | None:
     if sys.platform != "linux":
         return None
-    function: Callable[[int, int, int, int, int], int] = ctypes.CDLL(None, use_errno=True).prctl
-    return function
+    function = ctypes.CDLL(None, use_errno=True).prctl
+    function.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    checked: Callable[[int, int, int, int, int], int] = function
+    return checked
 
 
 _PRCTL = _prctl()
@@ -483,6 +489,7 @@ def adopt(owner: Owner, machine: str | None = None) -> list[OwnedProcess]:
         machine: Of that machine only; None is all.
     """
     found = []
+    _prune_unfinished(owner.directory)
     for record in recorded(owner.directory):
         if machine is not None and record.machine != machine:
             continue
@@ -492,6 +499,16 @@ def adopt(owner: Owner, machine: str | None = None) -> list[OwnedProcess]:
         else:
             record.path.unlink(missing_ok=True)
     return found
+
+
+def _prune_unfinished(directory: Path) -> None:
+    """Drop records whose writers died before they had written: no program ran for them."""
+    with suppress(OSError):
+        for path in (directory / _RECORDS).iterdir():
+            found = path.stat()
+            # An empty one may be about to be written.
+            if found.st_size == 0 and time.time() - found.st_mtime > _UNFINISHED_S:
+                path.unlink()
 
 
 def collect(processes: Iterable[ProcessIdentity], timeout: float = 5.0) -> list[ProcessIdentity]:
@@ -507,6 +524,12 @@ def collect(processes: Iterable[ProcessIdentity], timeout: float = 5.0) -> list[
             break
         time.sleep(_POLL_S / 10)
     return left
+
+
+def wait_for_dead_children() -> None:
+    """Let go of the children that have ended and that nobody waited for."""
+    for process in tuple(_children):
+        _gone(process)
 
 
 def _gone(process: ProcessIdentity) -> bool:

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vmlab.hypervisors import process_identity
+from vmlab.hypervisors.process_identity import (
+    ProcessIdentity,
+    boot_id,
+    open_pidfd,
+    send_signal,
+)
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def identity(process: subprocess.Popen[bytes]) -> ProcessIdentity:
+    found = ProcessIdentity.of(process.pid)
+    assert found is not None
+    return found
+
+
+def test_a_process_is_itself(child: subprocess.Popen[bytes]) -> None:
+    assert identity(child) == identity(child)
+    assert identity(child).alive
+    assert identity(child) != ProcessIdentity.of(os.getpid())
+
+
+@needs_proc
+def test_its_start_is_the_kernel_s(child: subprocess.Popen[bytes]) -> None:
+    since_boot = identity(child).start / os.sysconf("SC_CLK_TCK")
+    assert psutil.boot_time() + since_boot == pytest.approx(
+        psutil.Process(child.pid).create_time(), abs=1.1
+    )
+
+
+@needs_proc
+def test_a_name_with_parentheses_and_spaces_confuses_nobody() -> None:
+    code = (
+        "import ctypes; ctypes.CDLL(None).prctl(15, b') Z 1 (', 0, 0, 0); "
+        "print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert b") Z 1 (" in Path(f"/proc/{process.pid}/stat").read_bytes()
+        assert identity(process).alive
+        process.kill()
+
+
+def test_the_dead_are_nobody_also_before_somebody_waits(child: subprocess.Popen[bytes]) -> None:
+    who = identity(child)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert ProcessIdentity.of(child.pid) is None
+    assert not who.alive
+    assert not send_signal(who, signal.SIGTERM)
+    child.wait()
+    assert ProcessIdentity.of(child.pid) is None
+
+
+def test_a_signal_reaches_the_process_and_no_other_with_its_number(
+    child: subprocess.Popen[bytes],
+) -> None:
+    who = identity(child)
+    another_before = replace(who, start=who.start - 1)
+    assert not send_signal(another_before, signal.SIGKILL)
+    assert child.poll() is None, "a process that got the number later was killed"
+    assert send_signal(who, signal.SIGTERM)
+    assert child.wait(5) == -signal.SIGTERM
+
+
+def test_a_process_that_is_gone_gets_no_signal() -> None:
+    assert not send_signal(ProcessIdentity(2**22 + 1, 1), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, None])
+def test_without_pidfds_the_start_time_still_protects(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    def refuse(pid: int) -> int:
+        if number is None:
+            raise AttributeError("pidfd_open")
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(process_identity.os, "pidfd_open", refuse, raising=False)
+    who = identity(child)
+    assert open_pidfd(who) is None
+    assert not send_signal(replace(who, start=who.start - 1), signal.SIGKILL)
+    assert child.poll() is None
+    assert send_signal(who, signal.SIGTERM)
+    assert child.wait(5) == -signal.SIGTERM
+
+
+def test_a_pidfd_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(process_identity.os, "pidfd_open", refuse, raising=False)
+    with pytest.raises(OSError, match="too many"):
+        send_signal(ProcessIdentity(os.getpid(), 0), 0)
+
+
+def test_where_there_is_no_proc_psutil_tells(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(path: Path, *arguments: object) -> bytes:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(process_identity.Path, "read_bytes", missing)
+    monkeypatch.setattr(process_identity.Path, "read_text", missing)
+    monkeypatch.setattr(process_identity.Path, "exists", lambda path: False)
+    who = ProcessIdentity.of(child.pid)
+    assert who is not None
+    assert who.start == pytest.approx(psutil.Process(child.pid).create_time() * 100, abs=1)
+    assert who.alive
+    assert boot_id().startswith("boot-1")
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert ProcessIdentity.of(child.pid) is None
+    child.wait()
+    assert ProcessIdentity.of(child.pid) is None
+
+
+@needs_proc
+def test_a_boot_has_a_name() -> None:
+    assert boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
