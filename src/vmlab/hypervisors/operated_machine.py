@@ -93,16 +93,16 @@ class OperatedMachine(SerialisedMachine):
 
         async def action(operation: Operation) -> None:
             if graceful and operation.before is not MachineState.UNKNOWN:
-                if not kill:
-                    return await ask(operation)
-                # The guest has its grace from now on, however long this waited for its turn.
-                operation.allow(in_all)
-                waiting = asyncio.timeout(grace if grace < math.inf else None)
+                if kill:
+                    # The guest has its grace from now on, however long this waited for its turn.
+                    operation.allow(in_all)
+                waiting = asyncio.timeout(grace if kill and grace < math.inf else None)
                 try:
                     async with waiting:
                         return await ask(operation)
                 except (VmlabError, *HOST_ERRORS):
-                    if not waiting.expired():
+                    # A guest that ended by itself could not be asked, but what is left of it goes.
+                    if not waiting.expired() and self._fate is None:
                         raise
             return await self._do_kill(operation)
 

@@ -58,7 +58,8 @@ class SerialisedMachine(MachineHooks):
         # Operations that were called and have not returned, in the order of the calls.
         self._pending: dict[Operation, None] = {}
         self._current: Operation | None = None
-        self._crash: str | None = None
+        # How the machine ended by itself under the present operation, and why.
+        self._fate: tuple[MachineState, str] | None = None
         self._changed = hypervisor.now()
         self._changes = 0
         self._lifecycle = Lifecycle(spec.name, hypervisor.name, state, self._state_changed)
@@ -101,8 +102,8 @@ class SerialisedMachine(MachineHooks):
                 self._settle(state, reason)
             return
         crashed = state is MachineState.FAILED
-        if crashed:
-            self._crash = reason
+        if crashed or state is MachineState.STOPPED:
+            self._fate = state, reason
         if operation.ending or state is operation.target:
             return
         kind = MachineCrashed if crashed else OperationAborted
@@ -237,7 +238,7 @@ class SerialisedMachine(MachineHooks):
         operation.before = self.state
         operation.started = self._hypervisor.now()
         operation.begun = True
-        self._crash = None
+        self._fate = None
         self._hypervisor.announce(operation, self)
         if via is not None:
             self._lifecycle.move(via, operation.name)
@@ -272,6 +273,8 @@ class SerialisedMachine(MachineHooks):
             async with limit:
                 await self._undo(operation)
                 after = await self._undone_state(operation)
+                if self._fate is not None and after in OFF:
+                    after, reason = self._fate
         except BaseException as second:
             # Also a hook's own mistake, and a CancelledError that comes out of one: whatever it
             # is, the machine is left in a state that lasts.
@@ -285,9 +288,7 @@ class SerialisedMachine(MachineHooks):
             failure.add_note(trouble)
             if not isinstance(second, Exception | asyncio.CancelledError):
                 fatal = second
-        if self._crash is not None and after is not MachineState.UNKNOWN:
-            after, reason = MachineState.FAILED, self._crash
-        elif operation.name == "start" and after in OFF and _is_own(failure):
+        if operation.name == "start" and after in OFF and _is_own(failure):
             # A cancelled or late start never was; one that failed by itself is remembered.
             after = MachineState.FAILED
         self._settle(after, reason)
