@@ -114,6 +114,18 @@ def blocks(path: Path, language: str) -> Iterator[str]:
         yield match[1]
 
 
+def saved_files(path: Path) -> dict[str, str]:
+    """What a page tells its reader to save, by file name."""
+    return {
+        match[1]: match[2]
+        for match in re.finditer(
+            r"Save this as `([\w.]+)`[^`]*(?:`[^`\n]+`[^`]*)*?^```\w+\n(.*?)^```",
+            path.read_text(),
+            re.M | re.S,
+        )
+    }
+
+
 def indented(path: Path) -> Iterator[str]:
     yield from re.findall(r"^ {4}(\S.*)$", path.read_text(), re.MULTILINE)
 
@@ -155,6 +167,8 @@ def test_every_command_that_the_docs_name_exists_with_its_options(page: Path) ->
     ],
 )
 def test_python_in_the_docs_runs(page: Path, code: str, tmp_path: Path) -> None:
+    for name, content in saved_files(page).items():
+        (tmp_path / name).write_text(content)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path,
@@ -164,6 +178,32 @@ def test_python_in_the_docs_runs(page: Path, code: str, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tutorial_s_outage_is_the_same_twice(tmp_path: Path) -> None:
+    script = tmp_path / "outage.py"
+    script.write_text(saved_files(ROOT / "docs/tutorial/first-steps.md")[script.name])
+    first, second = (
+        subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert "the machine is running" in first
+    assert "an hour later it is failed" in first
+    assert "and now it is running" in first
+    assert first == second
+
+
+def test_profiles_in_the_docs_are_profiles(tmp_path: Path) -> None:
+    from vmlab.hypervisors.simulated.profile import SimulationProfile
+
+    profiles = [
+        text for page in PROSE for text in blocks(page, "toml") if text.startswith("extends")
+    ]
+    assert profiles
+    for text in profiles:
+        path = tmp_path / "profile.toml"
+        path.write_text(text)
+        assert SimulationProfile.load(str(path)).name
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
