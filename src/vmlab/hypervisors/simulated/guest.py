@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PROBE: Final = "vmlab.probe"
 """The channel on which the guest answers."""
+ECHO: Final = "vmlab.echo"
+"""The channel on which the guest sends back what it receives."""
 _MAX_READ: Final = 1 << 24
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmlab.hypervisors.simulated.channels import Pipe, SimulatedChannel
 from vmlab.hypervisors.simulated.disk import SimulatedDisk
-from vmlab.hypervisors.simulated.guest import PROBE, Guest, GuestError, GuestState
+from vmlab.hypervisors.simulated.guest import ECHO, PROBE, Guest, GuestError, GuestState
 from vmlab.hypervisors.simulated.network import SimulatedNic, peers
 from vmlab.hypervisors.simulated.sparse import Sparse
 from vmlab.machine.errors import OperationFailed
@@ -272,6 +272,9 @@ class Hardware:
 
     def _asked(self, channel: SimulatedChannel, data: bytes) -> None:
         """Bytes arrive on a channel; on the probe's, each full line is a request."""
+        if channel.name == ECHO:
+            self._held.append((channel, data))
+            self.answer_held()
         if channel.name != PROBE:
             return
         *lines, channel.unfinished = (channel.unfinished + data).split(b"\n")
@@ -282,6 +285,9 @@ class Hardware:
         """Answer what was asked, in its order, as long as guest code runs."""
         while self._held and self.runs:
             channel, line = self._held.pop(0)
+            if channel.name == ECHO:
+                channel.pipe.feed(line)
+                continue
             answer = self.guest.answer(line)
             if answer is None:
                 continue
