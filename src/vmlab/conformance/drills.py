@@ -1,0 +1,260 @@
+"""One call of each operation of the contract, ready to be made from a given state.
+
+The checks of states, cancellation, deadlines and crashes go through all operations alike; here is
+what each needs to be possible: a snapshot to restore, a disk to unplug, somewhere to migrate to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+from vmlab.conformance.bench import Bench
+from vmlab.hypervisors.base import Machine
+from vmlab.machine.capabilities import Capability
+from vmlab.machine.faults import At, Fault, FaultKind, KillFault, NetPartition, PauseFault
+from vmlab.machine.sizes import MIB
+from vmlab.machine.spec import Disk, Nic
+from vmlab.machine.states import OFF, OPERATIONS, MachineState
+
+C = Capability
+S = MachineState
+
+REACHABLE: Final = (S.CREATED, S.RUNNING, S.PAUSED, S.STOPPED, S.FAILED, S.DELETED)
+"""The lasting states that a machine can be brought into on purpose."""
+
+
+@dataclass
+class Stage:
+    """A machine with what the operations need, and the names of those things."""
+
+    machine: Machine
+    snapshot: str = "none"
+    snapshot_state: MachineState = S.STOPPED
+    disk: str = "none"
+    nic: str = "none"
+    fault: str = "none"
+    made: list[str] = field(default_factory=list)
+
+
+Call = Callable[[Bench, Stage], Awaitable[object]]
+Needs = Callable[[MachineState], tuple[Capability, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """One operation: how it is called, what it needs in each state, and where it lands."""
+
+    operation: str
+    call: Call
+    needs: Needs
+    lands: Callable[[Stage, MachineState], MachineState]
+
+
+async def stage(bench: Bench, state: MachineState) -> Stage:
+    """A machine in `state` with a snapshot, a spare disk and NIC, and a fault to clear, if it can.
+
+    Raises:
+        Skipped: machines cannot be crashed here, and `state` is failed.
+    """
+    machine = await bench.create(
+        disks=[*bench.profile.spec.disks, Disk(name="spare", size=16 * MIB)],
+        nics=[*bench.profile.spec.nics, Nic(name="sparenic", network="none")],
+    )
+    ready = Stage(machine, disk="spare", nic="sparenic")
+    if bench.has(C.SNAPSHOT, C.RESTORE):
+        await machine.snapshot("before")
+        ready.snapshot = "before"
+    await bring(bench, ready, state)
+    return ready
+
+
+async def bring(bench: Bench, ready: Stage, state: MachineState) -> None:
+    """Bring the machine, which has to be at rest or running, into `state`."""
+    machine = ready.machine
+    if machine.state is state:
+        return
+    if state in {S.RUNNING, S.PAUSED, S.FAILED} and machine.state in OFF:
+        await machine.start()
+    if state in {S.RUNNING, S.PAUSED} and bench.has(C.FAULTS) and ready.fault == "none":
+        fault = harmless_fault(bench)
+        if fault is not None:
+            ready.fault = await machine.inject(fault)
+    if machine.state is S.PAUSED:
+        await machine.resume()
+    match state:
+        case S.PAUSED:
+            await machine.pause()
+        case S.STOPPED:
+            if machine.state in OFF:
+                await machine.start()
+            await machine.kill()
+        case S.FAILED:
+            await bench.crashed(machine)
+        case S.DELETED:
+            await machine.delete(force=True)
+    if (
+        state in {S.RUNNING, S.PAUSED}
+        and ready.snapshot_state is not state
+        and bench.has(C.MEMORY_SNAPSHOT, C.RESTORE)
+    ):
+        name = f"live-{len(ready.made)}"
+        ready.made.append(name)
+        await machine.snapshot(name)
+        ready.snapshot, ready.snapshot_state = name, state
+
+
+def harmless_fault(bench: Bench) -> Fault | None:
+    """A fault that does nothing for the time of a check, of the first kind that is declared."""
+    later = At(seconds=10_000_000)
+    for fault in (
+        PauseFault(when=later),
+        KillFault(when=later),
+        NetPartition(nic="sparenic", when=later),
+    ):
+        if fault.kind in bench.capabilities.faults:
+            return fault
+    return None
+
+
+def _always(*needed: Capability) -> Needs:
+    return lambda state: needed
+
+
+def _if_live(*needed: Capability) -> Needs:
+    return lambda state: needed if state.is_live else ()
+
+
+def _stays(ready: Stage, before: MachineState) -> MachineState:
+    return before
+
+
+def _goes(to: MachineState) -> Callable[[Stage, MachineState], MachineState]:
+    return lambda ready, before: to
+
+
+def _restored(ready: Stage, before: MachineState) -> MachineState:
+    return ready.snapshot_state
+
+
+async def _migrate(bench: Bench, ready: Stage) -> None:
+    target = bench.another() if len(bench.opened) < 2 else bench.opened[1]
+    bench.keep(await ready.machine.migrate(target))
+
+
+async def _snapshot(bench: Bench, ready: Stage) -> None:
+    ready.made.append(f"made-{len(ready.made)}")
+    await ready.machine.snapshot(ready.made[-1])
+
+
+async def _fork(bench: Bench, ready: Stage) -> None:
+    bench.keep(await ready.machine.fork(bench.name()))
+
+
+async def _plug_disk(bench: Bench, ready: Stage) -> None:
+    ready.made.append(f"disk-{len(ready.made)}")
+    await ready.machine.plug_disk(Disk(name=ready.made[-1], size=16 * MIB))
+
+
+async def _plug_nic(bench: Bench, ready: Stage) -> None:
+    ready.made.append(f"nic-{len(ready.made)}")
+    await ready.machine.plug_nic(Nic(name=ready.made[-1], network="none"))
+
+
+async def _resize(bench: Bench, ready: Stage) -> None:
+    # To what it has: every hypervisor has room for that.
+    await ready.machine.resize(vcpus=ready.machine.spec.cpus.count)
+
+
+async def _inject(bench: Bench, ready: Stage) -> None:
+    fault = harmless_fault(bench)
+    if fault is not None:
+        await ready.machine.inject(fault)
+
+
+async def _channel(bench: Bench, ready: Stage) -> None:
+    channel = await ready.machine.channel(ready.machine.spec.channels[0])
+    await channel.close()
+
+
+async def _console(bench: Bench, ready: Stage) -> None:
+    console = await ready.machine.console(ready.machine.spec.consoles[0].name)
+    await console.close()
+
+
+_DRILLS = (
+    Drill("start", lambda b, r: r.machine.start(), _always(), _goes(S.RUNNING)),
+    Drill("stop", lambda b, r: r.machine.stop(), _always(), _goes(S.STOPPED)),
+    Drill("kill", lambda b, r: r.machine.kill(), _always(), _goes(S.STOPPED)),
+    Drill("pause", lambda b, r: r.machine.pause(), _always(C.PAUSE), _goes(S.PAUSED)),
+    Drill("resume", lambda b, r: r.machine.resume(), _always(C.RESUME), _goes(S.RUNNING)),
+    Drill("restart", lambda b, r: r.machine.restart(), _always(), _goes(S.RUNNING)),
+    Drill("snapshot", _snapshot, _always(C.SNAPSHOT), _stays),
+    Drill(
+        "restore",
+        lambda b, r: r.machine.restore(r.snapshot),
+        lambda state: (C.SNAPSHOT, C.RESTORE, *((C.MEMORY_SNAPSHOT,) if state.is_live else ())),
+        _restored,
+    ),
+    Drill(
+        "delete_snapshot",
+        lambda b, r: r.machine.delete_snapshot(r.snapshot),
+        _always(C.SNAPSHOT, C.RESTORE),
+        _stays,
+    ),
+    Drill("fork", _fork, _always(C.FORK), _stays),
+    Drill(
+        "migrate",
+        _migrate,
+        lambda state: (C.LIVE_MIGRATION if state.is_live else C.COLD_MIGRATION,),
+        _goes(S.DELETED),
+    ),
+    Drill("plug_disk", _plug_disk, _if_live(C.HOTPLUG_DISK), _stays),
+    Drill(
+        "resize_disk",
+        lambda b, r: r.machine.resize_disk(r.disk, 16 * MIB),
+        _always(C.RESIZE_DISK),
+        _stays,
+    ),
+    Drill(
+        "unplug_disk",
+        lambda b, r: r.machine.unplug_disk(r.disk),
+        _if_live(C.HOTPLUG_DISK),
+        _stays,
+    ),
+    Drill("plug_nic", _plug_nic, _if_live(C.HOTPLUG_NIC), _stays),
+    Drill("unplug_nic", lambda b, r: r.machine.unplug_nic(r.nic), _if_live(C.HOTPLUG_NIC), _stays),
+    Drill(
+        "resize",
+        _resize,
+        lambda state: (C.HOTPLUG_VCPU if state.is_live else C.RESIZE,),
+        _stays,
+    ),
+    Drill("pin", lambda b, r: r.machine.pin({0: (0,)}), _always(C.PINNING), _stays),
+    Drill("inject", _inject, _always(C.FAULTS), _stays),
+    Drill(
+        "clear_fault",
+        lambda b, r: r.machine.clear_fault(r.fault),
+        _always(C.FAULTS),
+        _stays,
+    ),
+    Drill("channel", _channel, _always(C.GUEST_CHANNELS), _stays),
+    Drill("delete", lambda b, r: r.machine.delete(), _always(), _goes(S.DELETED)),
+    Drill("info", lambda b, r: r.machine.info(), _always(), _stays),
+    Drill("console", _console, _always(C.CONSOLE), _stays),
+    Drill("metrics", lambda b, r: r.machine.metrics(), _always(), _stays),
+)
+DRILLS: Final[Mapping[str, Drill]] = MappingProxyType({drill.operation: drill for drill in _DRILLS})
+"""Every operation that has a rule of states, by its name."""
+
+
+def allowed(operation: str, state: MachineState) -> bool:
+    """Whether the contract allows the operation to begin in that state."""
+    return state in OPERATIONS[operation]
+
+
+def fault_kinds(bench: Bench) -> frozenset[FaultKind]:
+    """The kinds of fault that the hypervisor declares."""
+    return bench.capabilities.faults if bench.has(C.FAULTS) else frozenset()

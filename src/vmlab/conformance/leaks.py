@@ -1,0 +1,143 @@
+"""What this process and the host hold that a check may have left behind.
+
+Descriptors, sockets, child processes, threads, and processes that escaped: every descendant
+inherits `MARK` in its environment, so that one that made itself an orphan is found by it. Linux
+tells all of this in /proc (proc(5)); elsewhere psutil does, without what escaped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+MARK: Final = "VMLAB_CONFORMANCE_CHECK"
+"""Environment variable whose value tells which check a process was started under."""
+
+_PROC: Final = Path("/proc")
+_LINUX: Final = sys.platform == "linux"
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a process holds at one moment."""
+
+    descriptors: dict[int, str]
+    children: frozenset[int]
+    threads: frozenset[int]
+
+    @classmethod
+    def now(cls) -> Holdings:
+        """What this process holds now."""
+        return cls(
+            dict(_descriptors()),
+            frozenset(_children()),
+            frozenset(thread.ident for thread in threading.enumerate() if thread.ident is not None),
+        )
+
+    def more_than(self, before: Holdings) -> dict[str, list[str]]:
+        """What is held now and was not before: audit -> what it is."""
+        new = {
+            number: target
+            for number, target in self.descriptors.items()
+            if before.descriptors.get(number) != target
+        }
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return {
+            "audit.sockets": [
+                _socket(target) for target in new.values() if target.startswith("socket:")
+            ],
+            "audit.descriptors": [
+                target for target in new.values() if not target.startswith("socket:")
+            ],
+            "audit.processes": [
+                describe_process(pid) for pid in sorted(self.children - before.children)
+            ],
+            "audit.threads": [
+                str(names.get(ident, ident)) for ident in sorted(self.threads - before.threads)
+            ],
+        }
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    folder = "/proc/self/fd" if _LINUX else "/dev/fd"
+    for name in os.listdir(folder):  # noqa: PTH208  # a Path for each descriptor is slow
+        # The descriptor of the listing itself is gone by now.
+        with suppress(OSError):
+            path = f"{folder}/{name}"
+            target = os.readlink(path) if _LINUX else str(os.fstat(int(name)).st_ino)  # noqa: PTH115
+            yield int(name), target
+
+
+def _children() -> Iterator[int]:
+    if not _LINUX:
+        import psutil
+
+        yield from (child.pid for child in psutil.Process().children(recursive=True))
+        return
+    for task in (_PROC / "self" / "task").iterdir():
+        with suppress(OSError):
+            yield from map(int, (task / "children").read_text().split())
+
+
+def _socket(target: str) -> str:
+    """The socket with its local address, where it is of the internet."""
+    inode = target.removeprefix("socket:[").removesuffix("]")
+    for table in ("tcp", "tcp6", "udp", "udp6", "unix"):
+        with suppress(OSError):
+            for line in (_PROC / "self" / "net" / table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if inode in fields:
+                    where = fields[1] if table != "unix" else fields[-1]
+                    return f"{table} socket {where}"
+    return target
+
+
+def describe_process(pid: int) -> str:
+    """A process by its number and command line."""
+    try:
+        line = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    except (OSError, UnicodeDecodeError):
+        line = ""
+    return f"process {pid} ({line or 'no command line: a zombie, or gone'})"
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Processes other than this one that were started while `MARK` was `mark`."""
+    if not _LINUX:
+        return []
+    entry = f"{MARK}={mark}".encode()
+    found = []
+    for name in os.listdir(_PROC):  # noqa: PTH208  # called after every check
+        if name.isdigit() and int(name) != os.getpid():
+            with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:  # noqa: PTH123
+                if entry in file.read().split(b"\0"):
+                    found.append(int(name))
+    return found
+
+
+@contextmanager
+def marking(mark: str) -> Iterator[None]:
+    """Let every process that is started meanwhile carry `mark`."""
+    before = os.environ.get(MARK)
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(MARK, None)
+        else:
+            os.environ[MARK] = before
+
+
+def files_under(directory: Path) -> list[str]:
+    """Everything that is under `directory`, relative to it, directories with a "/"."""
+    return sorted(
+        str(path.relative_to(directory)) + ("/" if path.is_dir() else "")
+        for path in directory.rglob("*")
+    )
