@@ -71,9 +71,7 @@ class LossyEventLog(EventLog):
             return events
         return [event for event in events if event.sequence not in self._lost]
 
-    async def follow(self, since: int | None = None) -> AsyncIterator[Event]:
-        """Events as they happen, without the lost ones, until `close`."""
-        cursor = self._last if since is None else since
+    async def _follow(self, cursor: int) -> AsyncIterator[Event]:
         while True:
             events, cursor = self.since(cursor), self._last
             for event in events:

@@ -220,10 +220,13 @@ class SimulatedHypervisor(OperatedHypervisor):
 
     def stale_by(self, machine: SimulatedMachine) -> float | None:
         """How many seconds old the answer to a status query is, if it is not fresh."""
+        if self.closing:
+            return None
         luck = self.profile.luck
         self._stale_answers[machine.name] += 1
         count = self._stale_answers[machine.name]
-        by_fault = self.world.faults.stale(machine.hardware)
+        hardware = self.world.machines.get(machine.id)
+        by_fault = self.world.faults.stale(hardware) if hardware is not None else None
         if by_fault is None and not (
             luck.stale_status > 0
             and self.chances.unit("stale", machine.name, count) < luck.stale_status

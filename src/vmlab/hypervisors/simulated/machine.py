@@ -127,7 +127,7 @@ class SimulatedMachine(OperatedMachine):
         elif self._current is not None and self._current.name in ("inject", "clear_fault"):
             # It is what the operation under way wanted.
             self._emit(event, reason=reason)
-            self._lifecycle.move(state, reason)
+            self._settle(state, reason)
         else:
             self._happened(state, event, reason)
 
@@ -152,23 +152,24 @@ class SimulatedMachine(OperatedMachine):
             return
         if self.id not in self._hypervisor.world.machines:
             # The crash came between its removal and the record of that.
-            self._lifecycle.move(MachineState.DELETING, "found gone")
+            self._settle(MachineState.DELETING, "found gone")
             self._emit(EventType.DELETED)
             self._lifecycle.move(MachineState.DELETED, "found gone")
             self._hypervisor.forget(self)
             return
-        self._lifecycle.move(self._settled(self.seen), "found again")
+        self._settle(self._at_rest_or(self.seen), "found again")
         self._emit(EventType.ADOPTED, owner=str(self._hypervisor.owner))
 
-    def _settled(self, seen: MachineState) -> MachineState:
+    def _at_rest_or(self, seen: MachineState) -> MachineState:
         """What a machine is whose hardware does `seen`: one never started is created, not off."""
         never = seen is MachineState.STOPPED and self.hardware.boots == 0
         return MachineState.CREATED if never else seen
 
     @property
     def seen(self) -> MachineState:
-        """What the hardware does."""
-        return _SEEN[self.hardware.power]
+        """What the hardware does; unknown where it is gone (a delete that failed half-way)."""
+        hardware = self._hypervisor.world.machines.get(self.id)
+        return _SEEN[hardware.power] if hardware is not None else MachineState.UNKNOWN
 
     def _state_changed(self, old: MachineState, new: MachineState, reason: str) -> None:
         super()._state_changed(old, new, reason)
@@ -234,7 +235,12 @@ class SimulatedMachine(OperatedMachine):
         hardware.turn_off()
 
     async def _do_kill(self, operation: Operation) -> None:
-        await self._hypervisor.conduct("kill", self, operation, self.hardware.turn_off)
+        def turn_off() -> None:
+            hardware = self._hypervisor.world.machines.get(self.id)
+            if hardware is not None:
+                hardware.turn_off()
+
+        await self._hypervisor.conduct("kill", self, operation, turn_off)
 
     async def _do_reset(self, operation: Operation) -> None:
         hardware = self.hardware
