@@ -7,6 +7,7 @@ mount: while one stands below a directory, the directory stays.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -230,26 +231,28 @@ def _sockets_below(directory: Path) -> list[Path]:
 
 def _remove_tree(directory: Path) -> str | None:
     """Remove a directory with all in it; what went wrong. What another removes is no error."""
+    lock = directory / LOCK
     try:
         for folder, names, _ in os.walk(directory):
             for name in names:
                 path = Path(folder, name)
                 if not path.is_symlink() and path.lstat().st_mode & 0o700 != 0o700:
                     path.chmod(0o700)
-        lock = directory / LOCK
-        for entry in sorted(directory.iterdir()):
+        for entry in directory.iterdir():
             if entry == lock:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink(missing_ok=True)
-        # Without its lock the directory is anybody's to remove: until here nobody else did.
         lock.unlink(missing_ok=True)
         directory.rmdir()
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno == errno.ENOTEMPTY and lock.exists():
+            # Without its lock it looked like another dead run to the next reaper, who has it now.
+            return None
         return f"{error.strerror}: {error.filename}"
     return None
 

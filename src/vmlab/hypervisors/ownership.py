@@ -12,10 +12,12 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import stat
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -317,6 +319,27 @@ class Store:
                 hint="set VMLAB_HOME to a directory that you can write to",
             ) from error
         return cls(home, name, Owner("store", name, directory, runtime))
+
+    def delete(self) -> None:
+        """Remove the store, which has to be empty; removing it again does nothing.
+
+        Raises:
+            OperationFailed: it has machines, or something cannot be removed.
+        """
+        machines = sorted(path.parent.name for path in self.directory.glob("machines/*/*/machine.json"))
+        if machines:
+            raise OperationFailed(
+                f"the store {self.name!r} has {len(machines)} machines: {', '.join(machines[:5])}",
+                hint="delete those first",
+            )
+        try:
+            for directory in filter(None, (self.owner.runtime, self.directory)):
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(directory)
+        except OSError as error:
+            raise OperationFailed(
+                f"cannot remove the store {self.name!r}: {error.strerror}: {error.filename}"
+            ) from error
 
     @classmethod
     def all(cls, home: Home | None = None) -> list[Store]:

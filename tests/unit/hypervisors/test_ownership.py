@@ -16,6 +16,7 @@ from vmlab.hypervisors.leftovers import ReapItem
 from vmlab.hypervisors.locks import FileLock
 from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT, Home, Owner, Run, Store
 from vmlab.hypervisors.process_identity import ProcessIdentity, boot_id
+from vmlab.hypervisors.records import MachineRecords
 from vmlab.machine.errors import OperationFailed, VmlabError
 
 
@@ -339,3 +340,33 @@ def test_a_store_that_cannot_be_made_says_why(home: Home) -> None:
     (home.stores / "lab").touch()
     with pytest.raises(VmlabError, match="cannot open the store 'lab'"):
         Store.open(home, "lab")
+
+
+def test_an_empty_store_can_be_deleted(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / ("long" * 20))
+    store = Store.open(home, "lab")
+    records = MachineRecords(store.owner, "qemu")
+    records.create("m1")
+    records.save("m1", {})
+    with pytest.raises(OperationFailed, match="has 1 machines: m1"):
+        store.delete()
+    assert store.directory.exists()
+    records.remove("m1")
+    store.delete()
+    assert not store.directory.exists()
+    assert store.owner.runtime is not None
+    assert not store.owner.runtime.exists()
+    store.delete()
+    assert Store.all(home) == []
+
+
+def test_a_store_that_cannot_be_deleted_says_why(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    store = Store.open(home, "lab")
+    monkeypatch.setattr(ownership.shutil, "rmtree", refuse)
+    with pytest.raises(OperationFailed, match="cannot remove the store 'lab': Read-only"):
+        store.delete()
