@@ -199,5 +199,4 @@ async def audit_tasks() -> list[Finding]:
     return [
         Finding("audit.tasks", AUDITS["audit.tasks"], "none", task.get_name() + f" {task!r}")
         for task in left
-        if task is not None
     ]

@@ -73,6 +73,7 @@ class Bench:
         self.random = random.Random(f"{seed}/{topic}")
         self.expectations: list[Expectation] = []
         self.notes: list[str] = []
+        self.used: set[Capability] = set()
         self.undeclared_working: set[Capability] = set()
         self.timings: dict[str, list[float]] = {}
         self.opened: list[Hypervisor] = []
@@ -114,8 +115,11 @@ class Bench:
         return made
 
     def has(self, *capabilities: Capability) -> bool:
-        """Whether all of `capabilities` are declared."""
-        return all(capability in self.capabilities for capability in capabilities)
+        """Whether all of `capabilities` are declared; the check goes on to use them then."""
+        declared = all(capability in self.capabilities for capability in capabilities)
+        if declared:
+            self.used |= set(capabilities)
+        return declared
 
     # Machines.
 

@@ -75,6 +75,7 @@ class ConformanceProfile:
         settle: Seconds that a guest is left alone to see whether something moves.
         patience: Seconds that one check may take, on the hypervisor's clock.
         processes: Whether machines are processes of this host.
+        reliable: Whether operations, events and answers can be relied on with given options.
     """
 
     hypervisor: str
@@ -93,6 +94,7 @@ class ConformanceProfile:
     settle: float = 2.0
     patience: float = 3600.0
     processes: bool = True
+    reliable: Callable[[Mapping[str, str]], bool] = lambda options: True
 
     def with_changes(self, **changes: object) -> ConformanceProfile:
         """The same profile with some attributes replaced."""

@@ -41,6 +41,7 @@ class CheckResult:
     expectations: list[Expectation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timings: dict[str, list[float]] = field(default_factory=dict)
+    used: set[Capability] = field(default_factory=set)
     undeclared_working: set[Capability] = field(default_factory=set)
     seconds: float = 0.0
 

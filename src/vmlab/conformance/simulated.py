@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vmlab.conformance.probe import PROBE_CHANNEL, ChannelProbe
 from vmlab.conformance.profiles import ConformanceProfile
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
@@ -27,6 +29,18 @@ async def corrupt(hypervisor: Hypervisor, machine: Machine, snapshot: Snapshot) 
     hypervisor.world.machines[machine.id].snapshots[snapshot.name].damage()
 
 
+def reliable(options: Mapping[str, str]) -> bool:
+    """Whether nothing is left to chance in the profile that the options name.
+
+    Raises:
+        InvalidSpec: there is no such profile.
+    """
+    from vmlab.hypervisors.simulated.profile import Luck, SimulationProfile
+
+    luck = SimulationProfile.load(options.get("profile", "standard")).luck
+    return luck == Luck()
+
+
 profile = ConformanceProfile(
     hypervisor="simulated",
     spec=MachineSpec.of(
@@ -43,4 +57,5 @@ profile = ConformanceProfile(
     must_declare=frozenset(set(Capability) - _NEVER),
     seed_option="seed",
     processes=False,
+    reliable=reliable,
 )

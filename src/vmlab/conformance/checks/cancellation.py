@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 from vmlab.conformance.bench import Bench, names
 from vmlab.conformance.drills import DRILLS, Drill, Stage, bring, stage
 from vmlab.conformance.registry import check
+from vmlab.hypervisors.base import Machine
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import DeadlineExceeded
 from vmlab.machine.sizes import MIB
@@ -139,7 +141,9 @@ async def _coroutine(lab: Bench, drill: Drill, ready: Stage) -> object:
 async def making(lab: Bench) -> None:
     hypervisor = lab.hypervisor
     origin = await lab.run()
-    ways = {"create": lambda name, limit: hypervisor.create(lab.spec(name=name), timeout=limit)}
+    ways: dict[str, Callable[[str, float | None], Coroutine[Any, Any, Machine]]] = {
+        "create": lambda name, limit: hypervisor.create(lab.spec(name=name), timeout=limit)
+    }
     if lab.has(Capability.SNAPSHOT, Capability.RESTORE):
         taken = await origin.snapshot("origin")
         ways["create_from"] = lambda name, limit: hypervisor.create_from(taken, name, timeout=limit)

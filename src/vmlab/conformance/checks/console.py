@@ -18,7 +18,7 @@ NEEDS = [Capability.CONSOLE]
 )
 async def log(lab: Bench) -> None:
     machine = await lab.run()
-    printed = []
+    printed: list[str] = []
     for end in (machine.restart, machine.kill):
         for word in ("first", "second"):
             printed.append(f"conformance {word} {len(printed)}")
