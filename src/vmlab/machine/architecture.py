@@ -37,26 +37,28 @@ _CONSOLE = {
     Architecture.X86_64: "ttyS0",
     Architecture.PPC64LE: "hvc0",
 }
-_SPELLINGS = {
+SPELLINGS = {
     **{architecture.value: architecture for architecture in Architecture},
     **{name: architecture for architecture, name in _DEBIAN.items()},
     "powerpc64le": Architecture.PPC64LE,
     "x86-64": Architecture.X86_64,
 }
+"""Every spelling that is understood, in lower case."""
 
 
 def parse_architecture(value: object) -> Architecture:
     """The architecture of any usual spelling: "amd64", "x86_64", "arm64", "ppc64el", ...
 
     Raises:
-        ValueError: naming the spellings that are known.
+        ValueError: naming the architectures that there are.
     """
-    found = _SPELLINGS.get(value.lower()) if isinstance(value, str) else None
+    found = SPELLINGS.get(value.lower()) if isinstance(value, str) else None
     if found is None:
-        raise ValueError("one of " + ", ".join(architecture.value for architecture in Architecture))
+        names = ", ".join(repr(architecture.value) for architecture in Architecture)
+        raise ValueError(f"one of {names}")
     return found
 
 
 def host_architecture() -> Architecture | None:
     """This host's architecture, or None where vmlab has no guest of the same kind."""
-    return _SPELLINGS.get(platform.machine().lower())
+    return SPELLINGS.get(platform.machine().lower())

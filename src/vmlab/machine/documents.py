@@ -1,21 +1,28 @@
 """Reading TOML and JSON documents into models, with errors that a person can act on.
 
-Every problem of a document is reported at once: file, field, value, what would be right.
+Every problem of a document is reported at once: file, field, value, what would be right. Whatever
+stands in the document, nothing but InvalidSpec comes out.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from re import search
+from typing import Any, Final, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.problems import invalid, shortened
+
+__all__ = ["LARGEST_DOCUMENT", "build", "invalid", "parse_document", "read_document"]
 
 M = TypeVar("M", bound=BaseModel)
+
+LARGEST_DOCUMENT: Final = 16 << 20
+"""Bytes of the largest document that is read; what is larger is not a specification."""
 
 
 def read_document(model: type[M], source: Path) -> M:
@@ -25,27 +32,41 @@ def read_document(model: type[M], source: Path) -> M:
         InvalidSpec: the file cannot be read, is not TOML or JSON, or has wrong fields.
     """
     try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(source).open("rb") as file:
+            data = file.read(LARGEST_DOCUMENT + 1)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        problem = SpecProblem("file", str(source), f"a readable UTF-8 file ({reason})")
+        problem = SpecProblem("file", str(source), f"a file that can be read ({reason})")
         raise InvalidSpec([problem], source=str(source), hint="check the path") from error
-    form = "json" if source.suffix == ".json" else "toml"
-    return parse_document(model, text, form=form, source=str(source))
+    form = "json" if Path(source).suffix.lower() == ".json" else "toml"
+    return parse_document(model, data, form=form, source=str(source))
 
 
 def parse_document(
-    model: type[M], text: str, *, form: str = "toml", source: str | None = None
+    model: type[M], text: str | bytes, *, form: str = "toml", source: str | None = None
 ) -> M:
-    """The `model` that `text` holds, in `form` "toml" or "json".
+    """The `model` that `text` holds, in `form` "toml" or "json"; bytes are UTF-8.
 
     Raises:
         InvalidSpec: the text is not TOML or JSON, or has wrong fields.
     """
+    if form not in {"toml", "json"}:
+        raise InvalidSpec([SpecProblem("form", form, '"toml" or "json"')], source=source)
+    if len(text) > LARGEST_DOCUMENT:
+        expected = f"at most {LARGEST_DOCUMENT >> 20} MiB"
+        problem = SpecProblem("document", f"{len(text)} bytes", expected)
+        raise InvalidSpec([problem], source=source, hint="is this the right file?")
     try:
-        data = json.loads(text) if form == "json" else tomllib.loads(text)
+        # Editors of other systems begin a file with a byte order mark.
+        text = (text.decode("utf-8") if isinstance(text, bytes) else text).removeprefix("\ufeff")
+        data = _json(text) if form == "json" else tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        wrong = error.object[error.start : error.start + 4]
+        problem = SpecProblem(f"line {line}", wrong, f"UTF-8 text ({error.reason})")
+        raise InvalidSpec([problem], source=source, hint="save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        problem = SpecProblem("document", _shorten(text), f"valid {form.upper()} ({error})")
+        problem = _malformed(error, str(text), form)
         raise InvalidSpec([problem], source=source, hint=f"mend the {form.upper()}") from error
     return build(model, data, source=source)
 
@@ -60,66 +81,42 @@ def build(model: type[M], data: object, *, source: str | None = None) -> M:
         return model.model_validate(data)
     except ValidationError as error:
         raise invalid(error, model, source=source) from error
+    except RecursionError as error:
+        problem = SpecProblem("document", shortened(data), "tables and lists nested less deeply")
+        raise InvalidSpec([problem], source=source) from error
 
 
-def invalid(
-    error: ValidationError, model: type[BaseModel], *, source: str | None = None
-) -> InvalidSpec:
-    """The same complaint in vmlab's form: field, value, what would be right."""
-    problems = []
-    for detail in error.errors(include_url=False):
-        location = [part for part in detail["loc"] if not _is_union_branch(part)]
-        kind = detail["type"]
-        value: object = detail["input"]
-        expected = detail["msg"].removeprefix("Value error, ")
-        if kind == "missing":
-            value, expected = None, "this field has to be given"
-        elif kind == "extra_forbidden":
-            expected = _unknown_field(model, location)
-        field = ".".join(str(part) for part in location) or "document"
-        problems.append(SpecProblem(field, _shorten(value), expected))
-    return InvalidSpec(problems, source=source)
+def _json(text: str) -> Any:
+    """JSON as RFC 8259 has it: Python's reader takes NaN, and the last of equal names."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the name {twice!r} is used twice in one table")
+        return found
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=table)
 
 
-def _is_union_branch(part: object) -> bool:
-    """Whether pydantic put the name of a union's member into a location."""
-    return isinstance(part, str) and (part.startswith("function-") or part.endswith("]"))
-
-
-def _unknown_field(model: type[BaseModel], location: list[Any]) -> str:
-    """What to say of a field that the model does not have."""
-    known = _fields_at(model, location[:-1])
-    close = get_close_matches(str(location[-1]), known, n=1)
-    if close:
-        return f"no such field; did you mean {close[0]!r}?"
-    return "no such field" + (f"; there are {', '.join(sorted(known))}" if known else "")
-
-
-def _fields_at(model: type[BaseModel], location: list[Any]) -> list[str]:
-    """Names of the fields of the model that stands at `location` inside `model`."""
-    current: type[BaseModel] | None = model
-    for part in location:
-        if isinstance(part, int) or current is None:
-            continue
-        field = current.model_fields.get(str(part))
-        current = _model_in(field.annotation) if field is not None else None
-    return list(current.model_fields) if current is not None else []
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model class inside a type annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_in(argument)
-        if found is not None:
-            return found
-    return None
-
-
-def _shorten(value: object, limit: int = 60) -> object:
-    """`value`, or the beginning of its text when that is long."""
-    text = value if isinstance(value, str) else repr(value)
-    if len(text) <= limit:
-        return value
-    return text[: limit - 3] + "..."
+def _malformed(error: Exception, text: str, form: str) -> SpecProblem:
+    """Where text is not TOML or JSON, and why."""
+    if isinstance(error, RecursionError):
+        return SpecProblem("document", shortened(text), "tables and lists nested less deeply")
+    if isinstance(error, json.JSONDecodeError):
+        line, reason = error.lineno, f"{error.msg} at column {error.colno}"
+    elif found := search(r"^(.*) \(at line (\d+), column (\d+)\)$", str(error)):
+        line, reason = int(found[2]), f"{found[1]} at column {found[3]}"
+    elif found := search(r"^(.*) \(at end of document\)$", str(error)):
+        line, reason = text.count("\n") + 1, f"{found[1]} at the end"
+    else:
+        # Python's words for a number too long to be read name its own settings.
+        reason = "a number has too many digits" if "int_max_str" in str(error) else str(error)
+        return SpecProblem("document", shortened(text), f"valid {form.upper()} ({reason})")
+    lines = text.split("\n")
+    there = lines[line - 1].strip() if line <= len(lines) else ""
+    return SpecProblem(f"line {line}", shortened(there), f"valid {form.upper()} ({reason})")

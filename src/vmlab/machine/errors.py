@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import date, time
 from pathlib import PurePath
 from typing import Any, ClassVar
 
@@ -178,7 +179,9 @@ class InvalidSpec(VmlabError):
         self.problem_rows: tuple[Any, ...] = tuple(
             (problem.field, _plain(problem.value), problem.expected) for problem in problems
         )
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        lines = "\n".join(f"  {problem}" for problem in problems[:_MOST_PROBLEMS])
+        if len(problems) > _MOST_PROBLEMS:
+            lines += f"\n  and {len(problems) - _MOST_PROBLEMS} more"
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__(
             f"{source or what} has {count}:\n{lines}",
@@ -207,7 +210,7 @@ def _plain(value: object) -> str | int | float | bool | None:
     if isinstance(value, str):
         # An enum's member that is text stands for that text.
         return str.__str__(value)
-    if isinstance(value, PurePath):
+    if isinstance(value, PurePath | date | time):
         return str(value)
     try:
         return repr(value)
@@ -217,6 +220,8 @@ def _plain(value: object) -> str | int | float | bool | None:
 
 
 _MOST_BITS = 1024
+_MOST_PROBLEMS = 20
+"""How many problems a message lists; `problems` has them all."""
 
 
 def _written(value: object) -> str:

@@ -6,7 +6,7 @@ with it is found by `vmlab.machine.fit` before anything is created.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,34 +21,58 @@ from pydantic import (
     model_validator,
 )
 
-from vmlab.machine.architecture import Architecture, host_architecture, parse_architecture
+from vmlab.machine.architecture import (
+    SPELLINGS,
+    Architecture,
+    host_architecture,
+    parse_architecture,
+)
 from vmlab.machine.documents import build, parse_document, read_document
 from vmlab.machine.errors import InvalidSpec, SpecProblem
-from vmlab.machine.sizes import MIB, Size, format_size
+from vmlab.machine.fields import (
+    NAME,
+    NAME_PATTERN,
+    NAME_RULE,
+    Flag,
+    HostPath,
+    Name,
+    Shorthand,
+    Text,
+    Whole,
+    Wrong,
+    is_name,
+)
+from vmlab.machine.sizes import MIB, SIZE_SCHEMA, Size, format_size
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
-NAME_RULE = "1 to 63 letters, digits, '.', '_' or '-', the first one a letter or a digit"
-NAME = re.compile(NAME_PATTERN)
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
-
-
-def is_name(value: object) -> bool:
-    """Whether `value` is a name as NAME_RULE says."""
-    return isinstance(value, str) and NAME.fullmatch(value) is not None
-
-
-def _check_name(value: object) -> object:
-    if not is_name(value):
-        raise ValueError(NAME_RULE)
-    return value
-
-
-Name = Annotated[
-    str,
-    BeforeValidator(_check_name),
-    WithJsonSchema({"type": "string", "pattern": NAME_PATTERN}),
+__all__ = [
+    "Boot",
+    "Console",
+    "Cpus",
+    "DEFAULT_CHANNELS",
+    "DEFAULT_CONSOLES",
+    "Disk",
+    "Forward",
+    "HostDevice",
+    "MOST_VCPUS",
+    "MachineSpec",
+    "Memory",
+    "NAME",
+    "NAME_PATTERN",
+    "NAME_RULE",
+    "Name",
+    "Nic",
+    "NumaNode",
+    "Share",
+    "ShareKind",
+    "is_name",
 ]
-"""A name of a machine or of one of its parts: safe in a path, a host name and a QEMU id."""
+
+MOST_VCPUS = 4096
+"""vCPUs that a specification may ask for: QEMU 9's most for any machine type, "pc-q35"."""
+
+_MOST_HOST_CPUS = 1 << 20
+_PAGE = 4096
+_SECTOR = 512
 
 
 class _Part(BaseModel):
@@ -58,15 +82,17 @@ class _Part(BaseModel):
 class Cpus(_Part):
     """The vCPUs: `cpus = 2` is short for `cpus.count = 2`."""
 
-    count: int = Field(1, ge=1, le=4096, description="vCPUs")
-    sockets: int | None = Field(None, ge=1)
-    cores: int | None = Field(None, ge=1, description="cores of each socket")
-    threads: int | None = Field(None, ge=1, description="threads of each core")
-    maximum: int | None = Field(None, ge=1, description="vCPUs that hot-plug may reach")
+    count: Whole = Field(1, ge=1, le=MOST_VCPUS, description="vCPUs")
+    sockets: Whole | None = Field(None, ge=1, le=MOST_VCPUS, description="sockets")
+    cores: Whole | None = Field(None, ge=1, le=MOST_VCPUS, description="cores of each socket")
+    threads: Whole | None = Field(None, ge=1, le=MOST_VCPUS, description="threads of each core")
+    maximum: Whole | None = Field(
+        None, ge=1, le=MOST_VCPUS, description="vCPUs that hot-plug may reach"
+    )
     model: str | None = Field(
         None, min_length=1, description="CPU model, in the hypervisor's words"
     )
-    pinning: dict[int, tuple[int, ...]] = Field(
+    pinning: dict[int, tuple[Whole, ...]] = Field(
         default_factory=dict, description="vCPU -> the CPUs of the host that it may run on"
     )
 
@@ -75,17 +101,22 @@ class Cpus(_Part):
         if self.sockets or self.cores or self.threads:
             product = (self.sockets or 1) * (self.cores or 1) * (self.threads or 1)
             if product != self.count:
-                raise ValueError(
-                    f"sockets x cores x threads is {product}, but count is {self.count}: "
-                    "make them equal or leave the topology out"
+                raise Wrong(
+                    "count",
+                    self.count,
+                    f"sockets x cores x threads, which is {product}; or leave the topology out",
                 )
         if self.maximum is not None and self.maximum < self.count:
-            raise ValueError(f"maximum {self.maximum} is less than count {self.count}")
+            raise Wrong("maximum", self.maximum, f"at least count, which is {self.count}")
+        last = (self.maximum or self.count) - 1
         for vcpu, hosts in self.pinning.items():
-            if not 0 <= vcpu < (self.maximum or self.count):
-                raise ValueError(f"pinning.{vcpu}: there are vCPUs 0 to {self.count - 1}")
-            if not hosts or min(hosts) < 0:
-                raise ValueError(f"pinning.{vcpu}: a list of CPU numbers of the host, from 0")
+            if not 0 <= vcpu <= last:
+                there_are = f"vCPUs 0 to {last}" if last else "vCPU 0 alone"
+                raise Wrong(f"pinning.{vcpu}", list(hosts), f"no such vCPU; there is {there_are}")
+            if not hosts or min(hosts) < 0 or max(hosts) > _MOST_HOST_CPUS:
+                raise Wrong(
+                    f"pinning.{vcpu}", list(hosts), "a list of CPU numbers of the host, from 0 on"
+                )
         return self
 
 
@@ -93,8 +124,10 @@ class NumaNode(_Part):
     """One NUMA node as the guest sees it."""
 
     memory: Size = Field(description="memory of the node")
-    cpus: tuple[int, ...] = Field(description="vCPUs of the node")
-    host_node: int | None = Field(None, ge=0, description="node of the host that backs it")
+    cpus: tuple[Whole, ...] = Field(description="vCPUs of the node")
+    host_node: Whole | None = Field(
+        None, ge=0, le=_MOST_HOST_CPUS, description="node of the host that backs it"
+    )
 
 
 class Memory(_Part):
@@ -103,86 +136,113 @@ class Memory(_Part):
     size: Size = Field(512 * MIB, description="memory of the guest")
     maximum: Size | None = Field(None, description="memory that hot-plug may reach")
     nodes: tuple[NumaNode, ...] = Field((), description="NUMA nodes; none is one node")
-    shared: bool = Field(False, description="backed by a shared file (virtiofs needs it)")
+    shared: Flag = Field(False, description="backed by a shared file (virtiofs needs it)")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.size < MIB:
-            raise ValueError(f'size {format_size(self.size)}: at least "1M"')
-        if self.size % 4096:
-            raise ValueError(f"size {self.size}: a multiple of the page size, 4096")
+            raise Wrong("size", format_size(self.size), 'at least "1M"')
+        if self.size % _PAGE:
+            raise Wrong("size", self.size, f"a multiple of the page size, {_PAGE}")
         if self.maximum is not None and self.maximum < self.size:
-            raise ValueError("maximum is less than size")
-        if self.nodes and sum(node.memory for node in self.nodes) != self.size:
-            raise ValueError(
-                f"nodes have {format_size(sum(node.memory for node in self.nodes))} together, "
-                f"but size is {format_size(self.size)}"
+            raise Wrong(
+                "maximum",
+                format_size(self.maximum),
+                f"at least size, which is {format_size(self.size)}",
+            )
+        total = sum(node.memory for node in self.nodes)
+        if self.nodes and total != self.size:
+            raise Wrong(
+                "nodes",
+                [format_size(node.memory) for node in self.nodes],
+                f"memory that adds up to size, which is {format_size(self.size)}",
             )
         return self
 
 
 class Boot(_Part):
-    """What runs first: an image by name, a kernel, a firmware, or the first disk."""
+    """What runs first: an image by name, a kernel, a firmware, or the first disk.
+
+    `boot = "debian"` is short for `boot.image = "debian"`.
+    """
 
     image: str | None = Field(None, min_length=1, description="image of the store, by name")
-    kernel: Path | None = None
-    initrd: Path | None = None
+    kernel: HostPath | None = Field(None, description="kernel that the hypervisor loads itself")
+    initrd: HostPath | None = Field(None, description="initial RAM disk for `kernel`")
     cmdline: str = Field("", description="kernel command line; an image's own comes before it")
-    firmware: Path | None = None
+    firmware: HostPath | None = Field(
+        None, description="firmware; the hypervisor's own if left out"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.image is not None and self.kernel is not None:
-            raise ValueError("image and kernel exclude each other: an image brings its kernel")
+            raise Wrong("kernel", self.kernel, "nothing beside image, which brings its kernel")
         if self.initrd is not None and self.kernel is None:
-            raise ValueError("initrd needs kernel")
+            raise Wrong("initrd", self.initrd, "a kernel beside it")
         for field in ("cmdline", "image"):
             value = getattr(self, field)
             if value and ("\0" in value or "\n" in value):
-                raise ValueError(f"{field}: one line of text without NUL")
+                raise Wrong(field, value, "one line of text without NUL")
         return self
 
 
 class Disk(_Part):
     """One disk: empty of a size, or on top of an image that it does not change."""
 
-    name: Name
+    name: Name = Field(description="name of the disk, one of its kind in the machine")
     size: Size | None = Field(None, description="size; that of `source` if left out")
-    source: Path | None = Field(None, description="image to start from; it is never written to")
-    format: Literal["raw", "qcow2"] | None = Field(None, description="format of `source`")
-    bus: Literal["virtio", "scsi"] = "virtio"
-    readonly: bool = False
-    serial: str | None = Field(None, max_length=20, pattern=r"^[A-Za-z0-9_.+-]+$")
+    source: HostPath | None = Field(None, description="image to start from; it is never written to")
+    format: Literal["raw", "qcow2"] | None = Field(
+        None, description="format of `source`; found out if left out"
+    )
+    bus: Literal["virtio", "scsi"] = Field("virtio", description="how the guest sees it")
+    readonly: Flag = Field(False, description="whether the guest cannot write to it")
+    serial: (
+        Annotated[
+            str, Text(r"^[A-Za-z0-9_.+-]{1,20}$", "1 to 20 letters, digits, '_', '.', '+' or '-'")
+        ]
+        | None
+    ) = Field(None, description="serial number that the guest reads")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.size is None and self.source is None:
-            raise ValueError('size or source has to be given, such as size = "1G"')
-        if self.size is not None and (self.size == 0 or self.size % 512):
-            raise ValueError(f"size {self.size}: a positive multiple of 512 bytes")
+            raise Wrong("size", None, 'size or source has to be given, such as size = "1G"')
+        if self.size is not None and (self.size == 0 or self.size % _SECTOR):
+            raise Wrong("size", self.size, f"a positive multiple of {_SECTOR} bytes")
         return self
 
 
 class Forward(_Part):
     """A port of the host that leads into the guest; host port 0 is any free one."""
 
-    guest: int = Field(ge=1, le=65535)
-    host: int = Field(0, ge=0, le=65535)
-    protocol: Literal["tcp", "udp"] = "tcp"
+    guest: Whole = Field(ge=1, le=65535, description="port of the guest")
+    host: Whole = Field(0, ge=0, le=65535, description="port of the host; 0 is any free one")
+    protocol: Literal["tcp", "udp"] = Field("tcp", description="protocol")
+
+
+_MAC_PATTERN = "^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$"
+_MAC = Text(_MAC_PATTERN, 'a unicast MAC address such as "52:54:00:12:34:56"')
+_NETWORK = '"user", "none", "segment:NAME", "bridge:NAME" or "tap:NAME"'
 
 
 class Nic(_Part):
     """One network interface."""
 
-    name: Name
+    name: Name = Field(description="name of the NIC, one of its kind in the machine")
     network: str = Field(
         "user",
         min_length=1,
         description='"user" (NAT without root), "segment:NAME" (machine to machine without root), '
         '"bridge:NAME" or "tap:NAME" (root), "none" (no link)',
     )
-    mac: str | None = Field(None, description="MAC address; made from the seed if left out")
-    forwards: tuple[Forward, ...] = ()
+    mac: Annotated[str, _MAC] | None = Field(
+        None, description="MAC address; made from the seed if left out"
+    )
+    forwards: tuple[Forward, ...] = Field(
+        (), description='ports of the host that lead to it; only with network = "user"'
+    )
 
     @field_validator("network")
     @classmethod
@@ -190,25 +250,23 @@ class Nic(_Part):
         kind, separator, name = value.partition(":")
         named = kind in {"segment", "bridge", "tap"}
         if named != bool(separator) or kind not in {"user", "none", "segment", "bridge", "tap"}:
-            raise ValueError('"user", "none", "segment:NAME", "bridge:NAME" or "tap:NAME"')
-        if named:
-            _check_name(name)
+            raise ValueError(f"one of {_NETWORK}")
+        if named and not is_name(name):
+            raise ValueError(f"one of {_NETWORK}, where NAME has {NAME_RULE}")
         return value
 
-    @field_validator("mac", mode="before")
+    @field_validator("mac")
     @classmethod
-    def _known_mac(cls, value: object) -> object:
-        if value is None:
-            return None
-        text = value.lower() if isinstance(value, str) else ""
-        if not _MAC.fullmatch(text) or int(text[:2], 16) & 1:
-            raise ValueError('a unicast MAC address such as "52:54:00:12:34:56"')
-        return text
+    def _unicast(cls, value: str | None) -> str | None:
+        # The lowest bit of the first byte marks a group address (IEEE 802, 8.2).
+        if value is not None and int(value[:2], 16) & 1:
+            raise ValueError(_MAC.rule)
+        return value.lower() if value is not None else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.forwards and self.network != "user":
-            raise ValueError('forwards need network = "user"')
+            raise Wrong("network", self.network, '"user", because it has forwards')
         return self
 
 
@@ -224,18 +282,34 @@ class ShareKind(StrEnum):
 class Share(_Part):
     """A directory of the host's inside the guest."""
 
-    tag: Name
-    source: Path
-    target: str = Field(pattern=r"^/", description="absolute path in the guest")
-    readonly: bool = True
-    kind: ShareKind = ShareKind.AUTO
+    tag: Name = Field(description="name by which the guest mounts it")
+    source: HostPath = Field(description="directory of the host")
+    target: Annotated[str, Text(r"^/[^\0]*$", 'an absolute path in the guest such as "/src"')] = (
+        Field(description="absolute path in the guest")
+    )
+    readonly: Flag = Field(True, description="whether the guest cannot write to it")
+    kind: ShareKind = Field(ShareKind.AUTO, description="how; auto takes the first that works")
 
 
 class Console(_Part):
     """A terminal: the serial port, or a port of virtio-console."""
 
-    name: Name = "serial"
-    kind: Literal["serial", "virtio"] = "serial"
+    name: Name = Field("serial", description="name of the console")
+    kind: Literal["serial", "virtio"] = Field("serial", description="what the guest sees")
+
+
+class HostDevice(_Part):
+    """A device of the host's given to the guest."""
+
+    name: Name = Field(description="name of the device")
+    kind: Literal["gpu", "sriov"] = Field(description="what it is: a GPU, or a virtual function")
+    address: Annotated[
+        str,
+        Text(
+            r"^([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$",
+            'a PCI address such as "0000:01:00.0"',
+        ),
+    ] = Field(description='PCI address such as "0000:01:00.0"')
 
 
 DEFAULT_CONSOLES = (Console(),)
@@ -243,78 +317,70 @@ DEFAULT_CHANNELS = ("vmlab.agent",)
 """What a machine has unless its specification says otherwise."""
 
 
-class HostDevice(_Part):
-    """A device of the host's given to the guest."""
-
-    name: Name
-    kind: Literal["gpu", "sriov"]
-    address: str = Field(
-        pattern=r"^([0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]$",
-        description='PCI address such as "0000:01:00.0"',
-    )
-
-
 def _architecture(value: object) -> object:
     return value if isinstance(value, Architecture) else parse_architecture(value)
-
-
-def _from_scalar(field: str) -> Any:
-    """Accept a bare value where a table with one important field may stand."""
-
-    def widen(value: object) -> object:
-        return {field: value} if isinstance(value, int | str) else value
-
-    return BeforeValidator(widen)
 
 
 class MachineSpec(_Part):
     """A machine as its author wants it."""
 
-    name: Name
-    architecture: Annotated[Architecture, BeforeValidator(_architecture)] = Field(
+    model_config = ConfigDict(title="machine specification")
+
+    name: Name = Field(description="name of the machine, one of its kind on a hypervisor")
+    architecture: Annotated[
+        Architecture,
+        BeforeValidator(_architecture),
+        WithJsonSchema({"type": "string", "enum": list(SPELLINGS)}),
+    ] = Field(
         default_factory=lambda: host_architecture() or Architecture.X86_64,
         description="the guest's architecture; the host's if left out",
     )
-    cpus: Annotated[Cpus, _from_scalar("count")] = Field(default_factory=Cpus)
-    memory: Annotated[Memory, _from_scalar("size")] = Field(default_factory=Memory)
-    boot: Annotated[Boot, _from_scalar("image")] = Field(default_factory=Boot)
-    disks: tuple[Disk, ...] = ()
-    nics: tuple[Nic, ...] = ()
-    shares: tuple[Share, ...] = ()
-    consoles: tuple[Console, ...] = DEFAULT_CONSOLES
-    channels: tuple[Name, ...] = Field(
-        DEFAULT_CHANNELS, description="byte channels between host and guest"
+    cpus: Annotated[
+        Cpus, Shorthand("count", {"type": "integer", "minimum": 1, "maximum": MOST_VCPUS})
+    ] = Field(default_factory=Cpus, description="vCPUs, or their number alone")
+    memory: Annotated[Memory, Shorthand("size", SIZE_SCHEMA)] = Field(
+        default_factory=Memory, description="memory, or its size alone"
     )
-    host_devices: tuple[HostDevice, ...] = ()
-    display: bool = Field(False, description="a display, for screenshots and keys")
+    boot: Annotated[Boot, Shorthand("image", {"type": "string", "minLength": 1})] = Field(
+        default_factory=Boot, description="what runs first, or the name of an image alone"
+    )
+    disks: tuple[Disk, ...] = Field((), description="disks; the first one is booted from")
+    nics: tuple[Nic, ...] = Field((), description="network interfaces")
+    shares: tuple[Share, ...] = Field((), description="directories of the host in the guest")
+    consoles: tuple[Console, ...] = Field(
+        DEFAULT_CONSOLES, description="terminals; the first one is the kernel's"
+    )
+    channels: tuple[Name, ...] = Field(
+        DEFAULT_CHANNELS, description="byte channels between host and guest, by name"
+    )
+    host_devices: tuple[HostDevice, ...] = Field(
+        (), description="devices of the host that the guest gets"
+    )
+    display: Flag = Field(False, description="a display, for screenshots and keys")
     accelerator: str | None = Field(
         None, min_length=1, description="accelerator that is required; None is the best that works"
     )
-    deterministic: bool = Field(False, description="the same seed has to give the same run")
-    seed: int = Field(0, ge=0, lt=1 << 64, description="source of everything random about it")
-    labels: dict[str, str] = Field(default_factory=dict)
+    deterministic: Flag = Field(False, description="the same seed has to give the same run")
+    seed: Whole = Field(0, ge=0, lt=1 << 64, description="source of everything random about it")
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="what the author wants to find it by"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        parts: dict[str, list[str]] = {
-            "disks": [disk.name for disk in self.disks],
-            "nics": [nic.name for nic in self.nics],
-            "shares": [share.tag for share in self.shares],
-            "consoles": [console.name for console in self.consoles],
-            "channels": list(self.channels),
-            "host_devices": [device.name for device in self.host_devices],
-        }
-        for field, names in parts.items():
-            for position, name in enumerate(names):
-                if name in names[:position]:
-                    raise ValueError(f"{field}.{position}: the name {name!r} is used twice")
-        macs = [nic.mac for nic in self.nics if nic.mac is not None]
-        if len(set(macs)) != len(macs):
-            raise ValueError("nics: two of them have the same MAC address")
-        vcpus = [cpu for node in self.memory.nodes for cpu in node.cpus]
-        if self.memory.nodes and sorted(vcpus) != list(range(self.cpus.count)):
-            raise ValueError(
-                f"memory.nodes: each of the vCPUs 0 to {self.cpus.count - 1} belongs to one node"
+        _refuse_twins("disks", "name", (disk.name for disk in self.disks))
+        _refuse_twins("nics", "name", (nic.name for nic in self.nics))
+        _refuse_twins("nics", "mac", (nic.mac for nic in self.nics))
+        _refuse_twins("shares", "tag", (share.tag for share in self.shares))
+        _refuse_twins("consoles", "name", (console.name for console in self.consoles))
+        _refuse_twins("channels", "", self.channels)
+        _refuse_twins("host_devices", "name", (device.name for device in self.host_devices))
+        placed = [cpu for node in self.memory.nodes for cpu in node.cpus]
+        if self.memory.nodes and sorted(placed) != list(range(self.cpus.count)):
+            raise Wrong(
+                "memory.nodes",
+                [list(node.cpus) for node in self.memory.nodes],
+                f"each of the vCPUs 0 to {self.cpus.count - 1} in the cpus of one node",
             )
         return self
 
@@ -328,7 +394,9 @@ class MachineSpec(_Part):
         return read_document(cls, source)
 
     @classmethod
-    def parse(cls, text: str, *, form: str = "toml", source: str | None = None) -> MachineSpec:
+    def parse(
+        cls, text: str | bytes, *, form: str = "toml", source: str | None = None
+    ) -> MachineSpec:
         """Read a specification from text in `form` "toml" or "json".
 
         Raises:
@@ -351,7 +419,8 @@ class MachineSpec(_Part):
         Raises:
             InvalidSpec: naming field, value and what would be right.
         """
-        return build(MachineSpec, {**self.model_dump(), **fields})
+        # The parts are models already and are not looked into again; the whole is.
+        return build(MachineSpec, {**dict(self), **fields})
 
     def renamed(self, name: str) -> MachineSpec:
         """The same specification for another machine: its own name, and MAC addresses of its own.
@@ -372,3 +441,15 @@ class MachineSpec(_Part):
     def nic(self, name: str) -> Nic | None:
         """The NIC of that name, if there is one."""
         return next((nic for nic in self.nics if nic.name == name), None)
+
+
+def _refuse_twins(field: str, key: str, values: Iterable[str | None]) -> None:
+    """Refuse a list of parts of which two have the same name."""
+    first: dict[str, int] = {}
+    for position, value in enumerate(values):
+        if value is None:
+            continue
+        if value in first:
+            where = f"{field}.{position}.{key}" if key else f"{field}.{position}"
+            raise Wrong(where, value, f"a {key or 'name'} that {field}.{first[value]} has not")
+        first[value] = position
