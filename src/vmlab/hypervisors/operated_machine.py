@@ -663,6 +663,7 @@ class OperatedMachine(SerialisedMachine):
             plan=plan,
             timeout=timeout,
             needs=_always(Capability.FAULTS),
+            disturbs=True,
             event=(
                 EventType.FAULT_INJECTED,
                 lambda id_: {"fault": id_, "kind": fault.kind.value},
@@ -678,6 +679,7 @@ class OperatedMachine(SerialisedMachine):
             action,
             timeout=timeout,
             needs=_always(Capability.FAULTS),
+            disturbs=True,
             event=(EventType.FAULT_CLEARED, lambda _: {"fault": fault}),
         )
 

@@ -132,6 +132,7 @@ class Operation:
         "before",
         "begun",
         "committed",
+        "disturbs",
         "ending",
         "holds",
         "hypervisor",
@@ -158,10 +159,12 @@ class Operation:
         self.begun = False
         self.over = False
         self.started = 0.0
-        # The machine's state before, the one that is wanted, and whether its end is no failure.
+        # The machine's state before, and the one that is wanted.
         self.before = MachineState.UNKNOWN
         self.target: MachineState | None = None
+        # Whether the machine's end is wanted; whether anything that happens to it is.
         self.ending = False
+        self.disturbs = False
         # Whether undoing it pauses the machine again: it was resumed only for the operation.
         self.repause = False
         self.aborted_by: VmlabError | None = None

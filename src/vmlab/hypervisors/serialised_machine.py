@@ -97,7 +97,7 @@ class SerialisedMachine(MachineHooks):
             return
         self._emit(event, reason=reason)
         operation = self._current
-        if operation is None:
+        if operation is None or (operation.disturbs and not operation.over):
             if not (state is MachineState.STOPPED and self.state in OFF):
                 self._settle(state, reason)
             return
@@ -141,6 +141,7 @@ class SerialisedMachine(MachineHooks):
         needs: Needs | None = None,
         event: tuple[EventType, Callable[[T], dict[str, Any]]] | None = None,
         ending: bool = False,
+        disturbs: bool = False,
         already: frozenset[MachineState] = frozenset(),
         allowed: frozenset[MachineState] | None = None,
     ) -> T:
@@ -156,6 +157,7 @@ class SerialisedMachine(MachineHooks):
             needs: The capabilities that it cannot do without.
             event: What is announced with data made of the result.
             ending: Whether it wants the machine to end, so that its end does not spoil it.
+            disturbs: Whether whatever happens to the machine meanwhile is its doing.
             already: States in which there is nothing left to do.
             allowed: The states it may begin in, where OPERATIONS does not say that.
 
@@ -164,6 +166,7 @@ class SerialisedMachine(MachineHooks):
         """
         operation = Operation(name, self._hypervisor.next_operation(), timeout)
         operation.ending = ending
+        operation.disturbs = disturbs
         operation.target = to if isinstance(to, MachineState) else None
 
         async def work() -> T:
