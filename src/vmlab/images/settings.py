@@ -37,7 +37,8 @@ class ImageSettings(BaseModel):
     debian_keyring: Path | None = Field(None, description="trusted keys instead of Debian's own")
     check_date: bool | None = Field(None, description="refuse an index from the future")
     check_valid_until: bool | None = Field(None, description="refuse an index that has expired")
-    timeout_seconds: float = Field(30.0, gt=0, le=3600)
+    timeout_seconds: float = Field(30.0, gt=0, le=3600, description="of a silent mirror")
+    retry_seconds: float = Field(0.5, ge=0, le=60, description="before a second try; it doubles")
     pins: dict[str, str] = Field(
         default_factory=dict, description="suite -> digest of the index snapshot to use"
     )

@@ -56,7 +56,6 @@ class Downloader:
     timeout_seconds: float = 30.0
     attempts: int = 4
     pause_seconds: float = 0.5
-    sleep: Callable[[float], None] = time.sleep
 
     def read(self, url: str, *, limit: int) -> bytes:
         """The contents of a small file.
@@ -141,7 +140,7 @@ class Downloader:
                 reason = str(error)
             if fruitless >= self.attempts:
                 break
-            self.sleep(min(self.pause_seconds * 2**fruitless, 10.0))
+            time.sleep(min(self.pause_seconds * 2**fruitless, 10.0))
         raise MirrorError(
             f"{without_password(url)} could not be fetched: {reason} "
             f"(the last of {self.attempts} tries in a row)",
@@ -206,7 +205,7 @@ def _offset(answer: IO[bytes], start: int, size: int, url: str) -> int:
     Raises:
         MirrorError: the answer is about a file of another size.
     """
-    status = getattr(answer, "status", 200)
+    status = getattr(answer, "status", None) or 200  # None for a file: URL
     headers = getattr(answer, "headers", None) or {}
     if status == 206:
         match = _RANGE.fullmatch(headers.get("Content-Range", ""))

@@ -62,7 +62,7 @@ def _form(head: bytes, source: str) -> tuple[Architecture, str]:
         if flags & 1:  # XLF_KERNEL_64
             return Architecture.X86_64, "bzImage"
         raise FormatError(f"{source} is a kernel for 32-bit x86", hint="give an x86_64 kernel")
-    if head[4:8] == b"zimg" and head[:2] == b"MZ":
+    if head[4:8] == b"zimg" and head[:2] == b"MZ" and len(head) >= 64:
         return _pe_architecture(head, source), "zboot"
     if head[56:60] == b"ARM\x64":
         return Architecture.AARCH64, "Image"
@@ -119,7 +119,7 @@ def direct_boot(path: Path) -> bytes | None:
         FormatError: the bzImage is damaged.
     """
     image = path.read_bytes()
-    if image[0x202:0x206] != b"HdrS":
+    if image[0x202:0x206] != b"HdrS" or len(image) < 0x250:
         return None
     sectors = image[0x1F1] or 4
     offset, length = struct.unpack_from("<II", image, 0x248)  # boot.rst: payload_offset, _length

@@ -183,7 +183,11 @@ class ImageStore:
             suite,
             root=self.root / "index",
             blobs=self.blobs,
-            downloader=Downloader(apt=lambda: self.apt, timeout_seconds=settings.timeout_seconds),
+            downloader=Downloader(
+                apt=lambda: self.apt,
+                timeout_seconds=settings.timeout_seconds,
+                pause_seconds=settings.retry_seconds,
+            ),
             mirrors=self._mirrors,
             keys=keys,
             date_checks=self._date_checks,
@@ -217,7 +221,7 @@ class ImageStore:
     def ready(self, digest: str, *, progress: Progress = silent) -> Image | None:
         """The image of that digest, if it is here and sound; one that is not is removed."""
         try:
-            image = manifests.read(self._directory(digest))
+            image = manifests.read(self.directory_of(digest))
             return self._sound(image, progress)
         except FileNotFoundError:
             return None
@@ -254,7 +258,7 @@ class ImageStore:
                     digest=digest,
                     name=recipe.name,
                     architecture=recipe.architecture,
-                    directory=self._directory(digest),
+                    directory=self.directory_of(digest),
                     files={},
                     disk_format=built.disk_format,
                     cmdline=recipe.cmdline,
@@ -299,7 +303,8 @@ class ImageStore:
 
     # ------------------------------------------------------------------ files
 
-    def _directory(self, digest: str) -> Path:
+    def directory_of(self, digest: str) -> Path:
+        """Where the image of that digest is, or would be."""
         return self.root / "images" / digest
 
     def _named(self, name: str) -> Path:
@@ -385,7 +390,7 @@ class ImageStore:
             file.write(json.dumps(_facts(image)).encode())
 
     def _discard(self, digest: str) -> None:
-        directory = self._directory(digest)
+        directory = self.directory_of(digest)
         with storing(directory):
             remove_tree(directory)
 
@@ -421,7 +426,7 @@ class ImageStore:
             return None
         digest = image_digest(recipe, snapshot, inputs(recipe, guest_agent()))
         try:
-            return manifests.read(self._directory(digest))
+            return manifests.read(self.directory_of(digest))
         except FileNotFoundError:
             return None
 
@@ -434,7 +439,7 @@ class ImageStore:
         digest = self._imported().get(reference)
         if digest is not None:
             with suppress(FileNotFoundError):
-                return manifests.read(self._directory(digest))
+                return manifests.read(self.directory_of(digest))
         if len(reference) >= _SHORTEST_PREFIX and set(reference) <= _DIGITS:
             matching = [image for image in self.images() if image.digest.startswith(reference)]
             if len(matching) == 1:

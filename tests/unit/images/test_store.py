@@ -1,0 +1,722 @@
+"""The store: what it builds, what it refuses, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vmlab.images
+from vmlab.images import ImageStore, ProgressEvent
+from vmlab.images.errors import (
+    ImageError,
+    ImageNotFound,
+    MirrorError,
+    PackageGone,
+    StoreError,
+    TamperedFile,
+    UntrustedArchive,
+)
+from vmlab.images.formats import cpio
+from vmlab.machine.architecture import Architecture
+
+MakeStore = Callable[..., ImageStore]
+
+
+def paths_of(initrd: Path | None) -> dict[str, cpio.CpioEntry]:
+    assert initrd is not None
+    with initrd.open("rb") as file:
+        return {entry.path: entry for entry in cpio.read(file, source="initrd")}
+
+
+def test_tiny_image_holds_kernel_busybox_agent_and_the_modules_with_what_they_need(
+    make_store: MakeStore, recipe_file: Path, forms: dict[str, Callable[..., bytes]]
+) -> None:
+    image = make_store().ensure(recipe_file)
+    assert image.architecture is Architecture.RISCV64
+    assert image.kernel is not None
+    assert image.kernel.read_bytes() == forms["riscv"]()
+    assert image.kernel_release == "6.99-test"
+    assert image.channels == ("agent", "console")
+    tree = paths_of(image.initrd)
+    modules = "usr/lib/modules/6.99-test"
+    assert tree["usr/bin/busybox"].data == forms["busybox"]()
+    assert tree["usr/bin/modprobe"].data == b"busybox"
+    assert tree["bin"].data == b"usr/bin"
+    assert b"virtio-serial" in tree["usr/lib/vmlab/agent"].data
+    assert tree["init"].mode == 0o755
+    assert tree["dev/console"].device == (5, 1)
+    assert tree["usr/lib/vmlab/modules.load"].data == b"virtio_console\n"
+    assert tree["usr/lib/vmlab/modules.late"].data == b"virtio_net\n"
+    found = {path.rpartition("/")[2] for path in tree if path.endswith(".ko")}
+    assert found == {"virtio_console.ko", "virtio_ring.ko", "virtio_net.ko", "failover.ko",
+                     "crc32c.ko"}  # fmt: skip
+    assert tree[f"{modules}/kernel/drivers/char/virtio_console.ko"].data[:4] == b"\x7fELF"
+    dep = tree[f"{modules}/modules.dep"].data.decode().splitlines()
+    assert "kernel/drivers/char/virtio_console.ko: kernel/drivers/virtio/virtio_ring.ko" in dep
+    assert b"alias virtio:d00000003v* virtio_console" in tree[f"{modules}/modules.alias"].data
+    assert b"softdep virtio_net pre: crc32c" in tree[f"{modules}/modules.softdep"].data
+    assert "usr/share/doc/busybox/README" not in tree
+
+
+def test_same_recipe_and_index_give_the_same_bytes_in_another_store(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    one = make_store("one").ensure(recipe_file)
+    time.sleep(0.01)
+    two = make_store("elsewhere").ensure(recipe_file)
+    assert one.digest == two.digest
+    assert one.directory != two.directory
+    assert (one.directory / "manifest.json").read_bytes() == (
+        two.directory / "manifest.json"
+    ).read_bytes()
+    assert one.initrd is not None
+    assert two.initrd is not None
+    assert one.initrd.read_bytes() == two.initrd.read_bytes()
+    entries = paths_of(one.initrd).values()
+    assert {entry.mtime for entry in entries} == {1_700_000_000}
+
+
+def test_building_again_gives_the_same_bytes(make_store: MakeStore, recipe_file: Path) -> None:
+    store = make_store()
+    recipe = store.recipe(recipe_file)
+    assert recipe is not None
+    _, differences = store.build_twice(recipe)
+    assert differences == {}
+
+
+def test_another_file_or_command_line_gives_another_digest(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    first = store.ensure(recipe_file).digest
+    text = recipe_file.read_text()
+    recipe_file.write_text(text + '[[files]]\npath = "/etc/motd"\nsource = "motd"\n')
+    motd = recipe_file.with_name("motd")
+    motd.write_text("one")
+    second = store.ensure(recipe_file)
+    assert paths_of(second.initrd)["etc/motd"].data == b"one"
+    motd.write_text("two")
+    third = store.ensure(recipe_file)
+    assert len({first, second.digest, third.digest}) == 3
+
+
+def test_warm_store_asks_nobody(
+    make_store: MakeStore, recipe_file: Path, mirror: object, behaviour: object
+) -> None:
+    requests = behaviour.requests  # type: ignore[attr-defined]  # the conftest's own class
+    store = make_store()
+    image = store.ensure(recipe_file)
+    before = len(requests)
+    assert before > 0
+    again = make_store(debian_mirror="http://127.0.0.1:9/closed").ensure(recipe_file)
+    assert again == image
+    assert len(requests) == before
+
+
+def test_warm_cache_builds_another_recipe_without_network(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    make_store().ensure(recipe_file)
+    recipe_file.write_text(recipe_file.read_text().replace("small-tiny", "other-tiny"))
+    offline = make_store(debian_mirror="http://127.0.0.1:9/closed")
+    assert offline.ensure(recipe_file).name == "other-tiny"
+
+
+def test_cold_store_without_network_says_so(make_store: MakeStore, recipe_file: Path) -> None:
+    store = make_store(debian_mirror="http://127.0.0.1:9/closed")
+    with pytest.raises(MirrorError, match="could not be fetched") as caught:
+        store.ensure(recipe_file)
+    assert "network" in (caught.value.hint or "")
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_tampered_release_is_refused_and_nothing_is_kept(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    inrelease = archive.root / "dists" / "trixie" / "InRelease"  # type: ignore[attr-defined]
+    data = inrelease.read_bytes()
+    inrelease.write_bytes(data.replace(b"Version: 13.0", b"Version: 13.9"))
+    store = make_store()
+    with pytest.raises(UntrustedArchive, match=r"InRelease has no valid signature"):
+        store.ensure(recipe_file)
+    assert store.images() == []
+    inrelease.write_bytes(data)
+    assert store.ensure(recipe_file).name == "small-tiny"
+
+
+def test_text_around_the_signed_part_is_not_believed(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    inrelease = archive.root / "dists" / "trixie" / "InRelease"  # type: ignore[attr-defined]
+    data = inrelease.read_bytes()
+    for forged in (b"Suite: evil\n\n" + data, data + b"\nSHA256:\n 0 0 evil\n"):
+        inrelease.write_bytes(forged)
+        store = make_store()
+        try:
+            release = store.archive("debian", "trixie").snapshot()
+        except ImageError:
+            continue
+        assert release.suite == "stable"
+        assert set(release.files) == {"main/binary-riscv64/Packages.xz"}
+
+
+def test_release_signed_by_a_strange_key_is_refused(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    import pysequoia
+
+    archive.key = pysequoia.Tsk.generate("Stranger")  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    with pytest.raises(UntrustedArchive, match="no valid signature of a known archive key"):
+        make_store().ensure(recipe_file)
+
+
+def test_debians_own_keys_do_not_vouch_for_the_small_archive(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    with pytest.raises(UntrustedArchive):
+        make_store(debian_keyring=None).ensure(recipe_file)
+
+
+def test_another_suite_under_this_name_is_refused(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    dists = archive.root / "dists"  # type: ignore[attr-defined]
+    (dists / "trixie").rename(dists / "bookworm")
+    recipe_file.write_text(recipe_file.read_text().replace('"trixie"', '"bookworm"'))
+    with pytest.raises(UntrustedArchive, match="not of 'bookworm'"):
+        make_store().ensure(recipe_file)
+
+
+def test_expired_index_is_refused_unless_told_otherwise(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    archive.valid_until = 1_700_100_000.0  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    with pytest.raises(UntrustedArchive, match="has expired") as caught:
+        make_store().ensure(recipe_file)
+    assert "Check-Valid-Until" in (caught.value.hint or "")
+    assert make_store(check_valid_until=False).ensure(recipe_file).name == "small-tiny"
+
+
+def test_index_from_the_future_is_refused(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    archive.date = time.time() + 3600  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    with pytest.raises(UntrustedArchive, match="made in the future"):
+        make_store().ensure(recipe_file)
+
+
+def test_older_index_does_not_replace_a_newer_one(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    store = make_store()
+    newer = store.archive("debian", "trixie").snapshot()
+    archive.date -= 86_400  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    assert store.archive("debian", "trixie").snapshot(refresh=True).digest == newer.digest
+    archive.date += 2 * 86_400  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    assert store.archive("debian", "trixie").snapshot(refresh=True).date > newer.date
+
+
+def test_tampered_package_is_refused_by_name_and_the_right_one_fetched_afterwards(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    path = archive.path("busybox-static")  # type: ignore[attr-defined]
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    store = make_store()
+    with pytest.raises(TamperedFile, match=r"busybox-static_1\.0_riscv64\.deb"):
+        store.ensure(recipe_file)
+    assert store.images() == []
+    assert list((store.root / "work").iterdir()) == []
+    path.write_bytes(data)
+    assert store.ensure(recipe_file).name == "small-tiny"
+
+
+def test_tampered_index_is_refused(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    for path in (archive.root / "dists").rglob("*"):  # type: ignore[attr-defined]
+        if path.is_file() and path.name != "InRelease":
+            data = path.read_bytes()
+            path.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+    with pytest.raises(TamperedFile, match=r"Packages\.xz"):
+        make_store().ensure(recipe_file)
+
+
+def test_package_of_another_size_is_refused(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    path = archive.path("busybox-static")  # type: ignore[attr-defined]
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(MirrorError, match="the index promises"):
+        make_store().ensure(recipe_file)
+
+
+@pytest.mark.parametrize("role", ["kernel", "initrd"])
+def test_changed_file_in_the_store_is_named_and_built_again(
+    make_store: MakeStore, recipe_file: Path, role: str
+) -> None:
+    store = make_store()
+    image = store.ensure(recipe_file)
+    path = image.directory / role
+    good = path.read_bytes()
+    times = path.stat()
+    path.chmod(0o644)
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a clever intruder would
+    problems = store.verify("small-tiny") if store.find("small-tiny") else store.verify()
+    assert [problem.role for problem in problems] == [role]
+    told: list[ProgressEvent] = []
+    again = make_store().ensure(recipe_file, progress=told.append)
+    assert path.read_bytes() == good
+    assert again == image
+    assert any(str(path) in event.step and "again" in event.step for event in told)
+    assert store.verify() == []
+
+
+def test_missing_file_and_broken_manifest_are_built_again(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    image = store.ensure(recipe_file)
+    (image.directory / "initrd").unlink()
+    assert store.ensure(recipe_file) == image
+    (image.directory / "manifest.json").write_text("{")
+    assert store.ensure(recipe_file) == image
+    assert image.initrd is not None
+    assert image.initrd.is_file()
+
+
+def test_corrupt_cached_package_is_fetched_again(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    store = make_store()
+    store.ensure(recipe_file)
+    for path in (store.root / "cache" / "sha256").rglob("*"):
+        if path.is_file():
+            path.write_bytes(bytes(path.stat().st_size))
+    store.remove("small-tiny")
+    assert store.ensure(recipe_file).name == "small-tiny"
+
+
+def test_changed_snapshot_in_the_store_is_not_used(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    store.ensure(recipe_file)
+    (snapshot,) = (store.root / "index" / "debian-trixie").glob("*.InRelease")
+    snapshot.write_bytes(snapshot.read_bytes().replace(b"13.0", b"13.1"))
+    store.remove("small-tiny")
+    assert store.ensure(recipe_file).source["version"] == "13.0"
+
+
+# ---------------------------------------------------------------------- mirrors that fail
+
+
+def test_mirror_that_dies_in_the_middle_is_resumed_where_it_died(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    behaviour.cut["busybox-static_1.0_riscv64.deb"] = [100, 150]  # type: ignore[attr-defined]
+    make_store().ensure(recipe_file)
+    ranges = [
+        wanted
+        for path, wanted in behaviour.requests  # type: ignore[attr-defined]
+        if path.endswith("busybox-static_1.0_riscv64.deb")
+    ]
+    assert ranges == [None, "bytes=100-", "bytes=250-"]
+
+
+def test_mirror_without_ranges_that_dies_is_survived_too(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    behaviour.ranges = False  # type: ignore[attr-defined]
+    behaviour.cut["busybox-static_1.0_riscv64.deb"] = [100, 250]  # type: ignore[attr-defined]
+    assert make_store().ensure(recipe_file).name == "small-tiny"
+
+
+def test_mirror_that_dies_for_good_leaves_a_download_that_the_next_run_resumes(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    name = "busybox-static_1.0_riscv64.deb"
+    behaviour.cut[name] = [200] + [0] * 10  # type: ignore[attr-defined]
+    with pytest.raises(MirrorError, match=r"busybox-static.*the connection ended") as caught:
+        make_store().ensure(recipe_file)
+    assert "goes on where it stopped" in (caught.value.hint or "")
+    behaviour.cut.clear()  # type: ignore[attr-defined]
+    behaviour.requests.clear()  # type: ignore[attr-defined]
+    make_store().ensure(recipe_file)
+    assert (f"/pool/{name}", "bytes=200-") in behaviour.requests  # type: ignore[attr-defined]
+
+
+def test_wrong_bytes_from_an_earlier_download_are_replaced(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    name = "busybox-static_1.0_riscv64.deb"
+    behaviour.cut[name] = [200] + [0] * 10  # type: ignore[attr-defined]
+    store = make_store()
+    with pytest.raises(MirrorError):
+        store.ensure(recipe_file)
+    (partial,) = (store.root / "cache" / "partial").iterdir()
+    partial.write_bytes(b"x" * 200)
+    behaviour.cut.clear()  # type: ignore[attr-defined]
+    assert store.ensure(recipe_file).name == "small-tiny"
+
+
+def test_overloaded_mirror_is_asked_again(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    behaviour.replies["InRelease"] = [503, 503]  # type: ignore[attr-defined]
+    assert make_store().ensure(recipe_file).name == "small-tiny"
+
+
+def test_silent_mirror_ends_in_an_error_not_in_a_hang(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    behaviour.silent.add("InRelease")  # type: ignore[attr-defined]
+    started = time.monotonic()
+    with pytest.raises(MirrorError, match="silent for too long"):
+        make_store(timeout_seconds=0.2).ensure(recipe_file)
+    assert time.monotonic() - started < 5
+
+
+def test_mirror_without_by_hash_is_read(
+    make_store: MakeStore, recipe_file: Path, archive: object, behaviour: object
+) -> None:
+    make_store("one").ensure(recipe_file)
+    assert any("by-hash" in path for path, _ in behaviour.requests)  # type: ignore[attr-defined]
+    archive.by_hash = False  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    behaviour.requests.clear()  # type: ignore[attr-defined]
+    make_store("two").ensure(recipe_file)
+    asked = behaviour.requests  # type: ignore[attr-defined]
+    assert not any("by-hash" in path for path, _ in asked)
+
+
+def test_directory_can_be_the_mirror(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    url = archive.root.as_uri()  # type: ignore[attr-defined]
+    assert make_store(debian_mirror=url).ensure(recipe_file).name == "small-tiny"
+
+
+def test_package_that_a_point_release_dropped_renews_the_index(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    store = make_store()
+    old = store.archive("debian", "trixie").snapshot()
+    archive.path("busybox-static").unlink()  # type: ignore[attr-defined]
+    busybox = archive.packages.pop("busybox-static")  # type: ignore[attr-defined]
+    control, data = busybox
+    archive.packages["busybox-static"] = (  # type: ignore[attr-defined]
+        control.replace("Version: 1.0", "Version: 1.1"), data + b"\n" * (len(data) % 2),
+    )  # fmt: skip
+    archive.date += 86_400  # type: ignore[attr-defined]
+    store.archive("debian", "trixie").index(old, component="main", architecture="riscv64")
+    with pytest.raises(PackageGone):
+        store.ensure(recipe_file, index=old.digest)
+    archive.publish()  # type: ignore[attr-defined]
+    archive.path("busybox-static").write_bytes(data)  # type: ignore[attr-defined]
+    image = store.ensure(recipe_file, refresh=True)
+    assert image.source["packages"]["busybox-static"] == "1.1"
+
+
+def test_pin_keeps_the_index_although_there_is_a_newer_one(
+    make_store: MakeStore, recipe_file: Path, archive: object
+) -> None:
+    store = make_store()
+    first = store.ensure(recipe_file)
+    archive.date += 86_400  # type: ignore[attr-defined]
+    archive.publish()  # type: ignore[attr-defined]
+    newer = store.ensure(recipe_file, refresh=True)
+    assert newer.digest != first.digest
+    assert store.ensure(recipe_file).digest == newer.digest
+    pinned = make_store(pins={"trixie": first.source["index"]})
+    assert pinned.ensure(recipe_file).digest == first.digest
+    assert store.ensure(recipe_file, index=str(first.source["index"])).digest == first.digest
+
+
+# ---------------------------------------------------------------------- disks and users
+
+
+def small_file_limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+IN_A_PROCESS = """
+import sys
+from pathlib import Path
+from vmlab.images import ImageStore
+from vmlab.images.debian.apt import AptConfiguration
+from vmlab.images.settings import ImageSettings
+from vmlab.machine.errors import VmlabError
+root, mirror, keyring, recipe = sys.argv[1:]
+store = ImageStore(settings=ImageSettings(store=Path(root), debian_mirror=mirror,
+                   debian_keyring=Path(keyring)), apt=AptConfiguration(), environment={})
+try:
+    print(store.ensure(Path(recipe)).digest)
+except VmlabError as error:
+    print(type(error).__name__, error.message, error.hint)
+    sys.exit(error.exit_code)
+"""
+
+
+def command_line(store: ImageStore, recipe: Path) -> list[str]:
+    settings = store.settings
+    return [sys.executable, "-c", IN_A_PROCESS, str(store.root), str(settings.debian_mirror),
+            str(settings.debian_keyring), str(recipe)]  # fmt: skip
+
+
+def test_full_disk_is_reported_and_leaves_nothing_half_made(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    result = subprocess.run(
+        command_line(store, recipe_file), preexec_fn=small_file_limit,
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 3, result.stderr
+    assert "StoreError" in result.stdout
+    assert "cannot be written" in result.stdout
+    assert "prune" in result.stdout
+    assert store.images() == []
+    assert list((store.root / "work").glob("*/initrd")) == []
+    assert store.ensure(recipe_file).name == "small-tiny"
+
+
+NOBODY = 65534
+
+
+def as_nobody(work: Callable[[], object]) -> tuple[int, str]:
+    """Do `work` in a process that gave up root for good; returns its exit status and last words.
+
+    A fork, not a new interpreter: nobody may not be allowed to run this one.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        words = "it ended without a word"
+        status = 1
+        try:
+            os.close(reader)
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            words, status = str(work()), 0
+        except BaseException as error:
+            words = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, words.encode()[:4000])
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        words = file.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), words
+
+
+def readable_by_all(path: Path) -> bool:
+    return all(place.stat().st_mode & stat.S_IROTH for place in (path, *path.parents))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(
+    not readable_by_all(Path(vmlab.images.__file__)), reason="nobody may not read this checkout"
+)
+def test_unprivileged_user_builds_an_image(
+    make_store: MakeStore, recipe_file: Path, tmp_path: Path
+) -> None:
+    make_store("roots").ensure(recipe_file)  # so that all that is imported later is imported
+    for directory in tmp_path.parents[:2]:
+        directory.chmod(0o755)
+    tmp_path.chmod(0o755)
+    store = make_store("nobodys")
+    store.root.mkdir()
+    os.chown(store.root, NOBODY, NOBODY)
+    status, words = as_nobody(lambda: store.ensure(recipe_file).digest)
+    assert status == 0, words
+    image = store.directory_of(words)
+    assert image.stat().st_uid == NOBODY
+    assert (image / "initrd").stat().st_uid == NOBODY
+    assert store.verify() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_store_that_may_not_be_written_is_an_error_with_a_hint(
+    make_store: MakeStore, recipe_file: Path, tmp_path: Path
+) -> None:
+    make_store("roots").ensure(recipe_file)
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(0o755)
+    store = make_store("locked")
+    store.root.mkdir()
+
+    def refused() -> str:
+        with pytest.raises(StoreError, match="cannot be written") as caught:
+            store.ensure(recipe_file)
+        return caught.value.hint or ""
+
+    status, words = as_nobody(refused)
+    assert status == 0, words
+    assert "VMLAB_IMAGE_STORE" in words
+
+
+def build_in_process(arguments: list[str]) -> tuple[int, str]:
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=90)
+    return result.returncode, result.stdout
+
+
+def test_parallel_builds_of_one_image_build_it_once(
+    make_store: MakeStore, recipe_file: Path, behaviour: object
+) -> None:
+    store = make_store()
+    results: list[tuple[int, str]] = []
+
+    def one() -> None:
+        results.append(build_in_process(command_line(store, recipe_file)))
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [code for code, _ in results] == [0, 0, 0, 0], results
+    assert len({out for _, out in results}) == 1
+    fetched = [path for path, _ in behaviour.requests]  # type: ignore[attr-defined]
+    assert len(fetched) == len(set(fetched))
+    assert len(store.images()) == 1
+    assert list((store.root / "work").iterdir()) == []
+
+
+def test_killed_build_is_cleared_away_by_the_next(
+    make_store: MakeStore,
+    recipe_file: Path,
+    behaviour: object,
+    wait_until: Callable[[Callable[[], bool]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store()
+    script = IN_A_PROCESS.replace(
+        "try:", "import vmlab.images.builder as b, time\n"
+        "b.build_initramfs = lambda *a, **k: time.sleep(60)\ntry:"
+    )  # fmt: skip
+    arguments = command_line(store, recipe_file)
+    arguments[2] = script
+    process = subprocess.Popen(arguments)
+    try:
+        wait_until(lambda: bool(list((store.root / "work").glob("*/unpacked/boot"))))
+    finally:
+        process.kill()
+        process.wait()
+    assert len(list((store.root / "work").iterdir())) == 1
+    monkeypatch.setattr("vmlab.images.store.disk._SECONDS_TO_TAKE_GUARD", 0.0)
+    assert store.ensure(recipe_file).name == "small-tiny"
+    assert list((store.root / "work").iterdir()) == []
+
+
+# ---------------------------------------------------------------------- keeping house
+
+
+def test_list_find_and_remove(make_store: MakeStore, recipe_file: Path) -> None:
+    store = make_store()
+    assert store.find(recipe_file) is None
+    image = store.ensure(recipe_file)
+    assert store.images() == [image]
+    assert store.find(recipe_file) == image
+    assert store.ensure(image.digest[:10]) == image
+    assert store.remove("small-tiny") == [image]
+    assert store.images() == []
+    with pytest.raises(ImageNotFound, match="no image or recipe 'small-tiny'"):
+        store.remove("small-tiny")
+
+
+def test_unknown_image_suggests_one(make_store: MakeStore) -> None:
+    with pytest.raises(ImageNotFound) as caught:
+        make_store().ensure("debian-13-riscv64-tyni")
+    assert "debian-13-riscv64-tiny" in (caught.value.hint or "")
+
+
+def test_held_image_is_neither_removed_nor_pruned(make_store: MakeStore, recipe_file: Path) -> None:
+    store = make_store()
+    image = store.ensure(recipe_file)
+    with image.hold():
+        with pytest.raises(StoreError, match="in use"):
+            store.remove("small-tiny")
+        store.prune(0)
+        assert store.images() == [image]
+    store.prune(0)
+    assert store.images() == []
+
+
+def test_prune_takes_what_was_used_longest_ago_and_keeps_imports(
+    make_store: MakeStore, recipe_file: Path, tmp_path: Path, forms: dict[str, Callable[..., bytes]]
+) -> None:
+    from vmlab.images.importing import Parts, import_image
+
+    store = make_store()
+    kernel = tmp_path / "Image"
+    kernel.write_bytes(forms["riscv"]())
+    imported = import_image(store, "mine", Parts(kernel=kernel))
+    old = store.ensure(recipe_file)
+    recipe_file.write_text(recipe_file.read_text().replace("small-tiny", "young-tiny"))
+    young = store.ensure(recipe_file)
+    for image, age in ((imported, 9000), (old, 7000), (young, 5000)):
+        stamp = time.time() - age
+        os.utime(image.directory / "manifest.json", (stamp, stamp))
+    for path in (store.root / "cache" / "sha256").rglob("*"):
+        os.utime(path, (time.time() - 100, time.time() - 100))
+    keep = sum(
+        file.stat().st_blocks * 512
+        for image in (imported, young)
+        for file in image.directory.iterdir()
+    )
+    freed = store.prune(keep)
+    assert freed.files > 0
+    assert freed.images == [old.digest]
+    assert {image.name for image in store.images()} == {"mine", "young-tiny"}
+    assert store.prune(everything=True).images == [young.digest]
+    assert [image.name for image in store.images()] == ["mine"]
+
+
+def test_store_larger_than_its_limit_prunes_itself_but_not_what_is_fresh(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store(limit=1)
+    image = store.ensure(recipe_file)
+    assert store.images() == [image]
+
+
+def test_progress_tells_steps_with_sizes(make_store: MakeStore, recipe_file: Path) -> None:
+    told: list[ProgressEvent] = []
+    make_store().ensure(recipe_file, progress=told.append)
+    fetching = [event for event in told if event.step.startswith("fetching busybox-static")]
+    assert fetching[-1].finished
+    assert fetching[-1].done == fetching[-1].total
+    assert (fetching[-1].total or 0) > 0
+    unfinished = {event.step for event in told} - {event.step for event in told if event.finished}
+    assert unfinished == set()
+
+
+def test_manifest_tells_where_everything_came_from(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    image = make_store().ensure(recipe_file)
+    data = json.loads((image.directory / "manifest.json").read_text())
+    assert data["source"]["suite"] == "trixie"
+    assert data["source"]["index_date"] == 1_700_000_000
+    assert data["source"]["packages"] == {"busybox-static": "1.0", "linux-image-6.99-test": "1.0"}
+    assert set(data["files"]) == {"kernel", "initrd"}
