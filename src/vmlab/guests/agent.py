@@ -1,11 +1,13 @@
 """The host's side of vmlab's guest agent, whose other half is `agent.sh` in the guest.
 
 Each slot is a pair of virtio-serial ports, `vmlab.N` and `vmlab.N.err`; a slot runs one command at
-a time, and `vmlab.agent` carries signals. To the guest go shell lines (`run TOKEN 'COMMAND'`) and
-input in counted blocks; from it come the output itself, as it is, between two marks that carry the
-command's random token: `\\x01pid TOKEN PID\\n` (on the error port `\\x01begin TOKEN\\n`) and
-`\\x01end TOKEN STATUS\\n`. Everything before the first mark is left over from others and dropped.
-Nothing is polled: the host waits for bytes.
+a time, and `vmlab.agent` carries signals. To the guest go shell lines (`\\x01run TOKEN 'COMMAND'`)
+and input in counted blocks; from it come the output itself, as it is, between two marks that carry
+the command's random token: `\\x01pid TOKEN PID\\n` (on the error port `\\x01begin TOKEN\\n`) and
+`\\x01end TOKEN STATUS\\n`, or `STATUS held` if a process that the command left behind has the ports
+open still: such a slot is used when no other is free. Everything before the first mark is left over
+from others and dropped. Nothing is polled: the host waits for bytes. A slot whose port nobody has
+opened stops itself in the guest until the control port wakes it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, ClassVar, Final
 
-from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink
+from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink, quote
 from vmlab.hypervisors.base import Channel
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
 
@@ -35,7 +37,17 @@ LONGEST_COMMAND: Final = 120_000
 """Bytes; Linux takes no single argument of 128 KiB or more (MAX_ARG_STRLEN)."""
 
 INPUT_BLOCK: Final = 65536
+_PIECE: Final = 4 << 20
 _READ: Final = 1 << 20
+_LONG_LINE: Final = 400
+"""Bytes from which on starting a program that reads them is cheaper than a shell reading each."""
+
+_ANSWER_WITHIN: Final = 1.0
+"""Seconds after which an agent that answers elsewhere is taken to be busy here."""
+
+_OWN_PROCESS = re.compile(r"\$(\$|\{\$|PPID|\{PPID)")
+"""What tells a fork of the agent's shell from a shell of its own."""
+
 _KILL_AFTER: Final = 5.0
 _HELLO = re.compile(rb"\x01hello [0-9]+ [0-9]+\n\Z")
 
@@ -48,11 +60,22 @@ def script() -> bytes:
 
 
 def shell_line(*words: str) -> bytes:
-    """`words` as one line that a shell's `eval` takes apart again; $NL holds a newline there."""
+    """`words` as one line that the agent's `eval` takes apart again; $NL holds a newline there."""
     quoted = (
         "'" + word.replace("'", "'\\''").replace("\n", "'\"$NL\"'") + "'" for word in words[1:]
     )
-    return " ".join([words[0], *quoted]).encode("utf-8", "surrogateescape") + b"\n"
+    return b"\x01" + " ".join([words[0], *quoted]).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def command_line(verb: str, token: str, text: str) -> bytes:
+    """What starts a command: one line, or one that announces a long text after it."""
+    if _OWN_PROCESS.search(text):
+        text = f"exec sh -c {quote(text)}"
+    line = shell_line(verb, token, text)
+    if len(line) < _LONG_LINE:
+        return line
+    data = text.encode("utf-8", "surrogateescape")
+    return shell_line("text", verb, token, str(len(data))) + data
 
 
 class _Port:
@@ -148,27 +171,16 @@ def _safe_length(held: bytes, mark: bytes) -> int:
 
 
 class _Slot:
-    """A pair of ports, in step with the agent's process behind it."""
+    """A pair of ports, in step with the agent's process behind it.
+
+    `held` is whether a process that an earlier command left behind may write into its output.
+    """
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.held = False
         self.out: _Port | None = None
         self.err: _Port | None = None
-
-    async def open(self, open_channel: OpenChannel) -> tuple[_Port, _Port]:
-        """The ports, after the agent has answered on them once."""
-        if self.out is None or self.err is None:
-            out = _Port(await open_channel(f"vmlab.{self.number}"))
-            try:
-                err = _Port(await open_channel(f"vmlab.{self.number}.err"))
-                token = secrets.token_hex(8)
-                await out.send(shell_line("ping", token))
-                await out.skip_to((b"\x01pong " + token.encode(),))
-            except BaseException:
-                await out.close()
-                raise
-            self.out, self.err = out, err
-        return self.out, self.err
 
     async def drop(self) -> None:
         """Close the ports; the next use opens them anew."""
@@ -193,11 +205,12 @@ class AgentChannel(CommandChannel):
         self._all = tuple(self._free)
         self._available = asyncio.Semaphore(SLOTS)
         self._control: _Port | None = None
+        self._control_lock = asyncio.Lock()
 
     async def connect(self, *, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout), self._slot() as slot:
-                await slot.open(self._open)
+                await self.open_slot(slot)
         except TimeoutError:
             raise DeadlineExceeded(
                 "waiting for the guest's agent",
@@ -224,16 +237,36 @@ class AgentChannel(CommandChannel):
             return await _Run(self, slot, command, text).go(stdout, stderr, started)
 
     async def signal(self, process: int, number: int) -> None:
-        if self._control is None:
-            self._control = _Port(await self._open(CONTROL))
-        await self._control.send(f"kill -{int(number)} -{int(process)}\n".encode())
+        await self.control("signal", str(int(number)), str(int(process)))
+
+    async def control(self, *words: str) -> None:
+        """Call something on the control port."""
+        async with self._control_lock:
+            if self._control is None:
+                self._control = _Port(await self._open(CONTROL))
+            try:
+                await self._control.send(b"\n" + shell_line(*words))
+            except BaseException:
+                await self._drop_control()
+                raise
+
+    async def _drop_control(self) -> None:
+        control, self._control = self._control, None
+        if control is not None:
+            await control.close()
+
+    async def _agent_answers(self) -> None:
+        """Wait until the control port answers: from then on the slots are there."""
+        token = secrets.token_hex(8)
+        await self.control("ping", token)
+        async with self._control_lock:
+            if self._control is not None:
+                await self._control.skip_to((b"\x01pong " + token.encode(),))
 
     async def close(self) -> None:
         for slot in self._all:
             await slot.drop()
-        control, self._control = self._control, None
-        if control is not None:
-            await control.close()
+        await self._drop_control()
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[_Slot]:
@@ -248,11 +281,61 @@ class AgentChannel(CommandChannel):
                 raise
             finally:
                 self._free.append(slot)
-                self._free.sort(key=lambda free: -free.number)
+                # The last one is taken next.
+                self._free.sort(key=lambda free: (free.held, free.number), reverse=True)
 
     async def open_slot(self, slot: _Slot) -> tuple[_Port, _Port]:
         """The ports of `slot`, in step with the agent."""
-        return await slot.open(self._open)
+        if slot.out is not None and slot.err is not None:
+            return slot.out, slot.err
+        opened: list[_Port] = []
+        try:
+            for name in (f"vmlab.{slot.number}", f"vmlab.{slot.number}.err"):
+                opened.append(_Port(await self._open(name)))
+            await self._get_in_step(slot.number, opened[0])
+        except BaseException:
+            for port in opened:
+                await port.close()
+            raise
+        slot.out, slot.err, slot.held = opened[0], opened[1], False
+        return slot.out, slot.err
+
+    async def _get_in_step(self, slot: int, out: _Port) -> None:
+        """Wait until the agent answers on a slot.
+
+        One that does not while the control port does is asleep, since nobody had the port open, or
+        busy with a command of a host that has died, which is ended.
+        """
+        token = secrets.token_hex(8)
+        # The newline ends what an earlier host may have left unfinished.
+        question = b"\n" + shell_line("ping", token)
+        answer = asyncio.ensure_future(out.skip_to((b"\x01pong " + token.encode(),)))
+        try:
+            await out.send(question)
+            if slot != 0:
+                await self.control("wake")
+            await asyncio.wait({answer}, timeout=_ANSWER_WITHIN)
+            if not answer.done():
+                alive = asyncio.ensure_future(self._agent_answers())
+                try:
+                    await asyncio.wait({answer, alive}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    alive.cancel()
+                    await asyncio.wait({alive})
+                if not answer.done() and not alive.cancelled():
+                    alive.result()
+            patience = _ANSWER_WITHIN
+            while not answer.done():
+                await self.control("wake")
+                await asyncio.wait({answer}, timeout=patience)
+                if not answer.done():
+                    await self.control("reset", str(slot))
+                    await out.send(question)
+                    patience *= 2
+            answer.result()
+        finally:
+            answer.cancel()
+            await asyncio.wait({answer})
 
 
 class _Run:
@@ -263,7 +346,7 @@ class _Run:
         self._slot = slot
         self._command = command
         self._text = text
-        self._token = secrets.token_hex(16)
+        self._token = secrets.token_hex(8)
         self._process: int | None = None
         self._input_done = command.input is None
         self._input_error: Exception | None = None
@@ -272,8 +355,8 @@ class _Run:
     async def go(self, stdout: Sink, stderr: Sink, started: Callable[[int], None] | None) -> int:
         """Run it; when cancelled, end it in the guest and leave the slot in step."""
         out, err = await self._agent.open_slot(self._slot)
-        verb = "run" if self._command.input is None else "run_with_input"
-        await out.send(shell_line(verb, self._token, self._text))
+        verb = "run" if self._command.input is None else "pipe"
+        await out.send(command_line(verb, self._token, self._text))
         work = asyncio.ensure_future(self._exchange(out, err, stdout, stderr, started))
         try:
             return await asyncio.shield(work)
@@ -296,20 +379,19 @@ class _Run:
         async def output() -> int:
             mark, line = await out.skip_to((b"\x01pid " + token + b" ", end))
             if mark == end:
-                self._ended.set()
-                return int(line)
+                return self._end(line)
             self._process = int(line)
             if started is not None:
                 started(self._process)
             pong = b"\x01pong " + token
             mark, line = await out.copy_to((end, pong), stdout, lambda: self._question(out))
-            self._ended.set()
             if mark == pong:
+                self._ended.set()
                 raise AgentRestarted(
                     f"the guest's agent died while {self._command.text!r} ran",
                     hint="what became of the command is unknown",
                 )
-            return int(line)
+            return self._end(line)
 
         async def errors() -> int:
             await err.skip_to((b"\x01begin " + token,))
@@ -323,13 +405,20 @@ class _Run:
             raise self._input_error
         return status
 
+    def _end(self, line: bytes) -> int:
+        """The status in an end mark."""
+        self._ended.set()
+        status, _, held = line.partition(b" ")
+        self._slot.held = held == b"held"
+        return int(status)
+
     async def _send_input(self, out: _Port) -> int:
         """Send all input and its end; a source that fails ends the command in the guest."""
         source = self._command.input
         try:
             if isinstance(source, bytes):
-                for offset in range(0, len(source), _READ):
-                    await _send_block(out, source[offset : offset + _READ])
+                for offset in range(0, len(source), _PIECE):
+                    await _send_block(out, source[offset : offset + _PIECE])
             elif source is not None:
                 async for data in self._until_ended(source):
                     await _send_block(out, data)
@@ -369,7 +458,7 @@ class _Run:
             await out.send(shell_line("ping", self._token))
 
     async def _end_in_guest(self, work: asyncio.Future[int]) -> None:
-        """SIGTERM, then SIGKILL, then give the slot up."""
+        """SIGTERM, then SIGKILL, then have the slot begin anew."""
         try:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if self._process is not None:
@@ -377,6 +466,7 @@ class _Run:
                 done, _ = await asyncio.wait({work}, timeout=_KILL_AFTER)
                 if done:
                     return
+            await self._agent.control("reset", str(self._slot.number))
         finally:
             work.cancel()
             await asyncio.wait({work})

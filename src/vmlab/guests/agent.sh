@@ -7,12 +7,14 @@
 #
 # VMLAB_PORTS names a directory that holds the ports, where they are not virtio-serial ports.
 #
-# A slot is served by a process of a foreground pipeline and not by `&`, because a shell makes what
-# it starts with `&` ignore SIGINT for good.
+# On an emulated CPU starting a program takes 5 ms and reading a byte with `read` 0.04 ms: a command
+# is run by a fork of this shell, and lines are short. A slot is served by a process of a foreground
+# pipeline and not by `&`, because a shell makes what it starts with `&` ignore SIGINT for good.
 
 slots='0 1 2 3 4 5 6 7'
 NL='
 '
+SOH=$(printf '\001')
 
 find_port() { # NAME: sets PORT
     if [ -n "$VMLAB_PORTS" ]; then
@@ -21,7 +23,7 @@ find_port() { # NAME: sets PORT
         return
     fi
     for entry in /sys/class/virtio-ports/*; do
-        if read -r name 2>/dev/null <"$entry/name" && [ "$name" = "$1" ]; then
+        if read -r found 2>/dev/null <"$entry/name" && [ "$found" = "$1" ]; then
             PORT=/dev/${entry##*/}
             [ -e "$PORT" ]
             return
@@ -37,18 +39,51 @@ feed() {
     done
 }
 
-# The command's shell leads a session of its own, tells its process id, and lets go of the port.
+# A fork of this shell tells its process id, lets go of the ports, forgets what is the agent's, and
+# becomes the command.
 launch() { # TOKEN COMMAND
-    $setsid sh -c 'printf "\001pid %s %s\n" "$1" "$$" >&3; exec 3>&- 4>&-; eval "$2"' \
-        sh "$1" "$2" >&3 2>&4
+    (
+        cd -P /proc/self
+        printf '\001pid %s %s\n' "$1" "${PWD#/proc/}" >&3
+        cd /
+        exec >&3 2>&4 3>&- 4>&-
+        unset -f run pipe text ping signal wake reset find_port feed launch finish members serve \
+            supervise
+        unset OLDPWD PORT ERROR NL SOH slots holders adopted held now status token process name found \
+            line entry count size AGENT VMLAB_PORTS
+        eval "set --
+$2"
+    )
 }
 
+# A process that outlives its command and still has the ports open would write into the output of
+# the next one: init's children are looked at for such, and the host is told ("held").
 finish() { # TOKEN STATUS
+    held=
+    read -r now 2>/dev/null </proc/1/task/1/children
+    if [ "$now" != "$adopted" ]; then
+        for process in $now; do
+            case " $adopted " in *" $process "*) continue ;; esac
+            if [ "/proc/$process/fd/1" -ef "$PORT" ] || [ "/proc/$process/fd/2" -ef "$ERROR" ]; then
+                holders="$holders $process"
+            fi
+        done
+        adopted=$now
+    fi
+    if [ -n "$holders" ]; then
+        set -- "$1" "$2" $holders
+        token=$1 status=$2 holders=
+        shift 2
+        for process; do
+            case " $now " in *" $process "*) holders="$holders $process" held=' held' ;; esac
+        done
+        set -- "$token" "$status"
+    fi
     printf '\001end %s %s\n' "$1" "$2" >&4
-    printf '\001end %s %s\n' "$1" "$2" >&3
+    printf '\001end %s %s%s\n' "$1" "$2" "$held" >&3
 }
 
-# What the host calls, by lines that are evaluated.
+# What the host calls, by lines that begin with SOH.
 
 run() { # TOKEN COMMAND
     printf '\001begin %s\n' "$1" >&4
@@ -56,17 +91,79 @@ run() { # TOKEN COMMAND
     finish "$1" "$?"
 }
 
-run_with_input() { # TOKEN COMMAND
+pipe() { # TOKEN COMMAND: with input
     printf '\001begin %s\n' "$1" >&4
     feed <&3 | {
         launch "$1" "$2"
-        finish "$1" "$?"
-        exec cat >/dev/null
+        status=$?
+        exec 5<&0 </dev/null
+        finish "$1" "$status"
+        exec cat <&5 >/dev/null
     }
+}
+
+text() { # VERB TOKEN SIZE: the command follows in SIZE bytes
+    "$1" "$2" "$(dd bs="$3" count=1 iflag=fullblock 2>/dev/null <&3)"
 }
 
 ping() { # TOKEN
     printf '\001pong %s\n' "$1" >&3
+}
+
+members() { # PROCESS...: adds them and all that descend from them to MEMBERS
+    for process; do
+        MEMBERS="$MEMBERS $process"
+        for task in "/proc/$process/task"/*/children; do
+            below=
+            read -r below 2>/dev/null <"$task"
+            # shellcheck disable=SC2086 # it is a list
+            [ -z "$below" ] || members $below
+        done
+    done
+}
+
+# A shell that is about to start a program may put the signal off until that has ended: whoever
+# appears meanwhile gets it too.
+signal() { # NUMBER PROCESS: also to what descended from it when it was signalled before
+    eval "known=\$signalled_$2" done=' '
+    while :; do
+        MEMBERS=
+        members "$2"
+        fresh=
+        for process in $MEMBERS $known; do
+            case $done in *" $process "*) continue ;; esac
+            kill "-$1" "$process" 2>/dev/null
+            done="$done$process " fresh=yes
+        done
+        known=
+        [ -n "$fresh" ] || break
+    done
+    eval "signalled_$2=\$done"
+}
+
+wake() { # the slots that stopped because nobody was connected to their ports
+    read -r supervisors <"/proc/$AGENT/task/$AGENT/children"
+    for process in $supervisors; do
+        read -r below 2>/dev/null <"/proc/$process/task/$process/children"
+        kill -CONT "$below" 2>/dev/null
+    done
+}
+
+reset() { # SLOT: end what it does, for a host that knows nothing of it
+    MEMBERS=
+    members "$AGENT"
+    for process in $MEMBERS; do
+        read -r line 2>/dev/null <"/proc/$process/cmdline"
+        case $line in
+            *"$0$1")
+                MEMBERS=
+                members "$process"
+                # shellcheck disable=SC2086 # it is a list
+                kill -9 $MEMBERS 2>/dev/null
+                return
+                ;;
+        esac
+    done
 }
 
 serve() { # SLOT
@@ -74,21 +171,25 @@ serve() { # SLOT
         name=vmlab.agent
     else
         name=vmlab.$1
+        find_port "$name.err" || return 1
+        ERROR=$PORT
+        exec 4<>"$ERROR" || return 1
     fi
     find_port "$name" || return 1
     exec 3<>"$PORT" || return 1
-    if [ "$1" != control ]; then
-        find_port "$name.err" || return 1
-        exec 4<>"$PORT" || return 1
-    fi
-    if command -v setsid >/dev/null; then setsid=setsid; else setsid=; fi
+    holders= adopted=
+    read -r adopted 2>/dev/null </proc/1/task/1/children
     printf '\001hello 1 %s\n' "$$" >&3
     while :; do
         while IFS= read -r line <&3; do
-            eval "$line"
+            # Nothing else is evaluated: it may be what is left of input whose host has died.
+            case $line in
+                "${SOH}run "* | "${SOH}pipe "* | "${SOH}text "* | "${SOH}ping "* | \
+                    "${SOH}signal "* | "${SOH}wake" | "${SOH}reset "*) eval "${line#"$SOH"}" ;;
+            esac
         done
-        # The host has let go of the port; it may come back.
-        sleep 0.1
+        # Nobody is connected. The control port is looked at again and again, and wakes the others.
+        if [ "$1" = control ]; then sleep 0.2; else kill -STOP "$$"; fi
     done
 }
 
@@ -106,6 +207,8 @@ supervise() { # SLOT
 
 # The control port is the last one that the host declares: when it is there, all are.
 until find_port vmlab.agent; do sleep 0.05; done
+export AGENT="$$"
+cd /
 pipeline='supervise control </dev/null'
 for slot in $slots; do
     find_port "vmlab.$slot" || continue

@@ -266,7 +266,7 @@ class _DyingChannel(_SilentChannel):
         self._answers: list[bytes] = []
 
     async def write(self, data: bytes) -> None:
-        verb, token, *_ = data.decode().replace("'", "").split()
+        verb, token, *_ = data.decode().strip("\n\x01").replace("'", "").split()
         if verb == "ping":
             self._answers.append(f"\x01pong {token}\n".encode())
         else:
