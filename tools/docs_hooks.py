@@ -291,6 +291,38 @@ def events_page() -> str:
     )
 
 
+# -------------------------------------------------------------------------------- conformance
+
+
+def conformance_page() -> str:
+    """Every check of the suite: its id, the clause of the contract it proves, what it needs."""
+    from vmlab.conformance.registry import Check, checks
+    from vmlab.conformance.together import CLAUSE, TOGETHER
+
+    def needs(check: Check) -> str:
+        capabilities = [f"`{each.value}`" for each in check.needs]
+        # In parentheses stands what is said when it is missing.
+        means = [each.value.partition(" (")[0] for each in check.means]
+        return ", ".join([*capabilities, *means]) or "nothing"
+
+    topics: dict[str, list[tuple[str, str, str]]] = {}
+    for check in checks().values():
+        topics.setdefault(check.topic, []).append((f"`{check.id}`", check.clause, needs(check)))
+    parts = [
+        "# Conformance\n",
+        "The contract, clause by clause, as `vmlab conformance` checks it. A check runs where the "
+        "hypervisor declares what it needs; where it does not, it is skipped, with the reason in "
+        "the report.\n",
+    ]
+    for topic, rows in sorted(topics.items()):
+        parts.append(f"## {topic}\n\n{_table(('check', 'clause', 'needs'), sorted(rows))}")
+    parts.append("## together\n")
+    parts.append(
+        _table(("check", "clause", "needs"), [(f"`{TOGETHER}`", CLAUSE, "several hypervisors")])
+    )
+    return "\n".join(parts)
+
+
 # -------------------------------------------------------------------------------------- files
 
 
@@ -404,5 +436,6 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "reference/capabilities.md": capabilities_page,
     "reference/faults.md": faults_page,
     "reference/events.md": events_page,
+    "reference/conformance.md": conformance_page,
     "reference/files.md": files_page,
 }
