@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -103,6 +102,10 @@ def _ask(argv: Sequence[str], timeout: float) -> dict[str, Any] | str:
     return answer if isinstance(answer, dict) else f"printed {done.stdout.strip()!r}"
 
 
+_undead: list[subprocess.Popen[str]] = []
+"""Processes that outlived SIGKILL; kept, since nobody will ever have waited for them."""
+
+
 def _run(
     argv: Sequence[str], words: str, timeout: float
 ) -> subprocess.CompletedProcess[str] | None:
@@ -118,8 +121,10 @@ def _run(
         out, complaints = process.communicate(words, timeout)
     except subprocess.TimeoutExpired:
         process.kill()
-        with suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            _undead.append(process)
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
                 stream.close()

@@ -204,6 +204,7 @@ def probe(path: str, architecture: str, seconds: float) -> dict[str, object]:
             # Takes its argument by value, and one too large for fcntl.ioctl.
             _LIBC.ioctl(machine, ctypes.c_ulong(SET_TSS_ADDR), ctypes.c_ulong(0xFFFBD000))
             memory = mmap.mmap(-1, MEMORY, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            stack.callback(memory.close)
             build_memory(memory)
             address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
             fcntl.ioctl(
@@ -217,6 +218,7 @@ def probe(path: str, architecture: str, seconds: float) -> dict[str, object]:
             set_registers(vcpu)
             step = "run"
             shared = mmap.mmap(vcpu, fcntl.ioctl(system, GET_VCPU_MMAP_SIZE, 0))
+            stack.callback(shared.close)
             began = time.perf_counter()
             writes, reason = run(vcpu, shared, seconds)
             milliseconds = (time.perf_counter() - began) * 1e3
