@@ -208,7 +208,7 @@ def with_kernel(
                 "modules go into vmlab's own initramfs, which another one replaces",
                 hint="leave out either the initramfs or the modules",
             )
-    recipe = _base(store, base, info.architecture)
+    recipe = base_recipe(store, base, info.architecture)
     directory = None if modules is None else _modules_directory(modules)
     given = inputs(recipe, guest_agent())
     archive = store.archive(recipe.distribution, recipe.suite)
@@ -336,7 +336,12 @@ def _channels(parts: Parts) -> tuple[str, ...]:
     return ("console",) if parts.disk is None else ("qga", "ssh", "console")
 
 
-def _base(store: ImageStore, base: str | None, architecture: Architecture) -> Recipe:
+def base_recipe(store: ImageStore, base: str | None, architecture: Architecture) -> Recipe:
+    """The recipe of the tiny image that lends its initramfs to a kernel of an architecture.
+
+    Raises:
+        ImageError: `base` is no tiny image of that architecture, or there is none.
+    """
     if base is not None:
         recipe = store.recipe(base)
         if recipe is None or not recipe.tiny:

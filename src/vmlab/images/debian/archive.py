@@ -67,7 +67,7 @@ class Archive:
         self._blobs = blobs
         self._downloader = downloader
         self._mirrors = mirrors
-        self._keys = keys
+        self.keys = keys
         self._date_checks = date_checks
 
     def pinned(self) -> str | None:
@@ -134,7 +134,7 @@ class Archive:
         return read_release(
             message,
             suite=self.suite,
-            keys=archive_keys() if self._keys is None else self._keys,
+            keys=archive_keys() if self.keys is None else self.keys,
             source=source,
             check_date=checks.date,
             check_valid_until=checks.valid_until,
@@ -190,28 +190,48 @@ class Archive:
             ImageNotFound: the suite has no such component or architecture.
             MirrorError, TamperedFile: as in `BlobCache.fetch`.
         """
-        base = f"{component}/binary-{architecture}/Packages"
-        found = next(
-            (file for end in _COMPRESSIONS if (file := release.find(base + end)) is not None), None
-        )
-        if found is None:
-            raise ImageNotFound(
-                f"the suite {self.suite!r} has no packages of {architecture!r} in {component!r}",
-                hint="check the recipe's suite, architecture and components",
-            )
-        wanted = self._wanted(release, found)
-        path = self._blobs.get(wanted)
-        if path is None:
-            urls = tuple(
-                url
-                for mirror in self._mirrors(self.suite)
-                for url in self._index_urls(mirror, release, found)
-            )
-            wanted = Wanted(wanted.name, wanted.size, wanted.sha256, urls)
-            path = self._blobs.fetch(wanted, self._downloader, progress=progress)
+        found = self.index_file(release, component=component, architecture=architecture)
+        path = self.fetch_index(release, found, progress=progress)
         with path.open("rb") as stream:
-            text = decompressed(stream, source=wanted.name).read(_INDEX_BYTES_AT_MOST)
-        return PackageIndex(text, source=f"{self.suite} {found.path}")
+            name = f"{self.suite} {found.path}"
+            text = decompressed(stream, source=name).read(_INDEX_BYTES_AT_MOST)
+        return PackageIndex(text, source=name)
+
+    def file_of(self, release: Release) -> Path:
+        """The `InRelease` of a snapshot."""
+        return self._file(release.digest)
+
+    def index_file(self, release: Release, *, component: str, architecture: str) -> IndexFile:
+        """Which file of the suite lists these packages, in the best of its compressions.
+
+        Raises:
+            ImageNotFound: the suite has no such component or architecture.
+        """
+        base = f"{component}/binary-{architecture}/Packages"
+        for end in _COMPRESSIONS:
+            found = release.find(base + end)
+            if found is not None:
+                return found
+        raise ImageNotFound(
+            f"the suite {self.suite!r} has no packages of {architecture!r} in {component!r}",
+            hint="check the recipe's suite, architecture and components",
+        )
+
+    def fetch_index(
+        self, release: Release, file: IndexFile, *, progress: Progress = silent
+    ) -> Path:
+        """One of the suite's index files, fetched and checked; compressed as it is."""
+        wanted = self._wanted(release, file)
+        path = self._blobs.get(wanted)
+        if path is not None:
+            return path
+        urls = tuple(
+            url
+            for mirror in self._mirrors(self.suite)
+            for url in self._index_urls(mirror, release, file)
+        )
+        wanted = Wanted(wanted.name, wanted.size, wanted.sha256, urls)
+        return self._blobs.fetch(wanted, self._downloader, progress=progress)
 
     def _wanted(self, release: Release, file: IndexFile) -> Wanted:
         return Wanted(f"{self.suite}/{file.path}", file.size, file.sha256, ())

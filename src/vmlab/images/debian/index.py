@@ -6,6 +6,7 @@ index is searched as bytes, since parsing its 60,000 paragraphs would cost secon
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from vmlab.images.errors import FormatError, ImageNotFound
 from vmlab.images.formats.control import paragraph
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_FILENAME = re.compile(rb"\nFilename: ([^\n]+)")
 _ALTERNATIVE = re.compile(r"^\s*([a-z0-9][a-z0-9+.-]*)(?::[a-z0-9-]+)?\s*(?:\(([^)]*)\))?")
 
 
@@ -75,6 +77,18 @@ class PackageIndex:
             chosen[package.name] = package
             waiting.extend(self._choose(alternatives) for alternatives in package.depends)
         return [chosen[name] for name in sorted(chosen)]
+
+    def by_filename(self, filename: str) -> Package | None:
+        """The package that is the file `filename` of the archive, or None."""
+        position = self._filenames.get(filename.encode("utf-8", "surrogateescape"))
+        if position is None:
+            return None
+        return self._package(self._text.rfind(b"\nPackage: ", 0, position) + 1)
+
+    @functools.cached_property
+    def _filenames(self) -> dict[bytes, int]:
+        """Where in the text each file is named."""
+        return {match[1]: match.start() for match in _FILENAME.finditer(self._text)}
 
     def _choose(self, alternatives: tuple[str, ...]) -> str:
         for name in alternatives:

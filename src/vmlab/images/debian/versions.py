@@ -20,12 +20,13 @@ def _part(text: str) -> list[tuple[int, ...]]:
     """Alternating non-digits and digits; each run of non-digits ends with the order's zero."""
     result: list[tuple[int, ...]] = []
     position = 0
-    while position < len(text) or not result:
+    while position < len(text):
         match = _DIGITS.search(text, position)
         end = match.start() if match else len(text)
         result.append((*(_order(character) for character in text[position:end]), 0))
         result.append((int(match[0]) if match else 0,))
         position = match.end() if match else len(text)
+    result.append((0,))  # the end, which sorts after a tilde and before all else
     return result
 
 

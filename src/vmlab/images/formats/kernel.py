@@ -23,6 +23,7 @@ _ELF_MACHINES = {
     243: Architecture.RISCV64,
 }
 _XEN_PHYS32_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY, xen/include/public/elfnote.h
+_SETUP_HEADER_END = 0x268  # boot.rst: after kernel_info_offset, since protocol 2.15
 _VMLINUX_BYTES_AT_MOST = 1 << 30
 _BANNER = re.compile(rb"Linux version (\d+\.\d+[^\s\0]{0,80}) ")
 
@@ -57,8 +58,8 @@ def inspect(path: Path) -> KernelInfo:
 
 
 def _form(head: bytes, source: str) -> tuple[Architecture, str]:
-    if head[0x202:0x206] == b"HdrS":
-        (flags,) = struct.unpack_from("<H", head, 0x236) if len(head) > 0x238 else (1,)
+    if head[0x202:0x206] == b"HdrS" and len(head) >= _SETUP_HEADER_END:
+        (flags,) = struct.unpack_from("<H", head, 0x236)
         if flags & 1:  # XLF_KERNEL_64
             return Architecture.X86_64, "bzImage"
         raise FormatError(f"{source} is a kernel for 32-bit x86", hint="give an x86_64 kernel")
@@ -119,7 +120,7 @@ def direct_boot(path: Path) -> bytes | None:
         FormatError: the bzImage is damaged.
     """
     image = path.read_bytes()
-    if image[0x202:0x206] != b"HdrS" or len(image) < 0x250:
+    if image[0x202:0x206] != b"HdrS" or len(image) < _SETUP_HEADER_END:
         return None
     sectors = image[0x1F1] or 4
     offset, length = struct.unpack_from("<II", image, 0x248)  # boot.rst: payload_offset, _length

@@ -1,0 +1,264 @@
+"""Full roots: a distribution on a disk image, with a kernel and an initramfs that boot it.
+
+mmdebstrap installs the packages from the store's own snapshot of the archive; the kernel's
+modules come straight from its package; ext4 is written by mke2fs. The root boots through the
+initramfs of the tiny images, so no initramfs is generated under emulation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmlab.images.builder import Built, Inputs, build_initramfs, kernel_files
+from vmlab.images.debian.archive import Archive
+from vmlab.images.debian.index import Package, PackageIndex
+from vmlab.images.debian.openpgp import archive_keys
+from vmlab.images.debian.release import Release
+from vmlab.images.errors import BuildFailed
+from vmlab.images.formats import tarball
+from vmlab.images.formats.tarball import TarEntry
+from vmlab.images.progress import Progress, ProgressEvent
+from vmlab.images.recipe import Form, Modules, Recipe
+from vmlab.images.roots import ext4, tools
+from vmlab.images.roots.emulation import wrapped
+from vmlab.images.roots.mirror import serving
+from vmlab.images.tiny.build import unpack_kernel
+from vmlab.images.tiny.tree import merged
+from vmlab.machine.architecture import host_architecture
+
+CMDLINE = f"root=LABEL={ext4.LABEL}"
+
+
+def build_root(
+    recipe: Recipe,
+    archive: Archive,
+    release: Release,
+    given: Inputs,
+    directory: Path,
+    *,
+    kernel: Package,
+    kernel_deb: Path,
+    indexes: list[PackageIndex],
+    digest: str,
+    progress: Progress,
+) -> Built:
+    """Build a full root in `directory`. See `vmlab.images.builder.build`.
+
+    Raises:
+        ToolMissing: naming what to install.
+        BuildFailed: a tool failed; its last lines are in the message.
+    """
+    names = ["mmdebstrap", "mke2fs", "debugfs", "depmod"]
+    names += ["qemu-img"] if recipe.format is Form.QCOW2 else []
+    found = tools.require(names, what=f"building {recipe.name}")
+    scratch = directory / "unpacked"
+    scratch.mkdir()
+    files = unpack_kernel(kernel_deb, scratch, progress=progress)
+    busybox = archive.package(indexes[0].get("busybox-static"), progress=progress)
+    tiny = recipe.model_copy(update={"scripts": (), "modules": Modules()})
+    initramfs_inputs = Inputs(given.agent)
+    build_initramfs(
+        tiny, files, [busybox], initramfs_inputs, directory / "initrd",
+        mtime=release.date, progress=progress,
+    )  # fmt: skip
+    tarred = directory / "root.tar"
+    _install(
+        recipe, archive, release, directory,
+        output=tarred, mmdebstrap=found["mmdebstrap"], progress=progress,
+    )  # fmt: skip
+    root = directory / "root"
+    root.mkdir()
+    step = f"unpacking the root of {recipe.name}"
+    progress(ProgressEvent(step))
+    with tarred.open("rb") as stream:
+        entries = tarball.extract(stream, root, source="root.tar")
+    tarred.unlink()
+    packages = dict(_installed(root))
+    entries += _add_files(root, given, release.date)
+    if files.modules is not None:
+        entries += _add_modules(root, files.modules, found["depmod"], directory, release.date)
+    progress(ProgressEvent(step, finished=True))
+    step = f"writing the disk of {recipe.name}"
+    progress(ProgressEvent(step))
+    disk = directory / "disk"
+    raw = disk if recipe.format is Form.RAW else directory / "disk.raw"
+    ext4.make(
+        root, entries, raw, size=recipe.size or 0, seed=digest, epoch=release.date,
+        scratch=directory,
+    )  # fmt: skip
+    if recipe.format is Form.QCOW2:
+        tools.run(
+            [found["qemu-img"], "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk)],
+            what="converting the disk", log=directory / "qemu-img.log",
+        )  # fmt: skip
+    progress(ProgressEvent(step, finished=True))
+    return Built(
+        files={
+            **kernel_files(files.image, directory),
+            "initrd": directory / "initrd",
+            "disk": disk,
+        },
+        kernel_release=files.release,
+        packages={**packages, kernel.name: kernel.version},
+        disk_format=recipe.format.value,
+    )
+
+
+def _install(
+    recipe: Recipe,
+    archive: Archive,
+    release: Release,
+    directory: Path,
+    *,
+    output: Path,
+    mmdebstrap: str,
+    progress: Progress,
+) -> None:
+    """Let mmdebstrap(1) install the recipe's packages into a tar archive."""
+    keyring = directory / "keyring.asc"
+    keyring.write_bytes(b"\n".join(archive.keys or archive_keys()))
+    architecture = recipe.architecture
+    step = f"installing {len(recipe.packages)} packages and what they need"
+    progress(ProgressEvent(step))
+    with serving(
+        archive, release, components=recipe.components, architecture=architecture.debian,
+        progress=progress,
+    ) as (url, failures):  # fmt: skip
+        source = f"deb [signed-by={keyring}] {url} {archive.suite} {' '.join(recipe.components)}"
+        command = [
+            mmdebstrap,
+            "--mode=root" if os.geteuid() == 0 else "--mode=unshare",
+            "--variant=minbase",
+            "--format=tar",
+            f"--architectures={architecture.debian}",
+            f"--include={','.join(recipe.packages)}",
+            # The dates were checked when the snapshot was fetched.
+            '--aptopt=Acquire::Check-Valid-Until "false"',
+            '--aptopt=Acquire::Check-Date "false"',
+            '--aptopt=Acquire::http::Proxy "DIRECT"',
+            '--aptopt=Acquire::Languages "none"',
+            "--dpkgopt=path-exclude=/usr/share/man/*",
+            "--dpkgopt=path-exclude=/usr/share/locale/*",
+            "--dpkgopt=path-exclude=/usr/share/doc/*",
+            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            *(f"--customize-hook={hook}" for hook in _hooks(recipe)),
+            archive.suite,
+            str(output),
+            source,
+        ]
+        foreign = architecture is not host_architecture()
+        if foreign:
+            command.insert(1, "--skip=check/qemu")
+            command = wrapped(command, architecture)
+        try:
+            tools.run(
+                command,
+                what=f"installing the packages of {recipe.name}",
+                log=directory / "mmdebstrap.log",
+                environment={"SOURCE_DATE_EPOCH": str(release.date), "TMPDIR": str(directory)},
+            )
+        except BuildFailed:
+            if failures:
+                raise failures[0] from None  # why a package could not be had tells more
+            raise
+    progress(ProgressEvent(step, finished=True))
+
+
+def _hooks(recipe: Recipe) -> Iterator[str]:
+    """Shell commands that mmdebstrap runs with the root's path as $1."""
+    yield 'printf "vmlab\\n" >"$1/etc/hostname"'
+    yield 'printf "127.0.0.1 localhost\\n127.0.1.1 vmlab\\n::1 localhost\\n" >"$1/etc/hosts"'
+    yield f'printf "LABEL={ext4.LABEL} / ext4 defaults 0 1\\n" >"$1/etc/fstab"'
+    # What differs with every installation is made when a machine first boots.
+    yield 'rm -f "$1"/etc/ssh/ssh_host_*'
+    yield ': >"$1/etc/machine-id"'
+    yield 'rm -rf "$1"/var/log/*.log "$1"/var/log/apt "$1"/var/cache/ldconfig/aux-cache'
+    yield 'rm -f "$1"/var/cache/debconf/*-old "$1"/var/lib/dpkg/*-old'
+    # An empty password: who can reach a lab's console may log in.
+    yield 'chroot "$1" passwd --delete root'
+    for script in recipe.scripts:
+        if script.when == "build":
+            yield f'chroot "$1" /bin/sh -ec {_shell_quoted(script.text)}'
+
+
+def _shell_quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def _add_files(root: Path, given: Inputs, epoch: int) -> list[TarEntry]:
+    """Put the recipe's files into the unpacked root."""
+    entries = []
+    for name, (data, mode) in given.files.items():
+        path = _resolved(root, merged(name))
+        place = root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        place.write_bytes(data)
+        entries.append(TarEntry(path, "file", mode, 0, 0, epoch, size=len(data)))
+    return entries
+
+
+def _resolved(root: Path, path: str) -> str:
+    """`path` as it is, if nothing on its way is a symlink.
+
+    Raises:
+        BuildFailed: something is, and the file would land elsewhere.
+    """
+    current = root
+    for part in Path(path).parts[:-1]:
+        current /= part
+        if current.is_symlink():
+            raise BuildFailed(
+                f"the recipe's file /{path} lies below a symlink of the root",
+                hint="give the path that the symlink leads to",
+            )
+    return path
+
+
+def _add_modules(
+    root: Path, modules: Path, depmod: str, scratch: Path, epoch: int
+) -> list[TarEntry]:
+    """Move the kernel's modules into the unpacked root, with the tables for modprobe."""
+    release = modules.name
+    target = root / "usr" / "lib" / "modules" / release
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():  # headers put a link there
+        for path in sorted(modules.rglob("*"), key=lambda path: len(path.parts)):
+            place = target / path.relative_to(modules)
+            if path.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                shutil.move(path, place)
+    else:
+        shutil.move(modules, target)
+    tools.run(
+        [depmod, "--basedir", str(root), release], what="listing the kernel's modules",
+        log=scratch / "depmod.log",
+    )  # fmt: skip
+    return [
+        TarEntry(
+            path.relative_to(root).as_posix(),
+            "directory" if path.is_dir() else "file",
+            0o755 if path.is_dir() else 0o644,
+            0,
+            0,
+            epoch,
+        )
+        for path in (target.parent, target, *target.rglob("*"))
+        if not path.is_symlink()
+    ]
+
+
+def _installed(root: Path) -> Iterator[tuple[str, str]]:
+    """Names and versions of the installed packages, from dpkg's status."""
+    from vmlab.images.formats.control import paragraphs
+
+    text = (root / "var/lib/dpkg/status").read_text(encoding="utf-8", errors="replace")
+    for fields in paragraphs(text, source="dpkg status"):
+        if fields.get("Status", "").endswith(" installed"):
+            yield fields["Package"], fields.get("Version", "")
