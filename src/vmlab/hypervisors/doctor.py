@@ -197,9 +197,9 @@ def _kernel(host: Host) -> Iterator[Finding]:
     )
     if not host.linux:
         return
-    flags = host.read("proc/cpuinfo") or ""
-    inside = re.search(r"^flags\s*:.*\bhypervisor\b", flags, re.MULTILINE) is not None
-    yield _nested(host, inside=inside)
+    flags = re.search(r"^flags\s*:(.*)", host.read("proc/cpuinfo") or "", re.MULTILINE)
+    if flags is not None:  # an x86 processor
+        yield _nested(host, inside="hypervisor" in flags[1].split())
 
 
 def _nested(host: Host, *, inside: bool) -> Finding:
