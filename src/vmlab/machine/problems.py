@@ -81,7 +81,7 @@ def shortened(value: object, limit: int = 60) -> object:
     except (RecursionError, ValueError):
         # Nested too deeply, or holding a number that is too long to be written.
         return f"a {type(value).__name__}"
-    return value if len(text) <= limit and text == repr(value) else _Abridged(text[:limit])
+    return _Abridged(text[:limit]) if "..." in text or len(text) > limit else value
 
 
 class _Abridged:
@@ -96,8 +96,8 @@ class _Abridged:
 
 def _problem(detail: Any, model: type[BaseModel]) -> SpecProblem:
     """One of pydantic's complaints."""
-    location, candidates = _located(model, detail["loc"])
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    location, candidates = _located(model, detail["loc"])
     if kind == "missing":
         return SpecProblem(_field(location), None, "this field has to be given")
     if kind == "union_tag_not_found":
@@ -113,7 +113,10 @@ def _problem(detail: Any, model: type[BaseModel]) -> SpecProblem:
         field = _field([*location, *wrong.field.split(".")])
         return SpecProblem(field, shortened(wrong.value), wrong.expected)
     if kind == "extra_forbidden":
-        expected = _unknown_field(model, location)
+        # Its name may look like anything, also like the branch of a union.
+        unknown = detail["loc"][-1]
+        location, candidates = _located(model, detail["loc"][:-1])
+        location, expected = [*location, unknown], _unknown_field(unknown, candidates)
     elif kind in {"literal_error", "enum"}:
         expected = choice(value, findall(r"'([^']*)'", str(context.get("expected", ""))))
     elif kind == "tuple_type" and isinstance(value, Mapping):
@@ -166,8 +169,8 @@ def _step(candidates: list[Any], part: int | str) -> tuple[bool, list[Any]]:
             return True, _types_in(arguments[1])
         if arguments and isinstance(part, int):
             return True, _types_in(arguments[0])
-    branch = isinstance(part, str) and (part.startswith("function-") or part.endswith("]"))
-    return not (branch or (len(candidates) > 1 and not models)), []
+    wrapper = not models and str(part).startswith("function-")
+    return not (wrapper or len(candidates) > 1), []
 
 
 def _types_in(annotation: Any) -> list[Any]:
@@ -183,11 +186,10 @@ def _is_model(candidate: Any) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, BaseModel)
 
 
-def _unknown_field(model: type[BaseModel], location: Sequence[int | str]) -> str:
-    """What to say of a field that the model does not have."""
-    _, candidates = _located(model, location[:-1])
-    known = [name for one in candidates if _is_model(one) for name in one.model_fields]
-    close = get_close_matches(str(location[-1]), known, n=1)
+def _unknown_field(name: int | str, candidates: Sequence[Any]) -> str:
+    """What to say of a field that the tables which may stand there do not have."""
+    known = [field for one in candidates if _is_model(one) for field in one.model_fields]
+    close = get_close_matches(str(name), known, n=1)
     if close:
         return f"no such field; did you mean {close[0]!r}?"
     return "no such field" + (f"; there are {', '.join(dict.fromkeys(known))}" if known else "")
