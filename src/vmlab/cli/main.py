@@ -40,6 +40,7 @@ class CommandEntry:
     panel: str
 
 
+_GUESTS = "Guests"
 _PROVE = "Prove and break"
 _LOOK = "Look around and tidy up"
 
@@ -71,6 +72,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         "clean",
         "Remove what dead runs left: processes, mounts, sockets, files.",
         _LOOK,
+    ),
+    CommandEntry(
+        "image",
+        "vmlab.cli.image",
+        "app",
+        "Build, import, list, show, verify, remove and prune images for guests.",
+        _GUESTS,
     ),
     CommandEntry(
         "conformance",
@@ -158,6 +166,12 @@ def load(entry: CommandEntry) -> Any:
         app.command(entry.name)(target)
     command = typer.main.get_command(app)
     command.name = entry.name
+    # Completion is installed for vmlab as a whole.
+    command.params = [
+        option
+        for option in command.params
+        if option.name not in {"install_completion", "show_completion"}
+    ]
     return command
 
 

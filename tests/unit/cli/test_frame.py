@@ -75,7 +75,9 @@ def test_every_command_of_the_table_is_there_and_explains_itself(
     entry: frame.CommandEntry, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert frame.main([entry.name, "--help"]) == ExitCode.OK
-    assert f"Usage: vmlab {entry.name}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"Usage: vmlab {entry.name}" in printed
+    assert "completion" not in printed
 
 
 def test_no_command_prints_the_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
