@@ -128,10 +128,14 @@ class SimulatedDisk:
         copied.cache.pages.update(self.cache.pages)
         return copied
 
-    def carry_over(self, other: SimulatedDisk) -> None:
-        """Give a disk that goes on elsewhere what was counted so far."""
+    def counters(self) -> dict[str, int]:
+        """What was counted so far, by name."""
+        return {counter: getattr(self, counter) for counter in _COUNTERS}
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """Go on counting from there."""
         for counter in _COUNTERS:
-            setattr(other, counter, getattr(self, counter))
+            setattr(self, counter, counters.get(counter, 0))
 
 
 def _base(disk: Disk, field: str) -> Base:

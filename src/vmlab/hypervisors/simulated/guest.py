@@ -88,6 +88,8 @@ class Guest:
                 raise GuestError(f"unknown request {request.get('do')!r}")
             before = self.hardware.disk_delay
             reply = {"id": identity, "result": do(self, request)}
+            if do in _CHANGES:
+                self.hardware.world.changed(self.hardware)
             delay = self.hardware.disk_delay - before
         except _Died:
             return None
@@ -249,3 +251,15 @@ _DO: Final[Mapping[str, Callable[[Guest, Mapping[str, Any]], Any]]] = {
         Guest.received,
     )
 }
+_CHANGES: Final = frozenset(
+    {
+        Guest.write_memory,
+        Guest.write_disk,
+        Guest.flush,
+        Guest.print,
+        Guest.ignore_powerdown,
+        Guest.send,
+        Guest.received,
+    }
+)
+"""Requests after which the machine is not what it was."""

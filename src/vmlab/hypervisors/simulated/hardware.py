@@ -259,6 +259,7 @@ class Hardware:
         """Somebody types; a running guest echoes it."""
         self.guest.state.typed += data
         self.print(data.decode("utf-8", "replace"), name)
+        self.world.changed(self)
 
     def open_channel(self, name: str) -> SimulatedChannel:
         """A new connection to one of the channels of a machine that is on."""
@@ -296,7 +297,6 @@ class Hardware:
                 self._later(delay, partial(channel.pipe.feed, reply))
             else:
                 channel.pipe.feed(reply)
-            self.world.changed(self)
 
     def _later(self, delay: float, action: Callable[[], None]) -> None:
         def due() -> None:

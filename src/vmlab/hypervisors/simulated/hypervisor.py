@@ -10,6 +10,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, TypeVar
 
 from vmlab import __version__
@@ -23,6 +24,7 @@ from vmlab.hypervisors.simulated.conduct import Conductor
 from vmlab.hypervisors.simulated.events import LossyEventLog
 from vmlab.hypervisors.simulated.faults import ALL_KINDS, FaultBox
 from vmlab.hypervisors.simulated.hardware import Hardware
+from vmlab.hypervisors.simulated.journal import Journal
 from vmlab.hypervisors.simulated.machine import SimulatedMachine
 from vmlab.hypervisors.simulated.profile import NEVER, SimulationProfile
 from vmlab.hypervisors.simulated.trace import Trace
@@ -38,6 +40,7 @@ from vmlab.machine.states import MachineState
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.ownership import Owner
+    from vmlab.hypervisors.serialised_machine import SerialisedMachine
 
 T = TypeVar("T")
 ClockKind = Literal["virtual", "wall"]
@@ -64,6 +67,8 @@ class SimulatedHypervisor(OperatedHypervisor):
         profile: What it is like.
         seed: Source of all its randomness; None draws one, which `seed` tells.
         clock: "virtual", whose calls need the loop of `loop_factory`, or "wall".
+        store: Directory for the machines of a store, which outlive the process; None keeps them
+            in memory alone.
     """
 
     name: ClassVar[str] = "simulated"
@@ -75,6 +80,7 @@ class SimulatedHypervisor(OperatedHypervisor):
         *,
         seed: int | None = None,
         clock: ClockKind = "virtual",
+        store: Path | None = None,
     ) -> None:
         self.profile = profile
         self.seed = secrets.randbits(32) if seed is None else seed
@@ -94,6 +100,7 @@ class SimulatedHypervisor(OperatedHypervisor):
         self.world = World(self.now, self.chances, profile.effective_limits)
         self.world.faults = FaultBox(self.world, self.chances, self._crash_soon)
         self.world.on_notice = self._noticed
+        self._journal = Journal(store) if store is not None else None
         super().__init__(owner)
         self.log = LossyEventLog(self.name, self.now, self.record, self._loses)
         self._conductor = Conductor(self)
@@ -170,6 +177,9 @@ class SimulatedHypervisor(OperatedHypervisor):
     async def _prepare(self) -> None:
         self.require_up()
         if self._opened is None:
+            if self._journal is not None:
+                self._journal.open()
+                self._find_machines(self._journal)
             self._opened = self.now()
             schedule = self.profile.faults
             self.world.faults.schedule(schedule.faults, schedule.seed)
@@ -235,6 +245,54 @@ class SimulatedHypervisor(OperatedHypervisor):
         age = by_fault if by_fault is not None else luck.stale_seconds
         self.record.add(self.now(), "stale-status", {"machine": machine.name, "age": age})
         return age
+
+    # Machines that outlive the process.
+
+    def _find_machines(self, journal: Journal) -> None:
+        """Take over what the journal has, and write into it from now on."""
+        records = list(journal.load())
+        latest = max((record.time for record in records), default=0.0)
+        if self.clock == "virtual" and latest > self.now():
+            self._base += latest - self.now()
+        for record in records:
+            hardware = record.build(self.world)
+            self._ids[hardware.name] += 1
+            machine = self.new_machine(hardware.id, record.spec, MachineState.UNKNOWN)
+            machine.adopted_from_journal()
+            self.adopt(machine)
+        self.world.on_change = self._changed
+
+    def _changed(self, hardware: Hardware) -> None:
+        """Keep what has become of a machine, before anybody is told."""
+        assert self._journal is not None, "without a journal nobody asks"
+        machine = self._machines.get(hardware.id)
+        if machine is None:
+            self._journal.remove(hardware.id)
+            return
+        if hardware.id in self.world.machines:
+            self._journal.save(hardware)
+        else:
+            self._journal.remove(hardware.id)
+
+    def _keep(self, machine: SerialisedMachine) -> None:
+        hardware = self.world.machines.get(machine.id)
+        if hardware is not None:
+            hardware.spec = machine.spec
+            self.world.changed(hardware)
+
+    def announce_end(self, operation: Operation, machine: SerialisedMachine) -> None:
+        self._keep(machine)
+        super().announce_end(operation, machine)
+
+    def announce_failure(
+        self, operation: Operation, machine: SerialisedMachine, failure: BaseException
+    ) -> None:
+        self._keep(machine)
+        super().announce_failure(operation, machine, failure)
+
+    def enlist(self, operation: Operation, machine: OperatedMachine) -> None:
+        super().enlist(operation, machine)
+        self._keep(machine)
 
     # What happens by itself.
 
@@ -345,3 +403,5 @@ class SimulatedHypervisor(OperatedHypervisor):
             await super().close()
         finally:
             self.world.faults.clear_all()
+            if self._journal is not None:
+                self._journal.close()

@@ -160,6 +160,10 @@ class SimulatedMachine(OperatedMachine):
         self._settle(self._at_rest_or(self.seen), "found again")
         self._emit(EventType.ADOPTED, owner=str(self._hypervisor.owner))
 
+    def adopted_from_journal(self) -> None:
+        """An earlier process has left the machine: believe the hardware."""
+        self._settle(self._at_rest_or(self.seen), "found again")
+
     def _at_rest_or(self, seen: MachineState) -> MachineState:
         """What a machine is whose hardware does `seen`: one never started is created, not off."""
         never = seen is MachineState.STOPPED and self.hardware.boots == 0

@@ -57,12 +57,14 @@ class SimulatedNic:
         self.received_bytes = self.sent_bytes = 0
         self.received_packets = self.sent_packets = self.dropped_packets = 0
 
-    def carry_over(self, other: SimulatedNic) -> None:
-        """Give a NIC that goes on elsewhere the address, frames and counts of this one."""
-        other.mac, other.link = self.mac, self.link
-        other.inbox = deque(self.inbox)
+    def counters(self) -> dict[str, int]:
+        """What was counted so far, by name."""
+        return {counter: getattr(self, counter) for counter in _COUNTERS}
+
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """Go on counting from there."""
         for counter in _COUNTERS:
-            setattr(other, counter, getattr(self, counter))
+            setattr(self, counter, counters.get(counter, 0))
 
     def deliver(self, frame: bytes) -> None:
         """A frame arrives; it is dropped where the link is down or the queue is full."""

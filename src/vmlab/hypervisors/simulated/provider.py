@@ -36,6 +36,14 @@ class SimulatedProvider(HypervisorProvider):
         from vmlab.hypervisors.simulated.profile import SimulationProfile
 
         chosen = read_options(options or {})
+        if chosen.socket is not None:
+            from vmlab.hypervisors.simulated.client import RemoteSimulatedHypervisor
+
+            return RemoteSimulatedHypervisor(owner, chosen.socket)
         return SimulatedHypervisor(
-            owner, SimulationProfile.load(chosen.profile), seed=chosen.seed, clock=chosen.clock
+            owner,
+            SimulationProfile.load(chosen.profile),
+            seed=chosen.seed,
+            clock=chosen.clock,
+            store=owner.directory / self.name if owner.kind == "store" else None,
         )

@@ -169,10 +169,12 @@ def transfer(source: Hardware, arrival: Hardware) -> None:
     arrival.consoles = {name: bytearray(text) for name, text in source.consoles.items()}
     arrival.stalled_seconds = dict(source.stalled_seconds)
     for name, nic in source.nics.items():
-        nic.carry_over(arrival.nics[name])
+        there = arrival.nics[name]
+        there.mac, there.link, there.inbox = nic.mac, nic.link, nic.inbox.copy()
+        there.set_counters(nic.counters())
     for name, disk in source.disks.items():
         arrival.disks[name] = disk.copy()
-        disk.carry_over(arrival.disks[name])
+        arrival.disks[name].set_counters(disk.counters())
     if sent.memory is not None:
         arrival.ram = sent.memory.ram.copy()
         arrival.guest = Guest(arrival, sent.memory.guest.copy())

@@ -154,6 +154,7 @@ class World:
             self._free_ports(hardware)
             hardware.retire()
             self.faults.machine_gone(hardware)
+            self.changed(hardware)
 
     def _free_ports(self, hardware: Hardware) -> None:
         for nic in hardware.nics.values():
