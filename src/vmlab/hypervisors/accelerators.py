@@ -125,9 +125,8 @@ def _run(
             process.wait(_KILL_SECONDS)
         except subprocess.TimeoutExpired:
             _undead.append(process)
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+        for stream in filter(None, (process.stdin, process.stdout, process.stderr)):
+            stream.close()
         return None
     return subprocess.CompletedProcess(argv, process.returncode, out, complaints)
 

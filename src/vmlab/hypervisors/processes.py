@@ -449,22 +449,15 @@ class OwnedProcess:
         try:
             descriptor = open_pidfd(self.identity)
         except ProcessLookupError:
-            # It has ended; its parent, if that is another process, has yet to notice.
-            await asyncio.sleep(0)
-            return
+            descriptor = None  # it is about to have ended
         if descriptor is None:
             await asyncio.sleep(_POLL_S)
             return
         loop = asyncio.get_running_loop()
-        ended = loop.create_future()
-
-        def notice() -> None:
-            if not ended.done():
-                ended.set_result(None)
-
-        loop.add_reader(descriptor, notice)
+        ended = asyncio.Event()
+        loop.add_reader(descriptor, ended.set)
         try:
-            await ended
+            await ended.wait()
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)

@@ -53,6 +53,7 @@ def test_the_tightest_of_all_cgroups_above_counts(root: Path) -> None:
     write(top / "user.slice/session/mine/memory.current", 1 << 30)
     write(top / "user.slice/memory.max", 2 << 30)
     write(top / "user.slice/memory.current", 3 << 29)
+    write(top / "memory.max", 8 << 30)
     found = host_memory(root)
     assert found.limit == 2 << 30
     assert found.limited_by == str(top / "user.slice")

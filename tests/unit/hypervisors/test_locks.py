@@ -151,3 +151,13 @@ def test_a_holder_that_cannot_be_named(tmp_path: Path) -> None:
     assert "another process" in busy(tmp_path / "missing", "the thing", 1).message
     (tmp_path / "empty").touch()
     assert "process unknown" in busy(tmp_path / "empty", "the thing", 1).message
+
+
+def test_what_a_fork_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage does not see into forks: the same, done by this process."""
+    lock = FileLock.take(tmp_path / "lock")
+    assert lock is not None
+    monkeypatch.setattr(locks, "_held", {lock})
+    locks._close_after_fork()
+    assert not lock.held
+    assert not locks._held

@@ -279,6 +279,40 @@ def test_a_process_whose_parent_lives_goes_on() -> None:
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+def test_what_a_child_does_between_fork_and_exec(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Coverage does not see into children: the same, done by this process."""
+    asked: list[tuple[int, ...]] = []
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(processes, "_PRCTL", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(processes.os, "kill", lambda pid, number: killed.append((pid, number)))
+    die_with_parent(os.getppid())
+    assert asked == [(1, signal.SIGKILL, 0, 0, 0)]
+    assert killed == []
+    launch = processes._Launch(["x"], run.owner, "m1", (None, None, None), None, None, ())
+    with (tmp_path / "record").open("wb") as file:
+        launch._before_exec(file.fileno(), ["x"])()
+    assert len(asked) == 2
+    assert killed == [(os.getpid(), signal.SIGKILL)], "this process is not its own child"
+    record = processes.ProcessRecord.read(tmp_path / "record")
+    assert record is not None
+    assert record.identity == process_identity.ProcessIdentity.of(os.getpid())
+    assert (record.machine, record.argv) == ("m1", ("x",))
+
+
+def test_what_a_fork_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    monkeypatch.setattr(processes, "_spawner", object())
+    monkeypatch.setattr(processes, "_spawner_lock", lock)
+    monkeypatch.setattr(processes, "_children", {1: 2})
+    processes._forget_after_fork()
+    assert processes._spawner is None
+    assert processes._spawner_lock.acquire(blocking=False), "held by a thread that is no more"
+    assert not processes._children
+
+
 def test_elsewhere_than_on_linux_there_is_no_death_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert processes._prctl() is None
@@ -366,6 +400,21 @@ def test_waiting_without_pidfds(owner: Owner, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(process_identity.os, "pidfd_open", refuse)
     assert wait(start(["sh", "-c", "sleep 0.05; exit 4"], owner=owner)) == 4
+
+
+def test_waiting_for_one_that_ends_while_it_is_looked_at(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+
+    def gone(identity: process_identity.ProcessIdentity) -> int | None:
+        looked.append(identity)
+        raise ProcessLookupError(errno.ESRCH, "it has ended")
+
+    process = start(["sh", "-c", "sleep 0.1; exit 4"], owner=owner)
+    monkeypatch.setattr(processes, "open_pidfd", gone)
+    assert wait(process) == 4
+    assert 1 <= len(looked) < 100, "it was waited for in a circle"
 
 
 def test_ending_asks_first(owner: Owner) -> None:

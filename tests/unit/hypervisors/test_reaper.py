@@ -245,6 +245,19 @@ def test_processes_that_multiply_are_hunted_down(dead: Path, tmp_path: Path) -> 
     assert [variables for _, variables in marked() if variables.get("VMLAB_RUN") == DEAD] == []
 
 
+def test_processes_that_never_end_to_multiply_are_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers = iter(range(1000))
+
+    def kill(found: set[ProcessIdentity], run: str) -> dict[ProcessIdentity, ReapItem]:
+        return {who: ReapItem(run, "process", "kill", pid=who.pid) for who in found}
+
+    monkeypatch.setattr(leftovers, "_kill", kill)
+    items = leftovers._kill_all(lambda: {ProcessIdentity(next(numbers), 0)}, DEAD)
+    assert len(items) == 10
+
+
 def test_a_process_that_cannot_be_killed_keeps_the_directory(
     home: Home, dead: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
