@@ -55,7 +55,7 @@ def _known(*names: str) -> tuple[BeforeValidator, WithJsonSchema]:
 
 
 _Operation = Annotated[str, *_known("any", "create", "create_from", "status", *OPERATIONS)]
-_Event = Annotated[str, *_known("any", *EventType)]
+_Event = Annotated[str, *_known("any", *(event.value for event in EventType))]
 
 
 class At(_Model):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.hypervisors.toy import (
     FAILED,
     PAUSED,
@@ -19,6 +18,7 @@ from tests.unit.hypervisors.toy import (
     ToyMachine,
     of_type,
 )
+
 from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.errors import (
     DeadlineExceeded,
