@@ -17,7 +17,7 @@ import re
 import secrets
 import signal
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
 from typing import Any, ClassVar, Final
 
@@ -210,6 +210,8 @@ class AgentChannel(CommandChannel):
     async def connect(self, *, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout), self._slot() as slot:
+                # Asked anew: the agent that answered before may have gone with its guest.
+                await slot.drop()
                 await self.open_slot(slot)
         except TimeoutError:
             raise DeadlineExceeded(
@@ -350,6 +352,7 @@ class _Run:
         self._process: int | None = None
         self._input_done = command.input is None
         self._input_error: Exception | None = None
+        self._begun = asyncio.Event()
         self._ended = asyncio.Event()
 
     async def go(self, stdout: Sink, stderr: Sink, started: Callable[[int], None] | None) -> int:
@@ -381,6 +384,7 @@ class _Run:
             if mark == end:
                 return self._end(line)
             self._process = int(line)
+            self._begun.set()
             if started is not None:
                 started(self._process)
             pong = b"\x01pong " + token
@@ -407,6 +411,7 @@ class _Run:
 
     def _end(self, line: bytes) -> int:
         """The status in an end mark."""
+        self._begun.set()
         self._ended.set()
         status, _, held = line.partition(b" ")
         self._slot.held = held == b"held"
@@ -423,9 +428,14 @@ class _Run:
                 async for data in self._until_ended(source):
                     await _send_block(out, data)
         except (VmlabError, OSError) as error:
+            # Before it could take the end of what there is for the end of all.
             self._input_error = error
-            if self._process is not None:
-                await self._agent.signal(self._process, signal.SIGKILL)
+            await self._begun.wait()
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if self._process is not None and not self._ended.is_set():
+                    await self._agent.signal(self._process, number)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._ended.wait(), _KILL_AFTER)
         await out.send(b"0 0\n")
         self._input_done = True
         return 0
@@ -460,6 +470,8 @@ class _Run:
     async def _end_in_guest(self, work: asyncio.Future[int]) -> None:
         """SIGTERM, then SIGKILL, then have the slot begin anew."""
         try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._begun.wait(), _KILL_AFTER)
             for number in (signal.SIGTERM, signal.SIGKILL):
                 if self._process is not None:
                     await self._agent.signal(self._process, number)

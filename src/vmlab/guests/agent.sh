@@ -47,6 +47,7 @@ launch() { # TOKEN COMMAND
         printf '\001pid %s %s\n' "$1" "${PWD#/proc/}" >&3
         cd /
         exec >&3 2>&4 3>&- 4>&-
+        trap - INT # which dash would put off while it starts a program
         unset -f run pipe text ping signal wake reset find_port feed launch finish members serve \
             supervise
         unset OLDPWD PORT ERROR NL SOH slots holders adopted held now status token process name found \
@@ -112,6 +113,7 @@ ping() { # TOKEN
 
 members() { # PROCESS...: adds them and all that descend from them to MEMBERS
     for process; do
+        [ -z "$freeze" ] || kill -STOP "$process" 2>/dev/null
         MEMBERS="$MEMBERS $process"
         for task in "/proc/$process/task"/*/children; do
             below=
@@ -122,23 +124,16 @@ members() { # PROCESS...: adds them and all that descend from them to MEMBERS
     done
 }
 
-# A shell that is about to start a program may put the signal off until that has ended: whoever
-# appears meanwhile gets it too.
+# All are stopped before the first is signalled, so that none starts another meanwhile.
 signal() { # NUMBER PROCESS: also to what descended from it when it was signalled before
-    eval "known=\$signalled_$2" done=' '
-    while :; do
-        MEMBERS=
-        members "$2"
-        fresh=
-        for process in $MEMBERS $known; do
-            case $done in *" $process "*) continue ;; esac
-            kill "-$1" "$process" 2>/dev/null
-            done="$done$process " fresh=yes
-        done
-        known=
-        [ -n "$fresh" ] || break
-    done
-    eval "signalled_$2=\$done"
+    MEMBERS= freeze=yes
+    members "$2"
+    freeze=
+    eval "MEMBERS=\"\$MEMBERS \$signalled_$2\"; signalled_$2=\$MEMBERS"
+    # shellcheck disable=SC2086 # it is a list
+    kill "-$1" $MEMBERS 2>/dev/null
+    # shellcheck disable=SC2086 # so is this
+    kill -CONT $MEMBERS 2>/dev/null
 }
 
 wake() { # the slots that stopped because nobody was connected to their ports

@@ -7,6 +7,7 @@ The names are those of the NixOS test driver where it has them. Waiting happens 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shlex
 import time
 from collections.abc import AsyncIterable, Mapping, Sequence
@@ -172,9 +173,10 @@ class Guest:
         self, command: str, *, timeout: float | None = None, every: float = 1.0
     ) -> CommandResult:
         """Run a command again and again, `every` so many seconds, until it exits with 0."""
+        # The x keeps newlines at the end, which $() would take away.
         return await self._wait(
-            f"until ( {command}\n) >/tmp/.vmlab-wait.$$ 2>&1; do sleep {every}; done; "
-            "cat /tmp/.vmlab-wait.$$; rm -f /tmp/.vmlab-wait.$$",
+            f"until o=$( ( {command}\n) 2>/dev/null; s=$?; echo x; exit $s ); do sleep {every}; "
+            'done; printf %s "${o%x}"',
             f"{command!r} to succeed",
             timeout,
         )
@@ -304,14 +306,17 @@ class Guest:
     ) -> None:
         """Make `data` the contents of a file; directories above it are made.
 
+        A file that is there is replaced as a whole, through a symbolic link too; a device, or a
+        file where none can be made beside it (/proc, /sys), is written to as it is.
+
         Raises:
             CommandFailed: it cannot be written; the file that was there is untouched.
         """
-        name, part = quote(path), quote(f"{path}.vmlab-part")
-        parent = quote(str(PurePosixPath(path).parent))
-        command = (
-            f"mkdir -p {parent} && cat >{part} && chmod {mode:o} {part} && mv -f {part} {name} "
-            f"|| {{ status=$?; rm -f {part}; exit $status; }}"
+        command = _WRITE.format(
+            name=quote(path),
+            parent=quote(str(PurePosixPath(path).parent)),
+            token=secrets.token_hex(6),
+            mode=f"{mode:o}",
         )
         result = await self.execute(command, input=data, timeout=timeout)
         if not result.ok:
@@ -320,16 +325,21 @@ class Guest:
     async def copy_in(self, source: Path, target: str, *, timeout: float | None = None) -> None:
         """Copy a file or a tree of the host to `target`, which it will be, modes and links kept.
 
+        It appears as a whole: a file that is there is replaced, a directory that is there refused.
+
         Raises:
-            OperationFailed: it cannot be read here or written there.
+            OperationFailed: it cannot be read here.
+            CommandFailed: it cannot be written there; nothing of it is left.
         """
         parent, name = _split(target)
-        stream = trees.packed(source, name)
         result = await self.execute(
-            f"mkdir -p {quote(parent)} && tar -x -f - -C {quote(parent)}",
-            input=stream,
+            _COPY_IN.format(
+                parent=quote(parent), target=quote(target), name=quote(f"./{name}"),
+                scratch=quote(f"{parent.rstrip('/')}/.vmlab-copy-{secrets.token_hex(6)}"),
+            ),
+            input=trees.packed(source, name),
             timeout=timeout,
-        )
+        )  # fmt: skip
         if not result.ok:
             raise CommandFailed(result, "0", machine=self.machine.name)
 
@@ -347,26 +357,26 @@ class Guest:
             unpacker = trees.Unpacker(scratch)
             try:
                 result = await self.execute(
-                    f"cd {quote(parent)} && tar -c -f - -- {quote(name)}",
+                    f"cd {quote(parent)} && exec tar -c -f - -- {quote(name)}",
                     stdout=unpacker.take,
                     timeout=timeout,
                 )
             finally:
                 await unpacker.finish()
-            if not result.ok:
+            if not result.ok and not _only_changed(result):
                 raise ResourceNotFound(
                     f"cannot copy {source!r} out of the guest: {result.stderr.strip()}",
                     machine=self.machine.name,
                     operation="copy_out",
                 )
             unpacker.check()
-            (scratch / name).rename(target)
+            trees.settle(scratch / name, target)
 
     # Life and death.
 
     async def boot_id(self) -> str:
         """What is different after every boot (random(4), /proc/sys/kernel/random/boot_id)."""
-        return (await self.read("/proc/sys/kernel/random/boot_id")).decode().strip()
+        return (await self.read("/proc/sys/kernel/random/boot_id", timeout=10)).decode().strip()
 
     async def reboot(self, *, timeout: float = CONNECT_TIMEOUT) -> None:
         """Reboot from inside and wait until the guest answers again.
@@ -379,8 +389,8 @@ class Guest:
             async with asyncio.timeout(timeout):
                 await self._leave("reboot")
                 while True:
-                    with suppress(ChannelClosed, DeadlineExceeded):
-                        await self.channel.connect(timeout=5)
+                    with suppress(ChannelClosed, DeadlineExceeded, ResourceNotFound):
+                        await self.channel.connect(timeout=timeout)
                         if await self.boot_id() != before:
                             return
                     await asyncio.sleep(0.2)
@@ -439,10 +449,46 @@ def _split(path: str) -> tuple[str, str]:
     return str(pure.parent), pure.name
 
 
+def _only_changed(result: CommandResult) -> bool:
+    """Whether tar only noticed that something was written to meanwhile (GNU tar, status 1)."""
+    return result.status == 1 and all(
+        "changed as we read it" in line for line in result.stderr.splitlines()
+    )
+
+
+# Whatever ends the command, its own file goes with it. Text for str.format.
+_WRITE: Final = """mkdir -p {parent} || exit
+n=$(readlink -f {name}) || n={name}
+p=$n.vmlab-{token}
+if [ -b "$n" ] || [ -c "$n" ] || [ -p "$n" ] || ! (: >"$p") 2>/dev/null; then
+    exec cat >"$n"
+fi
+trap 'rm -f "$p"' EXIT
+trap 'exit 143' HUP INT TERM
+cat >"$p" && chmod {mode} "$p" && mv -f "$p" "$n"
+"""
+
+_COPY_IN: Final = """s={scratch}
+if [ -d {target} ] && ! [ -L {target} ]; then
+    echo "it exists already, and is a directory" >&2
+    exit 73
+fi
+mkdir -p {parent} && mkdir "$s" || exit
+trap 'rm -rf "$s"' EXIT
+trap 'exit 143' HUP INT TERM
+(cd "$s" && tar -x -f -) && mv -f "$s"/{name} {target}
+"""
+
+
 def _listening(port: int, address: str | None) -> str:
     """A shell test: does something listen on a TCP port? (proc(5), /proc/net/tcp, state 0A)."""
     if not 1 <= port <= 65535:
         raise OperationFailed(f"port {port}: 1 to 65535")
     if address is None:
         return f"cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -q ':{port:04X} [0-9A-F:]* 0A'"
-    return f"nc -z -w 1 {quote(address)} {port} 2>/dev/null"
+    host = quote(address)
+    # OpenBSD's nc has -z; busybox's runs a program when it has connected; bash connects by itself.
+    return (
+        f"{{ if command -v nc; then nc -z -w 1 {host} {port} || nc -w 1 {host} {port} -e true; "
+        f"else timeout 2 bash -c {quote(f': </dev/tcp/{address}/{port}')}; fi; }} >/dev/null 2>&1"
+    )

@@ -1,7 +1,8 @@
 """Files and trees as tar streams: what `copy_in` sends and what `copy_out` unpacks.
 
-Modes, times, symlinks and hard links survive; owners become those of whoever unpacks. Nothing is
-unpacked outside the destination (tarfile's "tar" filter, PEP 706).
+Permissions, times, symbolic and hard links survive; owners become those of whoever unpacks, and no
+file becomes set-uid. The guest is not trusted: nothing is unpacked outside the destination or
+through a symbolic link, and no device node is made. GNU's format, which busybox reads too.
 """
 
 from __future__ import annotations
@@ -11,27 +12,34 @@ import io
 import os
 import queue
 import shutil
+import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, cast
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Final, cast
 
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import OperationFailed
 
-BLOCK = 1 << 20
-_QUEUED = 4
+PIECE: Final = 4 << 20
+"""Bytes of a piece of a stream: the guest starts a program for each."""
+
+_PERMISSIONS: Final = 0o1777
+
+
+class _Abandoned(Exception):
+    """Nobody listens any more; ends the thread that packs."""
 
 
 class _Pieces(io.RawIOBase):
-    """A file to write to that hands what is written to a queue, in pieces of about BLOCK bytes."""
+    """A file to write to that hands on what is written, in pieces of about PIECE bytes."""
 
-    def __init__(self, pieces: queue.Queue[bytes | BaseException | None]) -> None:
-        self._pieces = pieces
+    def __init__(self, hand_on: Callable[[bytes], None]) -> None:
+        self._hand_on = hand_on
         self._held = bytearray()
-        self.abandoned = threading.Event()
 
     def writable(self) -> bool:
         return True
@@ -39,36 +47,15 @@ class _Pieces(io.RawIOBase):
     def write(self, data: object, /) -> int:
         view = memoryview(cast("bytes", data))
         self._held += view
-        if len(self._held) >= BLOCK:
-            self._put()
+        if len(self._held) >= PIECE:
+            self.finish()
         return len(view)
 
-    def _put(self) -> None:
-        piece, self._held = bytes(self._held), bytearray()
-        put_unless(self._pieces, piece, self.abandoned)
-
     def finish(self) -> None:
-        """Hand over what is left."""
-        if self._held:
-            self._put()
-
-
-class Abandoned(Exception):
-    """The other side of a queue no longer listens; ends the thread that fills it."""
-
-
-def put_unless(
-    pieces: queue.Queue[bytes | BaseException | None],
-    piece: bytes | BaseException | None,
-    abandoned: threading.Event,
-) -> None:
-    """Put `piece` when there is room, unless the reader has gone."""
-    while not abandoned.is_set():
-        try:
-            return pieces.put(piece, timeout=0.1)
-        except queue.Full:
-            continue
-    raise Abandoned
+        """Hand on what is left."""
+        piece, self._held = bytes(self._held), bytearray()
+        if piece:
+            self._hand_on(piece)
 
 
 async def packed(source: Path, name: str) -> AsyncIterator[bytes]:
@@ -77,47 +64,77 @@ async def packed(source: Path, name: str) -> AsyncIterator[bytes]:
     Raises:
         OperationFailed: something in it cannot be read.
     """
-    pieces: queue.Queue[bytes | BaseException | None] = queue.Queue(_QUEUED)
-    target = _Pieces(pieces)
+    loop = asyncio.get_running_loop()
+    room = queue.Queue[None](maxsize=2)
+    pieces = asyncio.Queue[bytes | BaseException | None]()
+    abandoned = threading.Event()
+
+    def hand_on(piece: bytes | BaseException | None) -> None:
+        while True:
+            if abandoned.is_set():
+                raise _Abandoned
+            try:
+                room.put(None, timeout=0.05)
+                break
+            except queue.Full:
+                continue
+        try:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        except RuntimeError:
+            raise _Abandoned from None  # the loop has ended
 
     def pack() -> None:
         try:
-            with tarfile.open(
-                fileobj=cast("IO[bytes]", target),
-                mode="w|",
-                bufsize=BLOCK,
-                format=tarfile.PAX_FORMAT,
-            ) as archive:
-                archive.add(source, arcname=name)
-            target.finish()
-            put_unless(pieces, None, target.abandoned)
-        except Abandoned:
+            try:
+                target = _Pieces(hand_on)
+                with tarfile.open(
+                    fileobj=cast("IO[bytes]", target), mode="w|", format=tarfile.GNU_FORMAT
+                ) as archive:
+                    archive.add(source, arcname=name, filter=_without_owner)
+                target.finish()
+            except (OSError, ValueError, tarfile.TarError) as error:
+                hand_on(error)
+            else:
+                hand_on(None)
+        except _Abandoned:
             return
-        except (OSError, tarfile.TarError) as error:
-            put_unless(pieces, error, target.abandoned)
 
     thread = threading.Thread(target=pack, name=f"pack {source.name}", daemon=True)
     thread.start()
     try:
-        while (piece := await asyncio.to_thread(pieces.get)) is not None:
+        while (piece := await pieces.get()) is not None:
+            room.get_nowait()
             if isinstance(piece, BaseException):
+                reason = piece.strerror if isinstance(piece, OSError) else None
                 raise OperationFailed(
-                    f"cannot read {source}: {piece}",
+                    f"cannot read {getattr(piece, 'filename', None) or source}: {reason or piece}",
                     hint="check that it exists and may be read",
                     operation="copy_in",
                 ) from piece
             yield piece
     finally:
-        target.abandoned.set()
+        abandoned.set()
+        await uninterrupted(asyncio.to_thread(thread.join))
+
+
+def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """As root unpacks it: what is the user's here is root's there."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
 
 
 class Unpacker:
-    """Takes a tar stream piece by piece and unpacks it into a directory that exists."""
+    """Takes a tar stream piece by piece and unpacks it into a directory that exists.
+
+    What has been taken is unpacked by a thread; `finish` has to be called, whatever happened.
+    """
 
     def __init__(self, target: Path) -> None:
         self._target = target
         reading, self._writing = os.pipe()
         self._error: BaseException | None = None
+        self._write_under_way: asyncio.Future[None] | None = None
         self._thread = threading.Thread(
             target=self._unpack, args=(reading,), name=f"unpack {target.name}", daemon=True
         )
@@ -126,17 +143,38 @@ class Unpacker:
     def _unpack(self, reading: int) -> None:
         with os.fdopen(reading, "rb") as stream:
             try:
-                with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK) as archive:
-                    archive.extractall(self._target, members=_owned(archive), filter="tar")
-            except (OSError, tarfile.TarError, EOFError) as error:
+                with tarfile.open(fileobj=stream, mode="r|") as archive:
+                    archive.extractall(self._target, members=self._members(archive), **_TRUSTED)
+            except Exception as error:  # the guest wrote it: tarfile raises all kinds
                 self._error = error
             # Whoever writes must not be stopped by what is wrong with the rest.
-            while stream.read(BLOCK):
+            while stream.read(PIECE):
                 pass
+
+    def _members(self, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        """The members, each checked when all before it are unpacked."""
+        for member in archive:
+            _refuse_outside(self._target, member.name, member)
+            if member.islnk():
+                _refuse_outside(self._target, member.linkname, member)
+                if not (self._target / member.linkname).is_file():
+                    raise tarfile.ExtractError(f"{member.name!r} is a hard link to no file")
+            if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+                kind = "device" if member.isdev() and not member.isfifo() else "special file"
+                raise tarfile.ExtractError(f"{member.name!r} is a {kind}, which is not copied")
+            yield member.replace(
+                mode=member.mode & _PERMISSIONS,
+                uid=os.getuid(),
+                gid=os.getgid(),
+                uname="",
+                gname="",
+                deep=False,
+            )
 
     async def take(self, data: bytes) -> None:
         """The next piece of the stream."""
-        await asyncio.to_thread(self._write, data)
+        self._write_under_way = asyncio.ensure_future(asyncio.to_thread(self._write, data))
+        await asyncio.shield(self._write_under_way)
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -145,6 +183,11 @@ class Unpacker:
 
     async def finish(self) -> None:
         """No more comes: wait until all is unpacked."""
+        await uninterrupted(self._finish())
+
+    async def _finish(self) -> None:
+        if self._write_under_way is not None:
+            await asyncio.wait([self._write_under_way])
         os.close(self._writing)
         await asyncio.to_thread(self._thread.join)
 
@@ -156,22 +199,47 @@ class Unpacker:
         """
         if self._error is not None:
             raise OperationFailed(
-                f"cannot unpack into {self._target}: {self._error}",
-                hint="check the space and permissions there",
+                f"cannot unpack what the guest sent: {self._error}",
+                hint="check the space and permissions here, and what the guest has there",
                 operation="copy_out",
             ) from self._error
+
+
+# Pythons that know extraction filters (PEP 706) warn if none is named; the checks are our own,
+# since the standard ones resolve links by name and can be led astray (CVE-2025-4517).
+_TRUSTED: dict[str, Any] = (
+    {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filter") else {}
+)
+
+
+def _refuse_outside(base: Path, name: str, member: tarfile.TarInfo) -> None:
+    """Refuse a name that leads out of `base`, or anywhere through a symbolic link.
+
+    Raises:
+        tarfile.ExtractError: naming the member.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise tarfile.ExtractError(f"{member.name!r} reaches outside ({name!r})")
+    place = base
+    for part in path.parts[:-1]:
+        place = place / part
+        if place.is_symlink():
+            raise tarfile.ExtractError(f"{member.name!r} reaches through a symbolic link")
+    if member.isdir() and (base / path).is_symlink():
+        raise tarfile.ExtractError(f"{member.name!r} is a directory and a symbolic link")
 
 
 @contextmanager
 def scratch(target: Path) -> Iterator[Path]:
     """A directory beside `target` to unpack into, gone afterwards with what is left in it."""
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise OperationFailed(
             f"{str(target)!r} exists already", hint="choose another name", operation="copy_out"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+        directory = Path(tempfile.mkdtemp(prefix=".vmlab-copy-", dir=target.parent))
     except OSError as error:
         raise OperationFailed(
             f"cannot write beside {target}: {error.strerror}",
@@ -179,12 +247,40 @@ def scratch(target: Path) -> Iterator[Path]:
             operation="copy_out",
         ) from error
     try:
-        yield Path(directory)
+        yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
 
 
-def _owned(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members, as belonging to whoever unpacks them."""
-    for member in archive:
-        yield member.replace(uid=os.getuid(), gid=os.getgid(), uname="", gname="", deep=False)
+def _remove(directory: Path) -> None:
+    """Remove a tree, also one with directories that may not be written or looked into."""
+    for folder, names, _ in os.walk(directory):
+        for name in names:
+            path = Path(folder, name)
+            if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) & 0o700 != 0o700:
+                path.chmod(0o700)
+    shutil.rmtree(directory)
+
+
+def settle(unpacked: Path, target: Path) -> None:
+    """Give what was unpacked its place.
+
+    Raises:
+        OperationFailed: it is not there, or the place is taken by now.
+    """
+    if not os.path.lexists(unpacked):
+        raise OperationFailed(
+            f"the guest sent something else than {unpacked.name!r}",
+            hint="is the guest's tar a tar?",
+            operation="copy_out",
+        )
+    try:
+        if os.path.lexists(target):
+            raise FileExistsError(None, "it exists already")
+        unpacked.rename(target)
+    except OSError as error:
+        raise OperationFailed(
+            f"cannot write {target}: {error.strerror}",
+            hint="check what is there",
+            operation="copy_out",
+        ) from error
