@@ -53,12 +53,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Built:
-    """The files of an image in the directory that it was built in, by role, and what it is."""
+    """The files of an image in the directory that it was built in, by role, and what it is.
+
+    `cmdline` is what the kernel has to be told besides what the recipe says.
+    """
 
     files: Mapping[str, Path]
     kernel_release: str
     packages: Mapping[str, str]
     disk_format: str | None = None
+    cmdline: str = ""
 
 
 def guest_agent() -> bytes | None:
@@ -118,6 +122,10 @@ def build(
     Raises:
         ImageError: of the kind that says what went wrong.
     """
+    if not recipe.tiny:
+        from vmlab.images.roots.build import check_tools
+
+        check_tools(recipe)
     indexes = [
         archive.index(
             release,

@@ -53,6 +53,15 @@ def archive_keys() -> tuple[bytes, ...]:
     return tuple(keys)
 
 
+def binary_keyring(keys: tuple[bytes, ...]) -> bytes:
+    """Keyrings as one without armor, the only form that every program reads."""
+    from pysequoia import Cert
+
+    return b"".join(
+        bytes(certificate) for keyring in keys for certificate in Cert.split_bytes(keyring)
+    )
+
+
 def verify(message: bytes, keys: tuple[bytes, ...], *, source: str) -> Verified:
     """The text of a signed message, if one of `keys` has signed it.
 

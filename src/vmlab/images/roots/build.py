@@ -15,7 +15,7 @@ from pathlib import Path
 from vmlab.images.builder import Built, Inputs, build_initramfs, kernel_files
 from vmlab.images.debian.archive import Archive
 from vmlab.images.debian.index import Package, PackageIndex
-from vmlab.images.debian.openpgp import archive_keys
+from vmlab.images.debian.openpgp import archive_keys, binary_keyring
 from vmlab.images.debian.release import Release
 from vmlab.images.errors import BuildFailed
 from vmlab.images.formats import tarball
@@ -30,6 +30,20 @@ from vmlab.images.tiny.tree import merged
 from vmlab.machine.architecture import host_architecture
 
 CMDLINE = f"root=LABEL={ext4.LABEL}"
+
+
+def check_tools(recipe: Recipe) -> dict[str, str]:
+    """The programs that a recipe's root needs, before anything is fetched for it.
+
+    Raises:
+        ToolMissing: naming what to install.
+    """
+    names = ["mmdebstrap", "mke2fs", "debugfs", "depmod"]
+    names += ["qemu-img"] if recipe.format is Form.QCOW2 else []
+    found = tools.require(names, what=f"building {recipe.name}")
+    if recipe.architecture is not host_architecture():
+        wrapped([], recipe.architecture)
+    return found
 
 
 def build_root(
@@ -51,9 +65,7 @@ def build_root(
         ToolMissing: naming what to install.
         BuildFailed: a tool failed; its last lines are in the message.
     """
-    names = ["mmdebstrap", "mke2fs", "debugfs", "depmod"]
-    names += ["qemu-img"] if recipe.format is Form.QCOW2 else []
-    found = tools.require(names, what=f"building {recipe.name}")
+    found = check_tools(recipe)
     scratch = directory / "unpacked"
     scratch.mkdir()
     files = unpack_kernel(kernel_deb, scratch, progress=progress)
@@ -104,6 +116,7 @@ def build_root(
         kernel_release=files.release,
         packages={**packages, kernel.name: kernel.version},
         disk_format=recipe.format.value,
+        cmdline=CMDLINE,
     )
 
 
@@ -118,8 +131,8 @@ def _install(
     progress: Progress,
 ) -> None:
     """Let mmdebstrap(1) install the recipe's packages into a tar archive."""
-    keyring = directory / "keyring.asc"
-    keyring.write_bytes(b"\n".join(archive.keys or archive_keys()))
+    keyring = directory / "keyring.gpg"
+    keyring.write_bytes(binary_keyring(archive.keys or archive_keys()))
     architecture = recipe.architecture
     step = f"installing {len(recipe.packages)} packages and what they need"
     progress(ProgressEvent(step))
@@ -140,6 +153,8 @@ def _install(
             '--aptopt=Acquire::Check-Date "false"',
             '--aptopt=Acquire::http::Proxy "DIRECT"',
             '--aptopt=Acquire::Languages "none"',
+            # The keyring and the packages are where only the builder may look.
+            '--aptopt=APT::Sandbox::User "root"',
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             "--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -172,6 +187,11 @@ def _hooks(recipe: Recipe) -> Iterator[str]:
     yield 'printf "vmlab\\n" >"$1/etc/hostname"'
     yield 'printf "127.0.0.1 localhost\\n127.0.1.1 vmlab\\n::1 localhost\\n" >"$1/etc/hosts"'
     yield f'printf "LABEL={ext4.LABEL} / ext4 defaults 0 1\\n" >"$1/etc/fstab"'
+    # The mirror of the build is gone with it, and no other is anybody's to choose.
+    yield (
+        f'printf "# deb URL-OF-A-MIRROR {recipe.suite} {" ".join(recipe.components)}\\n" '
+        '>"$1/etc/apt/sources.list"'
+    )
     # What differs with every installation is made when a machine first boots.
     yield 'rm -f "$1"/etc/ssh/ssh_host_*'
     yield ': >"$1/etc/machine-id"'

@@ -261,7 +261,7 @@ class ImageStore:
                     directory=self.directory_of(digest),
                     files={},
                     disk_format=built.disk_format,
-                    cmdline=recipe.cmdline,
+                    cmdline=f"{built.cmdline} {recipe.cmdline}".strip(),
                     channels=_channels(recipe, given),
                     kernel_release=built.kernel_release,
                     source={

@@ -15,7 +15,8 @@ mount -t devtmpfs -o nosuid dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 
-hostname=vmlab net= extra= agent=on root= rootfstype=auto rootflags= mode=rw init=/sbin/init
+hostname=vmlab net='' extra='' agent=on root='' types='ext4 auto' rootflags='' mode=rw
+init=/sbin/init
 read -r cmdline </proc/cmdline
 for word in $cmdline; do
     case $word in
@@ -24,7 +25,7 @@ for word in $cmdline; do
         vmlab.modules=*) extra=${word#*=} ;;
         vmlab.agent=*) agent=${word#*=} ;;
         root=*) root=${word#root=} ;;
-        rootfstype=*) rootfstype=${word#*=} ;;
+        rootfstype=*) types=${word#*=} ;;
         rootflags=*) rootflags=${word#*=} ;;
         ro) mode=ro ;;
         rw) mode=rw ;;
@@ -34,13 +35,13 @@ done
 
 # Modules: those that are listed, then those of the devices that are there. The rest is loaded
 # while the first command is running (late), for devices that are plugged in later.
-load=
+load=''
 [ -r /usr/lib/vmlab/modules.load ] && read -r load </usr/lib/vmlab/modules.load
 IFS=' ,'
 # shellcheck disable=SC2086 # the lists are meant to be split
 [ -n "$load$extra" ] && modprobe -a $load $extra
 unset IFS
-present=
+present=''
 for file in /sys/bus/virtio/devices/*/modalias /sys/bus/pci/devices/*/modalias; do
     read -r alias <"$file" || continue
     present="$present $alias"
@@ -51,7 +52,7 @@ done 2>/dev/null
 
 if [ -n "$root" ]; then
     device=$root tries=0
-    case $root in LABEL=* | UUID=*) device= ;; esac
+    case $root in LABEL=* | UUID=*) device='' ;; esac
     while :; do
         [ -n "$device" ] || device=$(findfs "$root" 2>/dev/null)
         [ -b "$device" ] && break
@@ -59,15 +60,24 @@ if [ -n "$root" ]; then
         usleep 20000
     done
     mkdir -p /sysroot
-    if mount -t "$rootfstype" -o "$mode${rootflags:+,$rootflags}" "$device" /sysroot; then
-        [ "$hostname" = vmlab ] || echo "$hostname" >/proc/sys/kernel/hostname
+    for type in $types; do # the kernel loads the module of the type that it is told
+        mount -t "$type" -o "$mode${rootflags:+,$rootflags}" "$device" /sysroot && break
+    done 2>/dev/null
+    if [ -e "/sysroot$init" ] || [ -L "/sysroot$init" ]; then
+        mount -t tmpfs -o mode=755,nosuid,nodev run /sysroot/run
+        if [ "$hostname" != vmlab ]; then
+            echo "$hostname" >/proc/sys/kernel/hostname
+            echo "$hostname" >/sysroot/run/hostname # over the root's own, for its init
+            mount -o bind /sysroot/run/hostname /sysroot/etc/hostname 2>/dev/null
+        fi
+        # shellcheck source=lend-agent.sh
         [ "$agent" != off ] && [ -r /usr/lib/vmlab/agent ] && . /usr/lib/vmlab/lend-agent
         mount -o move /dev /sysroot/dev
         mount -o move /proc /sysroot/proc
         mount -o move /sys /sysroot/sys
         exec switch_root /sysroot "$init"
     fi
-    echo "vmlab: the root $root cannot be mounted; this is the initramfs" >/dev/kmsg
+    echo "vmlab: the root $root cannot be mounted, or has no $init; this is the initramfs" >/dev/kmsg
 fi
 
 echo "$hostname" >/proc/sys/kernel/hostname

@@ -2,7 +2,6 @@
 # changing anything on the disk. Under systemd the agent is a unit that lives in /run; elsewhere
 # it is a process in the new root that was started before its init.
 # shellcheck shell=sh
-mount -t tmpfs -o mode=755,nosuid,nodev run /sysroot/run
 mkdir -p /sysroot/run/vmlab
 cp /usr/lib/vmlab/agent /sysroot/run/vmlab/agent
 if [ -e /sysroot/usr/lib/systemd/systemd ] || [ -e /sysroot/lib/systemd/systemd ]; then

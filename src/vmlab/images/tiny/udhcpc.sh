@@ -1,5 +1,6 @@
 #!/bin/sh
 # Applies a DHCP lease (busybox udhcpc calls it with what it learnt in the environment).
+# shellcheck disable=SC2154 # that is where these come from
 case $1 in
     deconfig)
         ip addr flush dev "$interface"
