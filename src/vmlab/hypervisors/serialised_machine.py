@@ -361,10 +361,11 @@ class SerialisedMachine(MachineHooks):
         )
 
     def _agree(self, seen: MachineState, when: float) -> MachineState:
-        """Take over what the hypervisor said at `when`, unless something newer is known."""
+        """Take over what the hypervisor said at `when`, unless something newer is known.
+
+        Only for a machine on which nothing is under way.
+        """
         state = self.state
-        if state is MachineState.DELETED or self._current is not None:
-            return state
         if seen is state or (seen is MachineState.STOPPED and state in OFF):
             return state
         if when < self._changed:

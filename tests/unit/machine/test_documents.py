@@ -218,7 +218,7 @@ def test_what_cannot_be_written_is_named_by_its_type() -> None:
         def __repr__(self) -> str:
             raise RecursionError
 
-    with pytest.raises(InvalidSpec, match="labels.x = .*Unwritable"):
+    with pytest.raises(InvalidSpec, match=r"labels\.x = .*Unwritable"):
         MachineSpec.of(name="a", labels={"x": Unwritable()})
 
 
