@@ -20,7 +20,7 @@ from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import VmlabError
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, Nic
-from vmlab.machine.states import OFF, MachineState
+from vmlab.machine.states import OFF, OPERATIONS, MachineState
 
 T = TypeVar("T")
 C = Capability
@@ -31,6 +31,11 @@ MACHINES: Final = 3
 """Machines that a walk has at the most."""
 RETRIES: Final = 40
 """How often something is asked again that fails by chance; at 5% each, never in practice."""
+_CANCELLED: Final = 0.15
+_KILLED: Final = 0.2
+"""Shares of the operations that are cancelled, and (less those) ended by a kill in the middle."""
+_RULES: Final = {"boot": "start", "mark": "restart"}
+"""Steps that are no operations of their own, and the operation whose states they need."""
 _MARK: Final = 64
 """Bytes that tell whose disk it is."""
 
@@ -91,18 +96,18 @@ class Walk:
         task = asyncio.ensure_future(_whole(call))
         self.lab.tasks.append(task)
         fate = chance.random()
-        if fate < 0.15:
+        if fate < _CANCELLED:
             await asyncio.sleep(chance.random() * 0.5)
             task.cancel()
-        elif fate < 0.2 and walker is not None:
+        elif fate < _KILLED and walker is not None:
             await asyncio.sleep(chance.random() * 0.5)
             await self._kill(walker)
         try:
             await task
-        except VmlabError:
+        except (VmlabError, TimeoutError):
             self.failures += 1
         except asyncio.CancelledError:
-            if not task.cancelled():
+            if fate >= _CANCELLED:
                 raise
         await self.look(name or "create")
 
@@ -141,15 +146,20 @@ class Walk:
             calls["fork"] = lambda t: self._fork(walker, t)
         if lab.has(C.LIVE_MIGRATION, C.COLD_MIGRATION):
             calls["migrate"] = lambda t: self._migrate(walker, t)
-        name = lab.random.choice(list(calls))
+        fitting = [name for name in calls if machine.state in OPERATIONS[_RULES.get(name, name)]]
+        if machine.state in OFF and lab.random.random() < 0.3:
+            return "boot", calls["boot"]
+        # Now and then something that the state does not allow.
+        name = lab.random.choice(fitting if fitting and lab.random.random() < 0.9 else list(calls))
         return name, calls[name]
 
     async def _mark(self, walker: Walker) -> None:
         mark = self.lab.bytes(_MARK)
         walker.marks.add(mark)
         guest, disk = self.lab.guest(walker.machine), self.lab.scratch[0]
-        await guest.write_disk(disk, 0, mark)
-        await guest.flush(disk)
+        async with asyncio.timeout(60):
+            await guest.write_disk(disk, 0, mark)
+            await guest.flush(disk)
 
     async def _unplug_disk(self, walker: Walker, timeout: float | None) -> None:
         extra = [d.name for d in walker.machine.spec.disks if d.name not in self.lab.scratch]
@@ -208,8 +218,13 @@ class Walk:
         async def read() -> bytes | None:
             if machine.state is not MachineState.RUNNING:
                 return None
-            async with asyncio.timeout(60):
-                return await lab.guest(machine).read_disk(lab.scratch[0], 0, _MARK)
+            try:
+                async with asyncio.timeout(60):
+                    return await lab.guest(machine).read_disk(lab.scratch[0], 0, _MARK)
+            except VmlabError:
+                # It may have died without a word: then its hypervisor says so when asked.
+                await machine.status()
+                raise
 
         found = await patiently(read, f"{what}: the guest answers")
         if found is not None:

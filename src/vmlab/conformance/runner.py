@@ -201,12 +201,14 @@ async def _settle(bench: Bench, result: CheckResult) -> None:
         mine = [machine for machine in bench.machines if machine.hypervisor is hypervisor]
         if hypervisor in bench.closed:
             continue
-        result.findings += await audit_states(mine)
+        reliable = bench.profile.reliable(bench.profile.options)
+        if reliable:
+            result.findings += await audit_states(mine)
         known = {machine.id: machine for machine in [*mine, *await hypervisor.list()]}
         result.findings += await delete_all([*known.values()], bench.profile.patience)
         result.findings += await still_listed(hypervisor)
         events = await hypervisor.events()
-        if bench.profile.reliable(bench.profile.options):
+        if reliable:
             result.findings += audit_events(events, [*known.values()])
         for name, measured in bench.timings.items():
             result.timings.setdefault(name, []).extend(measured)
