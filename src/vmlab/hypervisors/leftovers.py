@@ -31,7 +31,7 @@ from vmlab.hypervisors.processes import (
     recorded,
     send_signal,
 )
-from vmlab.hypervisors.records import LOCK, RUNTIME_NAME, read_document
+from vmlab.hypervisors.records import LOCK, read_document, runtime_name
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.ownership import Owner
@@ -295,7 +295,8 @@ def _runtime_of(directory: Path) -> Path | None:
         named = read_document(directory / "run.json")["runtime"]
     except (OSError, ValueError, LookupError):
         return None  # the run died before it had written that: it has made none
-    if not isinstance(named, str) or not RUNTIME_NAME.fullmatch(Path(named).name):
+    # Whatever the record says, only a directory that bears this very run's id is the run's.
+    if not isinstance(named, str) or Path(named).name != runtime_name(directory.name):
         return None
     path = Path(named)
     try:

@@ -27,7 +27,7 @@ import platformdirs
 
 from vmlab.hypervisors.locks import FileLock, locked_now
 from vmlab.hypervisors.processes import ProcessIdentity, boot_id, wait_for_dead_children
-from vmlab.hypervisors.records import FILE_NAME, LOCK, read_document, write_document
+from vmlab.hypervisors.records import FILE_NAME, LOCK, read_document, runtime_name, write_document
 from vmlab.machine.errors import OperationFailed, VmlabError
 from vmlab.report import write_atomically
 
@@ -151,11 +151,14 @@ def _needs_runtime(directory: Path) -> bool:
     return len(os.fsencode(directory)) + _SOCKET_NAME_ROOM > SOCKET_PATH_LIMIT
 
 
-def _choose_runtime(directory: Path) -> Path | None:
-    """A name for a short directory of sockets that does not exist yet; None if none is needed."""
+def _choose_runtime(directory: Path, token: str) -> Path | None:
+    """A name for a short directory of sockets that does not exist yet; None if none is needed.
+
+    `token` is of twelve hexadecimal digits; the directory of a run's sockets bears the run's id.
+    """
     if not _needs_runtime(directory):
         return None
-    name = f"vmlab-{secrets.token_hex(6)}"
+    name = runtime_name(token)
     candidates = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
     for base in filter(None, candidates):
         path = Path(base).absolute() / name
@@ -230,7 +233,7 @@ class Run:
 
     def _prepare(self) -> None:
         """Write down who this is, and make the directory of sockets."""
-        runtime = _choose_runtime(self.directory)
+        runtime = _choose_runtime(self.directory, self.id)
         myself = ProcessIdentity.of(os.getpid())
         assert myself is not None
         # Written before that directory is made, so that the reaper knows of it in any case.
@@ -326,7 +329,9 @@ class Store:
         Raises:
             OperationFailed: it has machines, or something cannot be removed.
         """
-        machines = sorted(path.parent.name for path in self.directory.glob("machines/*/*/machine.json"))
+        machines = sorted(
+            path.parent.name for path in self.directory.glob("machines/*/*/machine.json")
+        )
         if machines:
             raise OperationFailed(
                 f"the store {self.name!r} has {len(machines)} machines: {', '.join(machines[:5])}",
@@ -356,7 +361,7 @@ def _prepare_store(directory: Path, name: str) -> Path | None:
         data = read_document(path)
         runtime = Path(data["runtime"]) if data["runtime"] else None
     except FileNotFoundError:
-        runtime = _choose_runtime(directory)
+        runtime = _choose_runtime(directory, secrets.token_hex(6))
         data = {"id": name, "created": time.time(), "runtime": str(runtime) if runtime else None}
         write_atomically(path, json.dumps(data, indent=1).encode())
     except (ValueError, LookupError, TypeError) as error:

@@ -28,20 +28,22 @@ if TYPE_CHECKING:
 __all__ = [
     "FILE_NAME",
     "LOCK",
-    "RUNTIME_NAME",
     "MachineRecords",
     "read_document",
+    "runtime_name",
     "write_document",
 ]
 
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of stores and ids of machines, which become names of files."""
 
-RUNTIME_NAME: Final = re.compile(r"vmlab-[0-9a-f]{12}")
-"""Names of the directories of sockets that owners with long paths have elsewhere."""
-
 LOCK: Final = "lock"
 """Name of the lock file of an owner's or a machine's directory."""
+
+
+def runtime_name(token: str) -> str:
+    """The name of the directory of sockets that an owner with a long path has elsewhere."""
+    return f"vmlab-{token}"
 
 
 def write_document(path: Path, data: Mapping[str, Any]) -> None:

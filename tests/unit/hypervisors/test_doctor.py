@@ -371,7 +371,9 @@ def test_user_namespaces_are_tried(
     assert found.hint == hint
 
 
-@pytest.mark.parametrize("status", ["CapEff:\t0000000000000000\n", "Name: x\n"])
+@pytest.mark.parametrize(
+    "status", ["CapEff:\t0000000000000000\n", "CapEff:\t000001ffffffefff\n", "Name: x\n"]
+)
 def test_network_administration(host: Host, look: Callable[..., Diagnosis], status: str) -> None:
     write(host.root / "proc/self/status", status)
     found = named(look(), "network administration")

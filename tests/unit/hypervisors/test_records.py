@@ -127,3 +127,17 @@ def test_a_document_has_to_be_an_object(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("[]")
     with pytest.raises(ValueError, match="no JSON object"):
         read_document(tmp_path / "x")
+
+
+def test_a_machine_that_was_half_removed_is_none(
+    records: MachineRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    records.create("m1")
+    records.save("m1", {})
+    monkeypatch.setattr("vmlab.hypervisors.records.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        records.remove("m1")
+    assert records.ids() == []
