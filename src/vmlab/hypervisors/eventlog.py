@@ -13,6 +13,10 @@ from vmlab.machine.errors import ResourceNotFound
 from vmlab.machine.events import Event, EventType
 
 
+_ALL_FIELDS = set(Event.model_fields)
+"""Which fields of an event were given: one set for all, where each would have its own."""
+
+
 class EventLog:
     """Events in the order in which they happened.
 
@@ -48,6 +52,7 @@ class EventLog:
         self._last += 1
         # Not validated: this is the busiest line of a simulation, and its values are vmlab's own.
         event = Event.model_construct(
+            _ALL_FIELDS,
             sequence=self._last,
             time=self._now(),
             type=type_,
