@@ -12,7 +12,6 @@ from pydantic import JsonValue
 from vmlab.machine.errors import ResourceNotFound
 from vmlab.machine.events import Event, EventType
 
-
 _ALL_FIELDS = set(Event.model_fields)
 """Which fields of an event were given: one set for all, where each would have its own."""
 

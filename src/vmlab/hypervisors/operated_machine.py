@@ -3,6 +3,8 @@
 Which states an operation leads through, which capabilities it needs, what refuses it before it
 begins and what is announced after it stands here; how operations are ordered, bounded and undone
 is `serialised_machine`'s. A back end derives from `OperatedMachine` and fills in `hooks`.
+
+Long because the contract is: one method after the other, none of which knows another.
 """
 
 from __future__ import annotations
