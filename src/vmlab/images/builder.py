@@ -107,6 +107,18 @@ def image_digest(recipe: Recipe, index: str, given: Inputs) -> str:
     return _sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
 
 
+def check_host(recipe: Recipe) -> None:
+    """Whether this host has what the recipe needs to be built; asked before anything is fetched.
+
+    Raises:
+        ToolMissing: naming what to install.
+    """
+    if not recipe.tiny:
+        from vmlab.images.roots.build import check_tools
+
+        check_tools(recipe)
+
+
 def build(
     recipe: Recipe,
     archive: Archive,
@@ -122,10 +134,6 @@ def build(
     Raises:
         ImageError: of the kind that says what went wrong.
     """
-    if not recipe.tiny:
-        from vmlab.images.roots.build import check_tools
-
-        check_tools(recipe)
     indexes = [
         archive.index(
             release,

@@ -385,6 +385,13 @@ def test_overloaded_mirror_is_asked_again(
     assert make_store().ensure(recipe_file).name == "small-tiny"
 
 
+def test_mirror_without_the_suite_says_so(make_store: MakeStore, recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text().replace('"trixie"', '"forky"'))
+    with pytest.raises(MirrorError, match="has no suite 'forky'") as caught:
+        make_store().ensure(recipe_file)
+    assert "setting" in (caught.value.hint or "")
+
+
 def test_silent_mirror_ends_in_an_error_not_in_a_hang(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:

@@ -17,7 +17,13 @@ from vmlab.images.debian.mirrors import Mirror
 from vmlab.images.debian.openpgp import archive_keys
 from vmlab.images.debian.release import IndexFile, Release
 from vmlab.images.debian.release import read as read_release
-from vmlab.images.errors import ImageNotFound, MirrorError, TamperedFile, UntrustedArchive
+from vmlab.images.errors import (
+    ImageNotFound,
+    MirrorError,
+    PackageGone,
+    TamperedFile,
+    UntrustedArchive,
+)
 from vmlab.images.formats.compression import decompressed
 from vmlab.images.progress import Progress, ProgressEvent, silent
 from vmlab.images.store.blobs import BlobCache, Wanted
@@ -152,6 +158,15 @@ class Archive:
                 release = self._read(
                     message, f"{mirror.shown}/dists/{self.suite}/InRelease", fresh=True
                 )
+            except PackageGone:
+                failures.append(
+                    MirrorError(
+                        f"the mirror {mirror.shown} has no suite {self.suite!r}",
+                        hint=f"it was found in: {mirror.origin}; try another mirror "
+                        "(VMLAB_DEBIAN_MIRROR)",
+                    )
+                )
+                continue
             except (MirrorError, UntrustedArchive) as error:
                 failures.append(error)
                 continue

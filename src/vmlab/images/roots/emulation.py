@@ -39,7 +39,9 @@ def wrapped(command: list[str], architecture: Architecture) -> list[str]:
             f"installing packages for {architecture.value} on this host needs {name}-static",
             hint="install qemu-user-static; the tiny images do not need it",
         )
-    unshare = tools.require(["unshare"], what="a private binfmt_misc")["unshare"]
+    # unshare gives the namespace its ids through newuidmap.
+    found = tools.require(["unshare", "newuidmap"], what="a private binfmt_misc")
+    unshare = found["unshare"]
     # Root maps all ids to themselves, so that ownership is as on the host; others map what
     # /etc/subuid lends them.
     ids = (

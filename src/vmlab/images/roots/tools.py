@@ -21,6 +21,7 @@ _PACKAGES = {
     "depmod": "kmod",
     "qemu-img": "qemu-utils",
     "unshare": "util-linux",
+    "newuidmap": "uidmap",
 }
 _PLACES = ("/usr/sbin", "/sbin", "/usr/local/sbin")  # not in an ordinary user's PATH
 _LAST_LINES = 15

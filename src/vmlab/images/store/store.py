@@ -25,6 +25,7 @@ from vmlab.images import settings as configuration
 from vmlab.images.builder import (
     Inputs,
     build,
+    check_host,
     guest_agent,
     image_digest,
     inputs,
@@ -156,6 +157,7 @@ class ImageStore:
             image = self.ready(image_digest(recipe, snapshot, given), progress=progress)
             if image is not None:
                 return image
+        check_host(recipe)
         try:
             return self._build(
                 recipe, archive, given, index=pinned, refresh=refresh, progress=progress
