@@ -74,6 +74,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         _LOOK,
     ),
     CommandEntry(
+        "run",
+        "vmlab.cli.run",
+        "run",
+        "Boot a machine, run a command in it as if it ran here, and clear it away.",
+        _GUESTS,
+    ),
+    CommandEntry(
         "image",
         "vmlab.cli.image",
         "app",

@@ -133,25 +133,35 @@ class _Port:
     ) -> tuple[bytes, bytes]:
         """Give everything up to one of `marks` to `sink`; returns it and the rest of its line.
 
-        `greeted` is called when the bytes so far end like the greeting of an agent.
+        `greeted` is called when the bytes so far end like the greeting of an agent, which is then
+        held back until more comes.
         """
         held = b""
+        asked = False
         while True:
             held += await self.more()
             found = [(held.find(mark), mark) for mark in marks if mark in held]
             if found:
                 position, mark = min(found)
                 line, newline, rest = held[position + len(mark) :].partition(b"\n")
-                if position:
-                    await sink(held[:position])
+                before = held[:position]
+                if b"pong" in mark and asked:
+                    before = _HELLO.sub(b"", before)
+                if before:
+                    await sink(before)
                 if newline:
                     self.keep(rest)
                     return mark, line
                 held = held[position:]
                 continue
-            if greeted is not None and _HELLO.search(held):
-                await greeted()
             safe = min(_safe_length(held, mark) for mark in marks)
+            if greeted is not None and (greeting := _HELLO.search(held)):
+                safe = min(safe, greeting.start())
+                if not asked:
+                    asked = True
+                    await greeted()
+            else:
+                asked = False
             if safe:
                 await sink(held[:safe])
                 held = held[safe:]

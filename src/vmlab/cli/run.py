@@ -1,0 +1,183 @@
+"""``vmlab run``: boots a machine, runs a command in it as if it ran here, and clears it away."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmlab.cli import output
+
+if TYPE_CHECKING:
+    from vmlab.images import Progress
+    from vmlab.lab.boot import Wish
+    from vmlab.lab.session import Interrupts, Session
+    from vmlab.lab.timeline import Timeline
+
+__all__ = ["run"]
+
+ImageOption = Annotated[
+    str | None,
+    typer.Option("--image", "-i", help="Image to boot; the tiny one of this host's architecture."),
+]
+KernelOption = Annotated[
+    Path | None,
+    typer.Option("--kernel", "-k", help="A bzImage or Image of your own, with vmlab's initramfs."),
+]
+InitrdOption = Annotated[
+    Path | None, typer.Option("--initrd", help="An initramfs of your own for --kernel.")
+]
+AppendOption = Annotated[str, typer.Option("--append", help="Add to the kernel's command line.")]
+ModulesOption = Annotated[
+    Path | None, typer.Option("--modules", help="Directory with the modules of --kernel.")
+]
+HypervisorOption = Annotated[
+    str, typer.Option("--hypervisor", "-H", help="The hypervisor that runs it.")
+]
+MemoryOption = Annotated[str, typer.Option("--memory", "-m", help='Memory, such as "512M".')]
+CpusOption = Annotated[int, typer.Option("--cpus", "-c", min=1, help="Number of vCPUs.")]
+ShareOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--share",
+        "-s",
+        metavar="DIR:/PLACE[:rw]",
+        help="A directory of this host inside the guest, read-only unless :rw follows; repeatable.",
+    ),
+]
+DiskOption = Annotated[
+    list[str] | None,
+    typer.Option("--disk", metavar="SIZE", help='An empty disk, such as "1G"; repeatable.'),
+]
+NetworkOption = Annotated[
+    bool, typer.Option("--network", "-n", help="Give the guest a network (NAT, no root needed).")
+]
+
+
+def run(
+    command: Annotated[
+        list[str], typer.Argument(help="Program and arguments; one word with spaces is shell text.")
+    ],
+    *,
+    image: ImageOption = None,
+    kernel: KernelOption = None,
+    initrd: InitrdOption = None,
+    append: AppendOption = "",
+    modules: ModulesOption = None,
+    hypervisor: HypervisorOption = "qemu",
+    memory: MemoryOption = "512M",
+    cpus: CpusOption = 1,
+    share: ShareOption = None,
+    disk: DiskOption = None,
+    network: NetworkOption = False,
+    copy_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--copy-out",
+            metavar="/PATH[:HERE]",
+            help="Copy a file or directory out afterwards, whatever the exit status; repeatable.",
+        ),
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the machine running, for `vmlab shell NAME`.")
+    ] = False,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Print where the time went, on stderr.")
+    ] = False,
+) -> int:
+    """Boot a machine, run a command in it as if it ran here, and clear the machine away.
+
+    Exit status, stdin, stdout, stderr and Ctrl-C pass through; on a terminal the command gets a
+    terminal. Put `--` before the command: `vmlab run -- uname -a`.
+    """
+    from vmlab.lab.boot import Wish
+    from vmlab.lab.errand import Errand, parse_copy_out
+
+    wish = Wish(
+        image=image, kernel=kernel, initrd=initrd, modules=modules, append=append, memory=memory,
+        cpus=cpus, shares=tuple(share or ()), disks=tuple(disk or ()), network=network,
+    )  # fmt: skip
+    errand = Errand(
+        words=tuple(command),
+        copies=tuple(parse_copy_out(text) for text in copy_out or ()),
+        detailed=timeline,
+    )
+    return perform(wish, errand.run, hypervisor=hypervisor, keep=keep, timeline=timeline)
+
+
+def perform(
+    wish: Wish,
+    body: Callable[[Session, Interrupts], Awaitable[int]],
+    *,
+    hypervisor: str,
+    keep: bool = False,
+    timeline: bool = False,
+) -> int:
+    """Fetch, boot, do, clear away: what `run` and `shell` share; returns the exit status."""
+    from dataclasses import replace
+
+    from vmlab.images import ImageStore
+    from vmlab.lab import boot
+    from vmlab.lab.session import Interrupted, run_session
+    from vmlab.lab.terminal import on_terminal
+    from vmlab.lab.timeline import Timeline
+
+    wish = replace(wish, terminal=on_terminal() or keep)
+    boot.check(wish)
+    steps = Timeline()
+    with steps.step("image"), drawn_progress() as progress:
+        image = boot.find_image(wish, ImageStore(), progress=progress)
+    try:
+        status = run_session(
+            boot.booted_by(wish, image), body, hypervisor=hypervisor, keep=keep, timeline=steps
+        )
+    except Interrupted as interrupted:
+        return 128 + interrupted.number
+    finally:
+        if timeline:
+            print_timeline(steps)
+    if keep:
+        output.note(f"{wish.name} runs on: `vmlab shell {wish.name}`")
+    return status
+
+
+@contextmanager
+def drawn_progress() -> Iterator[Progress]:
+    """Draws how far the image is, on a terminal; says nothing elsewhere."""
+    from vmlab.images.progress import ProgressEvent, silent
+
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    tasks: dict[str, TaskID] = {}
+    with Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=output.console(stderr=True),
+        transient=True,
+    ) as bars:
+
+        def draw(event: ProgressEvent) -> None:
+            if event.step not in tasks:
+                tasks[event.step] = bars.add_task(event.step, total=event.total)
+            bars.update(tasks[event.step], completed=event.done, total=event.total)
+            if event.finished:
+                bars.remove_task(tasks.pop(event.step))
+
+        yield draw
+
+
+def print_timeline(steps: Timeline) -> None:
+    """Print the steps and their seconds on stderr."""
+    for step in steps.steps:
+        output.note(f"{step.seconds:8.3f} s  {step.name}")
+    output.note(f"{steps.seconds:8.3f} s  in all")

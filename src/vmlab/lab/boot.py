@@ -1,0 +1,165 @@
+"""From a wish ("this image, that kernel, so much memory") to the specification of a machine.
+
+Images are built or fetched here, before anything is started; nothing here runs a machine.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from vmlab.guests.agent import CHANNELS
+from vmlab.guests.shares import parse_share
+from vmlab.images import Image, ImageStore, Progress
+from vmlab.images.progress import silent
+from vmlab.machine.architecture import Architecture, host_architecture
+from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.spec import MachineSpec, ShareKind
+
+TERMINAL: Final = "terminal"
+"""The console of the kind virtio that commands get as their terminal."""
+
+_TINY: Final = {
+    Architecture.X86_64: "debian-12-amd64-tiny",
+    Architecture.RISCV64: "debian-13-riscv64-tiny",
+    Architecture.AARCH64: "debian-13-arm64-tiny",
+    Architecture.PPC64LE: "debian-13-ppc64el-tiny",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody wants to be booted, as they said it.
+
+    Args:
+        image: Name of an image; None is the tiny one of this host's architecture, or a kernel.
+        kernel: A kernel of one's own instead, in the tiny image of its architecture.
+        initrd: An initramfs of one's own for it.
+        modules: A directory with its modules.
+        append: What to add to the kernel's command line.
+        memory: Size, such as "512M".
+        cpus: Number of vCPUs.
+        shares: "HOST:GUEST[:ro|:rw]", a directory each.
+        disks: Sizes of empty disks, such as "1G".
+        terminal: Whether there is a terminal to be passed on.
+        network: Whether the guest has a network (NAT, without root).
+    """
+
+    image: str | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    modules: Path | None = None
+    append: str = ""
+    memory: str = "512M"
+    cpus: int = 1
+    shares: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
+    terminal: bool = False
+    network: bool = False
+    name: str = field(default_factory=lambda: f"vm-{secrets.token_hex(3)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Bootable:
+    """A machine that can be created now, and what it boots."""
+
+    spec: MachineSpec
+    image: Image
+    copies: MachineSpec
+    """The same with the shares that are copied instead of mounted."""
+
+
+def check(wish: Wish) -> None:
+    """Refuse a wish that contradicts itself, before anything is fetched.
+
+    Raises:
+        InvalidSpec: naming what is wrong and what would be right.
+    """
+    problems = []
+    if wish.image is not None and wish.kernel is not None:
+        problems.append(
+            SpecProblem("--image", wish.image, "leave it out: --kernel brings its own initramfs")
+        )
+    for option, path in (("--initrd", wish.initrd), ("--modules", wish.modules)):
+        if path is not None and wish.kernel is None:
+            problems.append(SpecProblem(option, str(path), "needs --kernel"))
+    for option, file in (("--kernel", wish.kernel), ("--initrd", wish.initrd)):
+        if file is not None and not file.is_file():
+            problems.append(SpecProblem(option, str(file), "a file that exists"))
+    if wish.modules is not None and not wish.modules.is_dir():
+        problems.append(SpecProblem("--modules", str(wish.modules), "a directory that exists"))
+    for text in wish.shares:
+        share = parse_share(text, "share")
+        if not share.source.is_dir():
+            problems.append(SpecProblem("--share", text, "a directory that exists, then :/GUEST"))
+    if problems:
+        raise InvalidSpec(
+            problems, what="command line", hint="`vmlab run --help` shows what it takes"
+        )
+    specification(wish, "")
+
+
+def find_image(wish: Wish, store: ImageStore, *, progress: Progress = silent) -> Image:
+    """The image that is wished for, built or fetched first if it is not there.
+
+    Raises:
+        ImageError: of the kind that says why it cannot be had.
+    """
+    if wish.kernel is not None:
+        from vmlab.images.importing import with_kernel
+
+        return with_kernel(
+            store, wish.kernel, modules=wish.modules, initrd=wish.initrd, progress=progress
+        )
+    host = host_architecture() or Architecture.X86_64
+    return store.ensure(wish.image or _TINY[host], progress=progress)
+
+
+def booted_by(wish: Wish, image: Image) -> Bootable:
+    """The machine that is wished for, booting `image`."""
+    whole = specification(wish, image.cmdline, image)
+    mounted = tuple(share for share in whole.shares if share.kind is not ShareKind.COPY)
+    copied = tuple(share for share in whole.shares if share.kind is ShareKind.COPY)
+    return Bootable(whole.with_changes(shares=mounted), image, whole.with_changes(shares=copied))
+
+
+def specification(wish: Wish, cmdline: str, image: Image | None = None) -> MachineSpec:
+    """The machine that is wished for.
+
+    Raises:
+        InvalidSpec: a value of the wish is not what it has to be.
+    """
+    boot: dict[str, object] = {}
+    fields: dict[str, object] = {}
+    disks: list[dict[str, object]] = []
+    channels: list[str] = list(CHANNELS)
+    if image is not None:
+        fields["architecture"] = image.architecture
+        boot = {"kernel": image.kernel, "initrd": image.initrd}
+        if image.disk is not None:
+            disks.append({"name": "root", "source": image.disk, "format": image.disk_format})
+        if "qga" in image.channels:
+            channels.append("org.qemu.guest_agent.0")
+    words = [cmdline, f"vmlab.hostname={wish.name}" if image is not None else ""]
+    if wish.network:
+        words.append("vmlab.net=dhcp")
+    if image is None or image.kernel is not None:
+        boot["cmdline"] = " ".join(filter(None, [*words, wish.append]))
+    disks += [{"name": f"disk{number}", "size": size} for number, size in enumerate(wish.disks)]
+    consoles = [{"name": "serial", "kind": "serial"}]
+    if wish.terminal:
+        consoles.append({"name": TERMINAL, "kind": "virtio"})
+    return MachineSpec.of(
+        name=wish.name,
+        cpus=wish.cpus,
+        memory=wish.memory,
+        boot=boot,
+        disks=disks,
+        nics=[{"name": "net0"}] if wish.network else [],
+        shares=[parse_share(text, f"share{number}") for number, text in enumerate(wish.shares)],
+        consoles=consoles,
+        channels=channels,
+        **fields,
+    )

@@ -1,0 +1,140 @@
+"""A command in a guest on this process's terminal: a console of the guest's as its terminal.
+
+The console is of the kind virtio (hvc(4) in the guest); its size is set, and followed when the
+window changes (SIGWINCH, tty_ioctl(4) TIOCSWINSZ by stty in the guest).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import termios
+import tty
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from vmlab.guests.command import AgentRestarted, Command, quote
+from vmlab.hypervisors.base import Console
+from vmlab.lab.boot import TERMINAL
+from vmlab.lab.passthrough import from_file, shell_text, to_file
+from vmlab.lab.session import Session, death
+from vmlab.machine.errors import ChannelClosed, OperationFailed, VmlabError
+
+_ENVIRONMENT: Final = ("TERM", "COLORTERM", "LANG")
+
+# On ppc64le the first hvc is the serial console.
+_FIND: Final = (
+    "read -r active </sys/class/tty/console/active; "
+    "case $active in *hvc0*) t=/dev/hvc1 ;; *) t=/dev/hvc0 ;; esac; "
+)
+_LAST_OUTPUT: Final = 5.0
+"""Seconds that the command's last output has to arrive after the command has ended."""
+
+
+def on_terminal() -> bool:
+    """Whether stdin and stdout are a terminal."""
+    return os.isatty(0) and os.isatty(1)
+
+
+async def run_on_terminal(session: Session, words: Sequence[str]) -> int:
+    """Run a command of words with this process's terminal; returns its exit status.
+
+    Raises:
+        ChannelClosed: the guest died.
+    """
+    token = secrets.token_hex(8)
+    text = shell_text(words)
+    script = (
+        f"{_FIND}stty -F $t sane {_size()}; "
+        f"setsid -c sh -c {quote(text)} <$t >$t 2>&1; s=$?; "
+        f"stty -F $t raw -echo; printf '\\001end {token}' >$t; exit $s"
+    )
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    # A size that changes while an earlier change is being told is told afterwards.
+    resized = asyncio.Event()
+    async with await session.machine.console(TERMINAL) as console:
+        with _raw(0), _resizing(resized.set):
+            started = asyncio.Event()
+            showing = asyncio.ensure_future(_show(console, f"\x01end {token}".encode()))
+            parts = [
+                asyncio.ensure_future(_type(console, started)),
+                asyncio.ensure_future(_follow_size(session, resized)),
+            ]
+            try:
+                status = await session.guest.channel.run(
+                    Command(text=script, environment=environment),
+                    stdout=to_file(1),
+                    stderr=to_file(2),
+                    started=lambda process: started.set(),
+                )
+                await asyncio.wait({showing}, timeout=_LAST_OUTPUT)
+                return status
+            except (AgentRestarted, ChannelClosed) as error:
+                raise await death(session, text, error) from error
+            finally:
+                for part in (showing, *parts):
+                    part.cancel()
+                await asyncio.wait({showing, *parts})
+
+
+def _size() -> str:
+    size = os.get_terminal_size(1)
+    return f"rows {size.lines} cols {size.columns}"
+
+
+async def _show(console: Console, end: bytes) -> None:
+    """Print what comes from the console, until the mark that says that all has come."""
+    show = to_file(1)
+    held = b""
+    while data := await console.read():
+        held += data
+        position = held.find(end)
+        if position >= 0:
+            await show(held[:position])
+            return
+        keep = next((n for n in range(len(end) - 1, 0, -1) if held.endswith(end[:n])), 0)
+        await show(held[: len(held) - keep])
+        held = held[len(held) - keep :]
+
+
+async def _type(console: Console, started: asyncio.Event) -> None:
+    """What is typed here goes to the console, as soon as there is somebody to read it."""
+    await started.wait()
+    with suppress(ChannelClosed):
+        async for data in from_file(0):
+            await console.write(data)
+
+
+async def _follow_size(session: Session, resized: asyncio.Event) -> None:
+    while True:
+        await resized.wait()
+        resized.clear()
+        with suppress(VmlabError):
+            await session.guest.execute(f"{_FIND}stty -F $t {_size()}", timeout=10)
+
+
+@contextmanager
+def _raw(descriptor: int) -> Iterator[None]:
+    """The terminal passes every key on, Ctrl-C included, and is as before afterwards."""
+    try:
+        before = termios.tcgetattr(descriptor)
+        tty.setraw(descriptor)
+    except termios.error as error:
+        raise OperationFailed(f"this terminal cannot be used: {error}") from error
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+@contextmanager
+def _resizing(changed: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGWINCH, changed)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)
