@@ -25,7 +25,8 @@ async def idle(lab: Bench) -> None:
     data = lab.bytes()
     await guest.write_disk(lab.scratch[0], 0, data)
     await guest.flush(lab.scratch[0])
-    await lab.crash(machine)
+    # When nothing is under way any more: an operation would look after the machine.
+    await lab.crash(machine, lab.profile.settle)
 
     async def noticed() -> bool:
         return machine.state is MachineState.FAILED
