@@ -181,14 +181,17 @@ def test_foreign_programs_run_in_a_private_binfmt_misc(
 ) -> None:
     monkeypatch.setattr(emulation, "_BINFMT", tmp_path)
     monkeypatch.setattr(tools, "find", lambda name: f"/usr/bin/{name}")
-    command = emulation.wrapped(["mmdebstrap", "--mode=unshare", "x"], Architecture.RISCV64)
+    ready = emulation.wrapped(["mmdebstrap", "--mode=unshare", "x"], Architecture.RISCV64)
+    command = ready.command
     assert command[0] == "/usr/bin/unshare"
     assert command[-3:] == ["mmdebstrap", "--mode=root", "x"]
     script = command[command.index("-ec") + 1]
     assert "qemu-riscv64-static:F" in script
     assert "\\x7fELF".replace("ELF", "\\x45\\x4c\\x46") in script
     (tmp_path / "qemu-riscv64").touch()
-    assert emulation.wrapped(["mmdebstrap"], Architecture.RISCV64) == ["mmdebstrap"]
+    assert emulation.wrapped(["mmdebstrap"], Architecture.RISCV64) == emulation.Wrapped(
+        ["mmdebstrap"]
+    )
 
 
 def test_foreign_root_without_emulator_says_what_to_install(

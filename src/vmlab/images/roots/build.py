@@ -23,7 +23,7 @@ from vmlab.images.formats.tarball import TarEntry
 from vmlab.images.progress import Progress, ProgressEvent
 from vmlab.images.recipe import Form, Modules, Recipe
 from vmlab.images.roots import ext4, tools
-from vmlab.images.roots.emulation import wrapped
+from vmlab.images.roots.emulation import Wrapped, wrapped
 from vmlab.images.roots.mirror import serving
 from vmlab.images.tiny.build import unpack_kernel
 from vmlab.images.tiny.tree import merged
@@ -167,13 +167,14 @@ def _install(
         foreign = architecture is not host_architecture()
         if foreign:
             command.insert(1, "--skip=check/qemu")
-            command = wrapped(command, architecture)
+        ready = wrapped(command, architecture) if foreign else Wrapped(command)
         try:
             tools.run(
-                command,
+                ready.command,
                 what=f"installing the packages of {recipe.name}",
                 log=directory / "mmdebstrap.log",
                 environment={"SOURCE_DATE_EPOCH": str(release.date), "TMPDIR": str(directory)},
+                admit=ready.admit,
             )
         except BuildFailed:
             if failures:

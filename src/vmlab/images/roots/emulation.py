@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from vmlab.images.errors import ToolMissing
+from vmlab.images.errors import BuildFailed, ToolMissing
 from vmlab.images.roots import tools
 from vmlab.machine.architecture import Architecture
 
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
+_SECONDS_TO_UNSHARE = 5.0
 _QEMU = {
     Architecture.RISCV64: ("qemu-riscv64", 243),
     Architecture.AARCH64: ("qemu-aarch64", 183),
@@ -24,7 +28,15 @@ _QEMU = {
 }
 
 
-def wrapped(command: list[str], architecture: Architecture) -> list[str]:
+@dataclass(frozen=True)
+class Wrapped:
+    """A command to run, and what has to be done to its process before it goes on."""
+
+    command: list[str]
+    admit: Callable[[int], None] | None = None
+
+
+def wrapped(command: list[str], architecture: Architecture) -> Wrapped:
     """`command`, so that programs of `architecture` run in it.
 
     Raises:
@@ -32,32 +44,52 @@ def wrapped(command: list[str], architecture: Architecture) -> list[str]:
     """
     name, machine = _QEMU[architecture]
     if (_BINFMT / name).exists():
-        return command
+        return Wrapped(command)
     interpreter = tools.find(f"{name}-static") or tools.find(name)
     if interpreter is None:
         raise ToolMissing(
             f"installing packages for {architecture.value} on this host needs {name}-static",
             hint="install qemu-user-static; the tiny images do not need it",
         )
-    # unshare gives the namespace its ids through newuidmap.
-    found = tools.require(["unshare", "newuidmap"], what="a private binfmt_misc")
-    unshare = found["unshare"]
-    # Root maps all ids to themselves, so that ownership is as on the host; others map what
-    # /etc/subuid lends them.
-    ids = (
-        ["--map-users=0,0,65536", "--map-groups=0,0,65536"]
-        if os.geteuid() == 0
-        else ["--map-auto", "--map-root-user"]
-    )
     # Inside, the build is root of its namespace.
-    inner = [*(("--mode=root" if word == "--mode=unshare" else word) for word in command)]
+    inner = ["--mode=root" if word == "--mode=unshare" else word for word in command]
     script = (
         f"mount -t binfmt_misc binfmt_misc {_BINFMT} && "
         f"printf %s {shlex.quote(_registration(name, machine, interpreter))} "
         f'>{_BINFMT}/register && exec "$@"'
     )
-    return [unshare, "--user", *ids, "--mount", "--kill-child", "--fork", "--",
-            "/bin/sh", "-ec", script, "sh", *inner]  # fmt: skip
+    if os.geteuid() == 0:
+        found = tools.require(["unshare"], what="a private binfmt_misc")
+        script = f"read -r admitted && {script}"
+        start = [found["unshare"], "--user", "--mount", "--"]
+        return Wrapped([*start, "/bin/sh", "-ec", script, "sh", *inner], admit_all_ids)
+    # An ordinary user is lent ids by /etc/subuid, and newuidmap hands them out.
+    found = tools.require(["unshare", "newuidmap"], what="a private binfmt_misc")
+    start = [found["unshare"], "--user", "--map-auto", "--map-root-user", "--mount", "--"]
+    return Wrapped([*start, "/bin/sh", "-ec", script, "sh", *inner])
+
+
+def admit_all_ids(pid: int) -> None:
+    """Give a process's new user namespace all ids of this one, user_namespaces(7).
+
+    Raises:
+        BuildFailed: it did not enter one.
+    """
+    own = Path("/proc/self/ns/user").readlink()
+    end = time.monotonic() + _SECONDS_TO_UNSHARE
+    try:
+        while (Path("/proc") / str(pid) / "ns" / "user").readlink() == own:
+            if time.monotonic() > end:
+                raise BuildFailed("unshare did not make a user namespace")
+            time.sleep(0.005)
+        for kind in ("uid_map", "gid_map"):
+            (Path("/proc") / str(pid) / kind).write_text("0 0 65536", encoding="ascii")
+    except OSError as error:
+        raise BuildFailed(
+            f"a user namespace for the build cannot be made: {error.strerror}",
+            hint="allow user namespaces (user.max_user_namespaces), or register qemu-user with "
+            "the host's binfmt_misc",
+        ) from error
 
 
 def _registration(name: str, machine: int, interpreter: str) -> str:

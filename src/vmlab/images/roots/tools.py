@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from vmlab.images.errors import BuildFailed, ToolMissing
@@ -55,7 +56,7 @@ def run(
     what: str,
     log: Path,
     environment: Mapping[str, str] | None = None,
-    stdin: Path | None = None,
+    admit: Callable[[int], None] | None = None,
 ) -> None:
     """Run a program to its end; it dies with this process.
 
@@ -64,19 +65,23 @@ def run(
         what: What it is for, for errors.
         log: Where its output is collected.
         environment: Variables besides PATH and the locale; nothing else is passed on.
-        stdin: A file for its standard input.
+        admit: Told the process's id before it is told, by a line on its standard input, to go on.
 
     Raises:
         BuildFailed: it failed; its last lines are in the message.
     """
     variables = {"PATH": os.environ.get("PATH", "") + os.pathsep + os.pathsep.join(_PLACES),
                  "LC_ALL": "C.UTF-8", "HOME": "/nonexistent", **(environment or {})}  # fmt: skip
-    with log.open("ab") as output, (stdin or Path(os.devnull)).open("rb") as given:
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            command, stdin=given, stdout=output, stderr=subprocess.STDOUT, env=variables,
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,
             start_new_session=True,
         )  # fmt: skip
         try:
+            if admit is not None:
+                admit(process.pid)
+            with suppress(BrokenPipeError):  # it has ended already: its status tells why
+                process.communicate(b"go\n" if admit is not None else None)
             status = process.wait()
         except BaseException:
             _end(process)
