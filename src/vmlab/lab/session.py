@@ -209,13 +209,15 @@ async def booted(machine: Machine, wanted: Bootable, timeline: Timeline) -> Asyn
 
 
 async def last_words(machine: Machine, lines: int = 25) -> str:
-    """The end of what the machine printed on its console."""
+    """The end of what the machine printed on its console, from its kernel's panic on if it did."""
     try:
         async with await machine.console() as console:
             text = (await console.log()).decode("utf-8", "replace")
     except VmlabError as error:
         return f"its console cannot be read: {error}"
-    kept = [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+    printed = [line.rstrip() for line in text.splitlines() if line.strip()]
+    panics = [number for number, line in enumerate(printed) if "Kernel panic" in line]
+    kept = printed[panics[-1] :][: 2 * lines] if panics else printed[-lines:]
     return "the console's last lines:\n" + "\n".join(f"  {line}" for line in kept)
 
 

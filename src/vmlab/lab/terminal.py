@@ -47,10 +47,11 @@ async def run_on_terminal(session: Session, words: Sequence[str]) -> int:
     """
     token = secrets.token_hex(8)
     text = shell_text(words)
+    # It is kept open all the time: a terminal that nobody has open forgets its size.
     script = (
-        f"{_FIND}stty -F $t sane {_size()}; "
-        f"setsid -c sh -c {quote(text)} <$t >$t 2>&1; s=$?; "
-        f"stty -F $t raw -echo; printf '\\001end {token}' >$t; exit $s"
+        f"{_FIND}exec 9<>$t; stty -F $t sane {_size()}; "
+        f"setsid -c sh -c {quote(text)} <&9 >&9 2>&9 9<&-; s=$?; "
+        f"stty -F $t raw -echo; printf '\\001end {token}' >&9; exit $s"
     )
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     # A size that changes while an earlier change is being told is told afterwards.

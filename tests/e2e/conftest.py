@@ -1,0 +1,81 @@
+"""vmlab as a user calls it: in a process of its own, with real images and a home of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from vmlab.images.settings import default_store
+
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+
+
+class Vmlab:
+    """The command `vmlab` with a home of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environment = {
+            **os.environ,
+            "VMLAB_HOME": str(home),
+            "VMLAB_IMAGE_STORE": str(_IMAGE_STORE),
+        }
+
+    def start(self, *words: str, **given: Any) -> subprocess.Popen[bytes]:
+        """Start it, with stdin from nowhere and stdout and stderr kept unless `given` says else."""
+        streams = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "vmlab", *words], env=self.environment, **(streams | given)
+        )
+
+    def run(self, *words: str, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+        """Run it to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "vmlab", *words],
+            env=self.environment,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            check=False,
+            timeout=100,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """What runs with this home, vmlab itself not counted."""
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(str(self.home) in word for word in process.info["cmdline"] or ())
+        ]
+
+    def files(self) -> list[Path]:
+        """What lies in the home."""
+        return [path for path in self.home.rglob("*") if not path.is_dir() and path.name != "lock"]
+
+    @property
+    def runs(self) -> list[Path]:
+        """The directories of runs."""
+        return list((self.home / "runs").iterdir())
+
+
+@pytest.fixture
+def vmlab() -> Iterator[Vmlab]:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("qemu-system-x86_64 is not installed: apt-get install qemu-system-x86")
+    home = Path(tempfile.mkdtemp(prefix="vmlab-e-"))
+    yield Vmlab(home)
+    shutil.rmtree(home)
