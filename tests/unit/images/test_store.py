@@ -635,6 +635,27 @@ def test_killed_build_is_cleared_away_by_the_next(
     assert list((store.root / "work").iterdir()) == []
 
 
+def test_directory_with_something_mounted_in_it_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vmlab.images.store import disk
+
+    directory = tmp_path / "with space"
+    (directory / "mnt").mkdir(parents=True)
+    escaped = str(directory / "mnt").replace(" ", "\\040")
+    mountinfo = tmp_path / "mountinfo"
+    mountinfo.write_text(f"36 35 98:0 / {escaped} rw - ext4 /dev/x rw\n")
+    monkeypatch.setattr(
+        disk, "Path", lambda path: mountinfo if path == "/proc/self/mountinfo" else Path(path)
+    )
+    with pytest.raises(StoreError, match="is mounted in it"):
+        disk.remove_tree(directory)
+    assert (directory / "mnt").is_dir()
+    mountinfo.write_text("36 35 98:0 / /elsewhere rw - ext4 /dev/x rw\n")
+    disk.remove_tree(directory)
+    assert not directory.exists()
+
+
 # ---------------------------------------------------------------------- keeping house
 
 

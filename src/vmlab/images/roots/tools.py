@@ -58,7 +58,7 @@ def run(
     environment: Mapping[str, str] | None = None,
     admit: Callable[[int], None] | None = None,
 ) -> None:
-    """Run a program to its end; it dies with this process.
+    """Run a program to its end; it dies with the thread that runs it.
 
     Args:
         command: The program and its arguments.
@@ -73,8 +73,11 @@ def run(
     variables = {"PATH": os.environ.get("PATH", "") + os.pathsep + os.pathsep.join(_PLACES),
                  "LC_ALL": "C.UTF-8", "HOME": "/nonexistent", **(environment or {})}  # fmt: skip
     with log.open("ab") as output:
+        # util-linux; the kernel ends the program when this thread ends, prctl(2) PR_SET_PDEATHSIG.
+        setpriv = find("setpriv")
+        guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv is not None else []
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,
+            [*guard, *command], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,
             start_new_session=True,
         )  # fmt: skip
         try:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -137,13 +138,24 @@ def clear_abandoned(parent: Path) -> list[Path]:
         except (Timeout, OSError):
             continue
         guard.release()
-        remove_tree(directory)
-        removed.append(directory)
+        with suppress(StoreError):  # something is mounted there: the next one tries again
+            remove_tree(directory)
+            removed.append(directory)
     return removed
 
 
 def remove_tree(directory: Path) -> None:
-    """Remove a directory with all that it holds, also what its modes forbid to remove."""
+    """Remove a directory with all that it holds, also what its modes forbid to remove.
+
+    Raises:
+        StoreError: something is mounted in it, which has to stay.
+    """
+    mounted = _mounts_below(directory)
+    if mounted:
+        raise StoreError(
+            f"{directory} is not removed: {mounted[0]} is mounted in it",
+            hint=f"unmount it first: umount {mounted[0]}",
+        )
 
     def allow(function: object, name: str, error: object) -> None:
         place = Path(name)
@@ -157,6 +169,20 @@ def remove_tree(directory: Path) -> None:
 
     if directory.exists():
         shutil.rmtree(directory, onerror=allow)
+
+
+def _mounts_below(directory: Path) -> list[str]:
+    """What is mounted below a directory, proc(5) "mountinfo"; nothing where there is no /proc."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    prefix = f"{directory.resolve()}/"
+    places = (
+        re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), line.split(" ")[4])
+        for line in lines
+    )
+    return [place for place in places if place.startswith(prefix)]
 
 
 def sha256(path: Path, *, step: str | None = None, progress: Progress = silent) -> str:
