@@ -283,7 +283,7 @@ async def test_a_machine_that_was_there_before_is_adopted() -> None:
     await machine.resume()
     toy.check()
     toy.forget(toy.new_machine("i1", SPEC, MachineState.PAUSED))
-    assert await toy.get("i1") is machine
+    assert await toy.get("i1") is await toy.get("a") is machine
 
 
 @in_loop

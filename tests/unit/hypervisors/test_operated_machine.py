@@ -29,6 +29,7 @@ from tests.unit.hypervisors.toy import (
 
 from vmlab.hypervisors import serialised_machine
 from vmlab.hypervisors.operated_machine import check_part_name
+from vmlab.hypervisors.operation import DEFAULT_TIMEOUTS
 from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
@@ -357,7 +358,10 @@ async def test_a_guest_that_cannot_be_asked_is_not_killed_for_that() -> None:
 
 
 @in_loop
-async def test_the_guest_has_all_its_grace_however_long_the_stop_waited() -> None:
+async def test_the_guest_has_all_its_grace_however_long_the_stop_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(DEFAULT_TIMEOUTS, "kill", 0.01)
     toy = ToyHypervisor()
     machine = await toy.machine(RUNNING)
     gate = toy.before["pause"] = Gate()
@@ -365,7 +369,7 @@ async def test_the_guest_has_all_its_grace_however_long_the_stop_waited() -> Non
     await gate.reached.wait()
     stop = asyncio.create_task(machine.stop(timeout=0.05))
     await asyncio.sleep(0.04)
-    toy.before["shutdown"] = lambda _: asyncio.sleep(0.03)
+    toy.before["shutdown"] = lambda _: asyncio.sleep(0.04)
     gate.open.set()
     await first
     await stop
@@ -414,6 +418,18 @@ async def test_a_guest_that_dies_while_it_is_stopped_is_stopped(kill: bool) -> N
     toy.check()
 
 
+@in_loop
+async def test_how_a_machine_ended_once_says_nothing_of_the_next_time() -> None:
+    toy = ToyHypervisor()
+    machine = await toy.machine(RUNNING)
+    toy.before["shutdown"] = happen(FAILED, EventType.CRASHED, "panic")
+    await machine.stop()
+    toy.before["start"] = hang
+    with pytest.raises(DeadlineExceeded):
+        await machine.start(timeout=0.01)
+    assert (machine.state, machine.reason) == (STOPPED, "start took too long")
+
+
 # Killing.
 
 
@@ -434,6 +450,23 @@ async def test_a_kill_ends_what_is_under_way_and_all_that_waits() -> None:
     assert machine.state is STOPPED
     assert toy.hooks[-2:] == ["a:observe", "a:kill"]
     toy.check()
+
+
+@pytest.mark.parametrize("call", ["kill", "delete"])
+@in_loop
+async def test_a_kill_that_is_refused_ends_nothing(call: str) -> None:
+    toy = ToyHypervisor()
+    machine = await toy.machine(RUNNING)
+    gate = toy.before["pause"] = Gate()
+    pause = asyncio.create_task(machine.pause())
+    await gate.reached.wait()
+    with pytest.raises(InvalidSpec):
+        await (
+            machine.kill(timeout=-1) if call == "kill" else machine.delete(force=True, timeout=-1)
+        )
+    gate.open.set()
+    await pause
+    assert machine.state is PAUSED
 
 
 @in_loop
