@@ -145,6 +145,18 @@ def perform(
     return status
 
 
+def attached(
+    name: str, body: Callable[[Session, Interrupts], Awaitable[int]], *, hypervisor: str
+) -> int:
+    """Do something with a machine that was kept; returns the exit status."""
+    from vmlab.lab.session import Interrupted, attach_session
+
+    try:
+        return attach_session(name, body, hypervisor=hypervisor)
+    except Interrupted as interrupted:
+        return 128 + interrupted.number
+
+
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
     """Draws how far the image is, on a terminal; says nothing elsewhere."""

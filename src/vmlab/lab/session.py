@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 DEFAULT_HYPERVISOR = "qemu"
 
+_ANSWER_TIMEOUT = 30.0
+"""Seconds that the guest of a machine that has run for long is given to answer."""
+
 # What is started, what is missing, how long it takes: agent included.
 _UPTIMES = (
     "read -r up rest </proc/uptime; read -r stat </proc/$PPID/stat; "
@@ -117,13 +120,34 @@ def run_session(
         )
 
 
+def with_kept(
+    name: str,
+    body: Callable[[Machine], Awaitable[T]],
+    *,
+    hypervisor: str = DEFAULT_HYPERVISOR,
+) -> T:
+    """Call `body` with a machine of the default store, whatever its state.
+
+    Raises:
+        MachineNotFound: there is none of that name.
+        VmlabError: what `body` raised.
+        Interrupted: a signal ended it.
+    """
+    opened = registry.provider(hypervisor).open(Store.open().owner)
+
+    async def found(interrupts: Interrupts) -> T:
+        return await body(await opened.get(name))
+
+    return _drive(opened, found)
+
+
 def attach_session(
     name: str,
     body: Callable[[Session, Interrupts], Awaitable[T]],
     *,
     hypervisor: str = DEFAULT_HYPERVISOR,
 ) -> T:
-    """Call `body` with a machine that runs in the default store.
+    """Call `body` with the inside of a machine that runs in the default store.
 
     Raises:
         MachineNotFound: there is none of that name.
@@ -136,7 +160,7 @@ def attach_session(
         machine = await opened.get(name)
         guest = Guest(machine, AgentChannel(machine.channel))
         try:
-            await guest.connect()
+            await guest.connect(timeout=_ANSWER_TIMEOUT)
             return await body(Session(machine, guest), interrupts)
         finally:
             await guest.close()

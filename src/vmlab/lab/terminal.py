@@ -13,11 +13,11 @@ import signal
 import termios
 import tty
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Final
 
 from vmlab.guests.command import AgentRestarted, Command, quote
-from vmlab.hypervisors.base import Console
+from vmlab.hypervisors.base import Console, Machine
 from vmlab.lab.boot import TERMINAL
 from vmlab.lab.passthrough import from_file, shell_text, to_file
 from vmlab.lab.session import Session, death
@@ -30,6 +30,7 @@ _FIND: Final = (
     "read -r active </sys/class/tty/console/active; "
     "case $active in *hvc0*) t=/dev/hvc1 ;; *) t=/dev/hvc0 ;; esac; "
 )
+_LEAVE: Final = b"\x1d"
 _LAST_OUTPUT: Final = 5.0
 """Seconds that the command's last output has to arrive after the command has ended."""
 
@@ -81,18 +82,54 @@ async def run_on_terminal(session: Session, words: Sequence[str]) -> int:
                 await asyncio.wait({showing, *parts})
 
 
+async def show_console(machine: Machine, only_log: bool = False, name: str = "serial") -> int:
+    """Show a console and type on it, until Ctrl-] is typed or the machine is gone.
+
+    Args:
+        machine: Whose console.
+        only_log: Print what it has printed so far, and no more.
+        name: Which one.
+    """
+    show = to_file(1)
+    async with await machine.console(name) as console:
+        await show(await console.log())
+        if only_log:
+            return 0
+        with _raw(0) if os.isatty(0) else nullcontext():
+            parts = {
+                asyncio.ensure_future(_show(console, b"")),
+                asyncio.ensure_future(_type_until_left(console)),
+            }
+            try:
+                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for part in parts:
+                    part.cancel()
+                await asyncio.wait(parts)
+    return 0
+
+
+async def _type_until_left(console: Console) -> None:
+    async for data in from_file(0):
+        before, left, _ = data.partition(_LEAVE)
+        if before:
+            await console.write(before)
+        if left:
+            return
+
+
 def _size() -> str:
     size = os.get_terminal_size(1)
     return f"rows {size.lines} cols {size.columns}"
 
 
 async def _show(console: Console, end: bytes) -> None:
-    """Print what comes from the console, until the mark that says that all has come."""
+    """Print what comes from the console, until the mark that says that all has come, if any."""
     show = to_file(1)
     held = b""
     while data := await console.read():
         held += data
-        position = held.find(end)
+        position = held.find(end) if end else -1
         if position >= 0:
             await show(held[:position])
             return

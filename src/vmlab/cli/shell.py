@@ -1,0 +1,67 @@
+"""``vmlab shell``: a shell in a machine that was kept, or in a fresh one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmlab.cli.run import (
+    AppendOption,
+    CpusOption,
+    DiskOption,
+    HypervisorOption,
+    ImageOption,
+    InitrdOption,
+    KernelOption,
+    MemoryOption,
+    ModulesOption,
+    NetworkOption,
+    ShareOption,
+    attached,
+    perform,
+)
+
+if TYPE_CHECKING:
+    from vmlab.lab.session import Interrupts, Session
+
+__all__ = ["shell"]
+
+
+def shell(
+    name: Annotated[
+        str | None, typer.Argument(help="A machine that `vmlab run --keep` left; else a fresh one.")
+    ] = None,
+    *,
+    image: ImageOption = None,
+    kernel: KernelOption = None,
+    initrd: InitrdOption = None,
+    append: AppendOption = "",
+    modules: ModulesOption = None,
+    hypervisor: HypervisorOption = "qemu",
+    memory: MemoryOption = "512M",
+    cpus: CpusOption = 1,
+    share: ShareOption = None,
+    disk: DiskOption = None,
+    network: NetworkOption = False,
+) -> int:
+    """Open a shell in a machine; a fresh machine goes when the shell ends.
+
+    Without a terminal it is given what stdin has to say.
+    """
+    from vmlab.lab.boot import Wish
+    from vmlab.lab.errand import Errand
+
+    errand = Errand(words=("/bin/sh", "-l"))
+    if name is None:
+        wish = Wish(
+            image=image, kernel=kernel, initrd=initrd, modules=modules, append=append,
+            memory=memory, cpus=cpus, shares=tuple(share or ()), disks=tuple(disk or ()),
+            network=network,
+        )  # fmt: skip
+        return perform(wish, errand.run, hypervisor=hypervisor)
+
+    async def body(session: Session, interrupts: Interrupts) -> int:
+        return await errand.run(session, interrupts)
+
+    return attached(name, body, hypervisor=hypervisor)
