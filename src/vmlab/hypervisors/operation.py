@@ -216,11 +216,6 @@ class Operation:
             DeadlineExceeded: it took longer, and was cancelled for that.
         """
         deadline = self.scope.when()
-        try:
-            self.commit()
-        except VmlabError:
-            work.close()
-            raise
         if deadline is not None:
             deadline = max(deadline, asyncio.get_running_loop().time() + grace)
 
@@ -234,7 +229,12 @@ class Operation:
                     raise self._late() from None
                 raise
 
-        return await uninterrupted(bounded())
+        try:
+            self.commit()
+            return await uninterrupted(bounded())
+        finally:
+            # It may never have begun: the operation was aborted before, or the loop is ending.
+            work.close()
 
     def _lift_deadline(self) -> None:
         if not self.scope.expired():

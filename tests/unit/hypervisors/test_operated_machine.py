@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -247,15 +246,14 @@ async def test_operations_wait_for_their_turn_in_the_order_of_the_calls() -> Non
                  "status", "info", "force", "crash", "shutdown", "migrate", "restore"]
             ),
             st.integers(0, 6),
-            st.none() | st.integers(0, 12),
+            st.none() | st.tuples(st.integers(0, 12), st.integers(0, 12)),
         ),
         min_size=2,
         max_size=12,
     ),
-    st.randoms(use_true_random=False),
 )  # fmt: skip
 def test_whatever_is_asked_at_once_is_never_interleaved(
-    requests: list[tuple[str, int, int | None]], luck: random.Random
+    requests: list[tuple[str, int, tuple[int, int] | None]],
 ) -> None:
     async def ask(machine: ToyMachine, there: ToyHypervisor, name: str, number: int) -> None:
         if name in {"crash", "shutdown"}:
@@ -280,15 +278,16 @@ def test_whatever_is_asked_at_once_is_never_interleaved(
         here, there = ToyHypervisor(), ToyHypervisor(OTHER)
         machine = await here.machine(RUNNING)
         tasks = []
-        for number, (name, turns, cancel_after) in enumerate(requests):
+        for number, (name, turns, cancelled) in enumerate(requests):
             task = asyncio.create_task(ask(machine, there, name, number))
             tasks.append(task)
             for _ in range(turns):
                 await asyncio.sleep(0)
-            if cancel_after is not None:
-                for _ in range(cancel_after):
+            if cancelled is not None:
+                later, which = cancelled
+                for _ in range(later):
                     await asyncio.sleep(0)
-                luck.choice(tasks).cancel()
+                tasks[which % len(tasks)].cancel()
         for end in await asyncio.gather(*tasks, return_exceptions=True):
             assert end is None or isinstance(end, asyncio.CancelledError)
         here.check()
