@@ -77,8 +77,8 @@ def run(
         setpriv = find("setpriv")
         guard = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv is not None else []
         process = subprocess.Popen(
-            [*guard, *command], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=variables,
-            start_new_session=True,
+            [*guard, *command], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+            env=variables, start_new_session=True,
         )  # fmt: skip
         try:
             if admit is not None:

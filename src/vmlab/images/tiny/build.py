@@ -29,7 +29,7 @@ _SCRIPTS = {
     "hotplug.sh": "usr/lib/vmlab/hotplug",
     "late.sh": "usr/lib/vmlab/late",
     "lend-agent.sh": "usr/lib/vmlab/lend-agent",
-    "udhcpc.sh": "usr/share/udhcpc/default.script",
+    "udhcpc.sh": "etc/udhcpc/default.script",
 }
 AGENT_PATH = "usr/lib/vmlab/agent"
 

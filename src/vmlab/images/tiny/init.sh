@@ -92,7 +92,7 @@ case $net in
             interface=${interface##*/}
             [ "$interface" = lo ] && continue
             ip link set "$interface" up
-            [ "$net" = dhcp ] && udhcpc -q -n -t 10 -T 1 -A 1 -i "$interface" >/dev/kmsg 2>&1 &
+            [ "$net" = dhcp ] && udhcpc -q -n -t 10 -T 1 -A 1 -s /etc/udhcpc/default.script -i "$interface" >/dev/kmsg 2>&1 &
         done
         wait
         ;;

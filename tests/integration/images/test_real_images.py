@@ -1,0 +1,228 @@
+"""Images from the real archive: fetched, verified, assembled, booted in a plain QEMU.
+
+They need a Debian mirror (the host's apt names one) or a store that has been filled before.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmlab.images import Image, ImageStore
+from vmlab.images.debian import openpgp
+from vmlab.images.errors import MirrorError
+from vmlab.images.roots import tools
+from vmlab.images.settings import default_store
+from vmlab.machine.architecture import Architecture
+
+# Read before the tests get directories of their own: what was fetched once need not be again.
+_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+
+MACHINES = {
+    Architecture.X86_64: ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max"],
+    Architecture.RISCV64: ["qemu-system-riscv64", "-M", "virt", "-cpu", "rv64"],
+    Architecture.AARCH64: ["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a72"],
+    Architecture.PPC64LE: ["qemu-system-ppc64", "-M", "pseries"],
+}
+
+
+@pytest.fixture(scope="module")
+def store() -> ImageStore:
+    return ImageStore(_STORE)
+
+
+def ensured(store: ImageStore, name: str) -> Image:
+    try:
+        return store.ensure(name)
+    except MirrorError as error:
+        pytest.skip(f"no Debian mirror can be reached: {error.message}")
+
+
+class Guest:
+    """A QEMU with the guest's console on its standard input and output."""
+
+    def __init__(self, image: Image, append: str, *more: str, memory: str = "512") -> None:
+        command = [
+            *MACHINES[image.architecture], "-m", memory, "-display", "none", "-nodefaults",
+            "-no-user-config", "-no-reboot", "-serial", "stdio",
+            "-kernel", str(image.kernel), "-initrd", str(image.initrd),
+            "-append", f"console={image.architecture.console} {image.cmdline} {append}", *more,
+        ]  # fmt: skip
+        self.seen = b""
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.waiting = selectors.DefaultSelector()
+        assert self.process.stdout is not None
+        self.waiting.register(self.process.stdout, selectors.EVENT_READ)
+
+    def wait_for(self, pattern: bytes, seconds: float = 60) -> re.Match[bytes]:
+        assert self.process.stdout is not None
+        end = time.monotonic() + seconds
+        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
+            left = end - time.monotonic()
+            assert left > 0, f"no {pattern!r} in {seconds} s:\n{self.seen[-3000:].decode()}"
+            if self.waiting.select(left):
+                data = os.read(self.process.stdout.fileno(), 65536)
+                assert data, f"the guest ended before {pattern!r}:\n{self.seen[-3000:].decode()}"
+                self.seen += data
+        self.seen = self.seen[found.end() :]
+        return found
+
+    def type(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text.encode())
+        self.process.stdin.flush()
+
+    def shell(self, command: str, seconds: float = 30) -> str:
+        """What a command prints; its status has to be 0."""
+        # The marks are put together by the shell, so the echo of the line has none.
+        self.type(f"{command}; echo =$?=; echo end'mark'\n")
+        text = self.wait_for(rb"(.*?)\r?\nendmark", seconds)[1].decode(errors="replace")
+        body, _, status = text.rpartition("=0=")
+        assert body or status != text, f"{command} failed: {text}"
+        return body
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.waiting.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except BrokenPipeError:
+                    continue
+
+
+@pytest.fixture
+def booted() -> Iterator[list[Guest]]:
+    """Guests that are put here are ended with the test."""
+    guests: list[Guest] = []
+    yield guests
+    for guest in guests:
+        guest.close()
+
+
+def needs_qemu(architecture: Architecture) -> None:
+    if shutil.which(MACHINES[architecture][0]) is None:
+        pytest.skip(f"{MACHINES[architecture][0]} is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "name",
+    ["debian-12-amd64-tiny", "debian-13-riscv64-tiny", "debian-13-arm64-tiny",
+     "debian-13-ppc64el-tiny"],
+)  # fmt: skip
+def test_tiny_image_of_the_real_archive_boots_and_does_what_it_is_for(
+    store: ImageStore, booted: list[Guest], name: str
+) -> None:
+    image = ensured(store, name)
+    needs_qemu(image.architecture)
+    guest = Guest(
+        image, "vmlab.hostname=lab7 vmlab.net=dhcp",
+        "-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n",
+        "-device", "virtio-serial-pci", "-chardev", "null,id=c",
+        "-device", "virtserialport,chardev=c,name=vmlab.agent",
+        "-drive", "if=none,id=d,file=null-co://,format=raw",
+        "-device", "virtio-blk-pci,drive=d",
+        "-device", "virtio-scsi-pci", "-drive", "if=none,id=e,file=null-co://,format=raw",
+        "-device", "scsi-hd,drive=e", "-device", "virtio-rng-pci",
+    )  # fmt: skip
+    booted.append(guest)
+    guest.wait_for(b"Please press Enter", 120)
+    guest.type("\n")
+    guest.wait_for(rb"lab7:[^\n]*# ")
+    assert image.kernel_release in guest.shell("uname -r")
+    machine = guest.shell("uname -m")
+    assert image.architecture.value in machine
+    assert "10.0.2.15" in guest.shell("ip addr show")
+    assert "nameserver 10.0.2.3" in guest.shell("cat /etc/resolv.conf")
+    assert "vmlab.agent" in guest.shell("ls /dev/virtio-ports")
+    assert "/usr/lib/vmlab/agent" in guest.shell("ps")
+    guest.shell("ls /dev/vda /dev/sda /dev/hwrng")
+    for module in ("ext4", "overlay", "9p", "virtiofs", "loop", "vfat"):
+        guest.shell(
+            f"modprobe {module} || grep -q /{module}.ko $(echo /lib/modules/*/modules.builtin)"
+        )
+    guest.shell("for n in 1 2 3 4 5; do mountpoint -q /sys/fs/cgroup && break; sleep 1; done; true")
+    # mount(2) makes the kernel ask modprobe, which has its tables.
+    guest.shell("dd if=/dev/zero of=/tmp/d bs=1M count=8 2>/dev/null && mkdosfs /tmp/d")
+    guest.shell("mount -t vfat -o loop /tmp/d /mnt && echo hi >/mnt/a && umount /mnt")
+    guest.type("poweroff\n")
+    guest.wait_for(b"Power down|Requesting system poweroff", 40)
+    assert guest.process.wait(timeout=40) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_tiny_image_is_the_same_when_it_is_built_again(store: ImageStore) -> None:
+    image = ensured(store, "debian-12-amd64-tiny")
+    recipe = store.recipe("debian-12-amd64-tiny")
+    assert recipe is not None
+    again, differences = store.build_twice(recipe)
+    assert again == image
+    assert differences == {}
+
+
+def test_snapshot_in_use_is_signed_by_debians_keys(store: ImageStore) -> None:
+    ensured(store, "debian-13-riscv64-tiny")
+    release = store.archive("debian", "trixie").snapshot()
+    assert (release.codename, release.origin) == ("trixie", "Debian")
+    assert set(release.signers) & set(openpgp.ARCHIVE_KEYS.values())
+
+
+def test_warm_store_answers_quickly_and_without_apt(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = ensured(store, "debian-13-riscv64-tiny")
+
+    def nobody() -> None:
+        raise AssertionError("a warm store has no need of apt")
+
+    monkeypatch.setattr("vmlab.images.store.store.host_configuration", nobody)
+    started = time.perf_counter()
+    assert ImageStore(_STORE).ensure("debian-13-riscv64-tiny") == image
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_full_root_boots_to_systemd_with_the_agent_lent_to_it(
+    store: ImageStore, booted: list[Guest]
+) -> None:
+    missing = [name for name in ("mmdebstrap", "mke2fs", "debugfs", "depmod")
+               if tools.find(name) is None]  # fmt: skip
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    image = ensured(store, "debian-12-amd64")
+    needs_qemu(image.architecture)
+    guest = Guest(
+        image, "vmlab.hostname=lab8",
+        "-device", "virtio-serial-pci", "-chardev", "null,id=c",
+        "-device", "virtserialport,chardev=c,name=vmlab.agent",
+        "-drive", f"if=none,id=d,file={image.disk},format=raw,snapshot=on",
+        "-device", "virtio-blk-pci,drive=d", "-netdev", "user,id=n",
+        "-device", "virtio-net-pci,netdev=n", memory="768",
+    )  # fmt: skip
+    booted.append(guest)
+    guest.wait_for(b"lab8 login: ", 200)
+    guest.type("root\n")
+    guest.wait_for(rb"root@lab8:[^\n]*# ", 60)
+    guest.shell("stty -echo; bind 'set enable-bracketed-paste off' 2>/dev/null; true")
+    assert "Debian GNU/Linux 12" in guest.shell("cat /etc/os-release")
+    assert "active" in guest.shell("systemctl is-active vmlab-agent.service")
+    guest.shell("python3 -c 'import json'; systemctl is-enabled ssh; test -x /usr/sbin/qemu-ga")
+    guest.shell("modprobe -n btrfs && test ! -s /etc/apt/sources.list.d/x")
+    guest.type("poweroff\n")
+    assert guest.process.wait(timeout=100) == 0
