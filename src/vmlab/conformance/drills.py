@@ -72,18 +72,18 @@ async def stage(bench: Bench, state: MachineState) -> Stage:
 
 
 async def bring(bench: Bench, ready: Stage, state: MachineState) -> None:
-    """Bring the machine, which has to be at rest or running, into `state`."""
+    """Bring the machine, which is not deleted, into `state`."""
     machine = ready.machine
     if machine.state is state:
         return
+    if machine.state is S.PAUSED:
+        await (machine.resume() if bench.has(C.RESUME) else machine.kill())
     if state in {S.RUNNING, S.PAUSED, S.FAILED} and machine.state in OFF:
         await machine.start()
     if state in {S.RUNNING, S.PAUSED} and bench.has(C.FAULTS) and ready.fault == "none":
         fault = harmless_fault(bench)
         if fault is not None:
             ready.fault = await machine.inject(fault)
-    if machine.state is S.PAUSED:
-        await machine.resume()
     match state:
         case S.PAUSED:
             await machine.pause()
@@ -175,12 +175,14 @@ async def _inject(bench: Bench, ready: Stage) -> None:
 
 
 async def _channel(bench: Bench, ready: Stage) -> None:
-    channel = await ready.machine.channel(ready.machine.spec.channels[0])
+    channel = await ready.machine.channel(next(iter(ready.machine.spec.channels), "none"))
     await channel.close()
 
 
 async def _console(bench: Bench, ready: Stage) -> None:
-    console = await ready.machine.console(ready.machine.spec.consoles[0].name)
+    console = await ready.machine.console(
+        next((console.name for console in ready.machine.spec.consoles), "none")
+    )
     await console.close()
 
 

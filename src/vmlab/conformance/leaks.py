@@ -88,13 +88,16 @@ def _children() -> Iterator[int]:
 def _socket(target: str) -> str:
     """The socket with its local address, where it is of the internet."""
     inode = target.removeprefix("socket:[").removesuffix("]")
-    for table in ("tcp", "tcp6", "udp", "udp6", "unix"):
+    # The column of the inode and that of the local address, by table (proc(5)).
+    for table, number, where in (
+        *((name, 9, 1) for name in ("tcp", "tcp6", "udp", "udp6")),
+        ("unix", 6, -1),
+    ):
         with suppress(OSError):
             for line in (_PROC / "self" / "net" / table).read_text().splitlines()[1:]:
                 fields = line.split()
-                if inode in fields:
-                    where = fields[1] if table != "unix" else fields[-1]
-                    return f"{table} socket {where}"
+                if fields[number] == inode:
+                    return f"{table} socket {fields[where]}"
     return target
 
 

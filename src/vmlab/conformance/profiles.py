@@ -15,7 +15,7 @@ from typing import Final
 
 from vmlab.conformance.probe import GuestProbe
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
-from vmlab.machine.capabilities import Capability
+from vmlab.machine.capabilities import Capabilities, Capability
 from vmlab.machine.errors import HypervisorUnavailable
 from vmlab.machine.faults import At, FaultKind, KillFault
 from vmlab.machine.spec import MachineSpec
@@ -64,6 +64,7 @@ class ConformanceProfile:
         options: Options to open the hypervisor with.
         scratch: Names of the disks of `spec` that the guest may write to.
         probe: Makes the guest's probe of a machine; None skips what needs the guest's own view.
+        probe_needs: Capabilities without which the probe cannot be used.
         echo_channel: A channel of `spec` that sends back what it receives, if there is one.
         corrupt: Damages the contents of a snapshot where they are kept.
         crash: Makes a machine die by itself after some seconds; None finds out how by itself.
@@ -83,6 +84,7 @@ class ConformanceProfile:
     options: Mapping[str, str] = field(default_factory=dict)
     scratch: tuple[str, ...] = ()
     probe: Callable[[Machine], GuestProbe] | None = None
+    probe_needs: tuple[Capability, ...] = (Capability.GUEST_CHANNELS,)
     echo_channel: str | None = None
     corrupt: Corrupt | None = None
     crash: Crash | None = None
@@ -99,6 +101,19 @@ class ConformanceProfile:
     def with_changes(self, **changes: object) -> ConformanceProfile:
         """The same profile with some attributes replaced."""
         return replace(self, **changes)  # type: ignore[arg-type]  # attributes by name
+
+    def fitting(self, capabilities: Capabilities) -> ConformanceProfile:
+        """The profile without what the hypervisor cannot make: channels, consoles, the probe."""
+        parts: dict[str, object] = {}
+        if Capability.GUEST_CHANNELS not in capabilities:
+            parts["channels"] = ()
+        if Capability.CONSOLE not in capabilities:
+            parts["consoles"] = ()
+        able = all(need in capabilities for need in self.probe_needs)
+        return self.with_changes(
+            spec=self.spec.with_changes(**parts) if parts else self.spec,
+            probe=self.probe if able else None,
+        )
 
     def crasher(self, kinds: frozenset[FaultKind]) -> Crash | None:
         """How machines are made to die, given the faults that the hypervisor declares."""

@@ -156,6 +156,7 @@ def _conclude(result: CheckResult) -> None:
 async def _run(check: Check, bench: Bench, result: CheckResult) -> None:
     try:
         bench.capabilities = await bench.hypervisor.capabilities()
+        bench.profile = bench.profile.fitting(bench.capabilities)
         lacking = what_lacks(check, bench.capabilities, bench.profile)
         if lacking:
             raise Skipped(lacking)

@@ -90,6 +90,7 @@ def _spec(bench: Bench) -> MachineSpec:
 
 async def _perform(bench: Bench, transcript: Transcript, step: threading.Barrier) -> None:
     bench.capabilities = await bench.hypervisor.capabilities()
+    bench.profile = bench.profile.fitting(bench.capabilities)
     machine = await bench.hypervisor.create(_spec(bench))
     bench.keep(machine)
     for name, needs, call in _STEPS:

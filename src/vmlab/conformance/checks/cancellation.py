@@ -58,17 +58,10 @@ _LIMITED: Mapping[str, Callable[[Stage, float], Awaitable[object]]] = {
 """Operations with a deadline; those that make something have theirs in `cancel.making`."""
 
 
-async def _ready(lab: Bench, ready: Stage, state: MachineState) -> None:
-    if ready.machine.state is S.PAUSED and state is not S.PAUSED:
-        await ready.machine.resume()
-    if ready.machine.state is not state:
-        await bring(lab, ready, state)
-
-
 async def _whole(lab: Bench, drill: Drill, ready: Stage, what: str) -> float:
     """Let the operation run to its end; the seconds that it took."""
     state = _FROM[drill.operation]
-    await _ready(lab, ready, state)
+    await bring(lab, ready, state)
     lands = drill.lands(ready, state)
     begun = lab.now()
     await drill.call(lab, ready)
@@ -109,7 +102,7 @@ async def operation(lab: Bench) -> None:
         usual = await _whole(lab, drill, ready, f"{name} that is left alone")
         for share in lab.profile.cancel_points:
             what = f"{name} cancelled at {share:.0%}"
-            await _ready(lab, ready, _FROM[name])
+            await bring(lab, ready, _FROM[name])
             before = await _parts(lab, ready)
             call = asyncio.ensure_future(_coroutine(lab, drill, ready))
             lab.tasks.append(call)
@@ -183,7 +176,7 @@ async def deadline(lab: Bench) -> None:
         limit = usual / 4
         if limit == 0:
             continue
-        await _ready(lab, ready, _FROM[name])
+        await bring(lab, ready, _FROM[name])
         what = f"{name} with {limit:g} s"
         begun = lab.now()
         try:

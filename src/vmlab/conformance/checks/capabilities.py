@@ -16,6 +16,14 @@ from vmlab.machine.states import MachineState
 C = Capability
 S = MachineState
 
+IMPLIED: Mapping[Capability, Capability] = {
+    C.MEMORY_SNAPSHOT: C.SNAPSHOT,
+    C.RESTORE: C.SNAPSHOT,
+    C.RESUME: C.PAUSE,
+    C.LIVE_MIGRATION: C.COLD_MIGRATION,
+}
+"""Capabilities that are of no use without another."""
+
 
 @check(
     "capability.required",
@@ -35,13 +43,7 @@ async def consistent(lab: Bench) -> None:
     declared = lab.capabilities
     lab.equal(await lab.hypervisor.capabilities(), declared, "capabilities asked again")
     lab.equal(declared.hypervisor, lab.hypervisor.name, "whose capabilities they are")
-    implied = {
-        C.MEMORY_SNAPSHOT: C.SNAPSHOT,
-        C.RESTORE: C.SNAPSHOT,
-        C.RESUME: C.PAUSE,
-        C.LIVE_MIGRATION: C.COLD_MIGRATION,
-    }
-    for capability, other in implied.items():
+    for capability, other in IMPLIED.items():
         if capability in declared:
             lab.true(other in declared, f"who declares {capability} declares {other}")
     lab.equal(C.FAULTS in declared, bool(declared.faults), "faults are declared with their kinds")
@@ -85,7 +87,8 @@ _ATTEMPTS: Mapping[Capability, tuple[MachineState, Callable[[Stage], Awaitable[o
 async def undeclared(lab: Bench) -> None:
     ready: dict[MachineState, Stage] = {}
     for capability in Capability:
-        if capability in lab.capabilities:
+        needed = IMPLIED.get(capability)
+        if capability in lab.capabilities or (needed and needed not in lab.capabilities):
             continue
         if capability in _OPERATIONS:
             operation, state = _OPERATIONS[capability]
@@ -141,6 +144,8 @@ _SPECS: Mapping[Capability, dict[str, object]] = {
     C.GPU_PASSTHROUGH: {"host_devices": [HostDevice(name="g", kind="gpu", address="00:02.0")]},
     C.SRIOV_PASSTHROUGH: {"host_devices": [HostDevice(name="v", kind="sriov", address="00:03.0")]},
     C.DETERMINISTIC: {"deterministic": True},
+    C.CONSOLE: {"consoles": [{"name": "extra"}]},
+    C.GUEST_CHANNELS: {"channels": ["extra"]},
 }
 _SHARES = {
     C.SHARE_9P: ShareKind.P9,

@@ -53,9 +53,9 @@ async def under_operation(lab: Bench) -> None:
         state = _from(drill)
         if state is None or not lab.has(*drill.needs(state)):
             continue
-        await _prepare(lab, ready, state)
+        await bring(lab, ready, state)
         usual = await _usual(lab, drill, ready)
-        await _prepare(lab, ready, state)
+        await bring(lab, ready, state)
         await lab.crash(ready.machine, usual * 0.2)
         await _die_under(lab, drill, ready)
     await ready.machine.delete(force=True)
@@ -70,13 +70,6 @@ def _from(drill: Drill) -> MachineState | None:
     if drill.operation not in _INTERRUPTED:
         return None
     return MachineState.PAUSED if drill.operation == "resume" else MachineState.RUNNING
-
-
-async def _prepare(lab: Bench, ready: Stage, state: MachineState) -> None:
-    if ready.machine.state is MachineState.PAUSED and state is MachineState.RUNNING:
-        await ready.machine.resume()
-    if ready.machine.state is not state:
-        await bring(lab, ready, state)
 
 
 async def _usual(lab: Bench, drill: Drill, ready: Stage) -> float:

@@ -346,6 +346,7 @@ async def triggers(lab: Bench) -> None:
         await lab.wait(delay * 0.5)
         await lab.is_in(machine, MachineState.FAILED, "after the time of its death")
         await machine.start()
+    if FaultKind.KILL in kinds and lab.has(Capability.CONSOLE):
         await machine.inject(KillFault(when=ConsoleText(text="conformance says die")))
         await lab.guest(machine).print("conformance says wait")
         await lab.is_in(machine, MachineState.RUNNING, "after another text")
