@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
@@ -111,8 +110,8 @@ class Link:
     ) -> Any:
         """Call and wait; a cancellation is passed on, and its end is waited for."""
         number, answer = self.begin(call, of, arguments, progress)
-        await self._line.drained()
         try:
+            await self._line.drained()
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
             if answer.done():
@@ -390,12 +389,14 @@ class RemoteSimulatedHypervisor(Hypervisor):
     Args:
         owner: Whose machines these are; a run's die when its connection ends.
         socket: Where a `vmlab simulate` listens.
+        seed: Source of its randomness, where this is the first client of its owner.
     """
 
     name: ClassVar[str] = "simulated"
 
-    def __init__(self, owner: Owner, socket: Path) -> None:
+    def __init__(self, owner: Owner, socket: Path, *, seed: int | None = None) -> None:
         self._owner = owner
+        self._seed = seed
         self._socket = socket
         self._link: Link | None = None
         self._connecting: asyncio.Lock | None = None
@@ -438,7 +439,7 @@ class RemoteSimulatedHypervisor(Hypervisor):
                 "start one: `vmlab simulate --socket PATH`",
             )
         line = Line(reader, writer)
-        hello = Hello(version=VERSION, kind=self._owner.kind, owner=self._owner.id, pid=os.getpid())
+        hello = Hello(version=VERSION, kind=self._owner.kind, owner=self._owner.id, seed=self._seed)
         line.send({"hello": hello.model_dump()})
         try:
             answer = await line.receive() or {}

@@ -28,10 +28,10 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        given = self.model_fields_set & {"profile", "seed", "clock"}
+        given = self.model_fields_set & {"profile", "clock"}
         if self.socket is not None and given:
             names = " and ".join(sorted(given))
-            raise ValueError(f"socket: {names} belong to the process that serves it")
+            raise ValueError(f"socket: the process that serves it chooses {names}")
         return self
 
 

@@ -16,7 +16,7 @@ class SimulatedProvider(HypervisorProvider):
     """Opens simulated hypervisors, in this process or in one of their own.
 
     Options: `profile` (a built-in one or a TOML file), `seed` (a number), `clock` ("virtual" or
-    "wall"), or `socket` (of a `vmlab simulate`, which has the other three itself).
+    "wall"), or instead of profile and clock `socket` (of a `vmlab simulate`, which has its own).
     """
 
     name: ClassVar[str] = "simulated"
@@ -39,7 +39,7 @@ class SimulatedProvider(HypervisorProvider):
         if chosen.socket is not None:
             from vmlab.hypervisors.simulated.client import RemoteSimulatedHypervisor
 
-            return RemoteSimulatedHypervisor(owner, chosen.socket)
+            return RemoteSimulatedHypervisor(owner, chosen.socket, seed=chosen.seed)
         return SimulatedHypervisor(
             owner,
             SimulationProfile.load(chosen.profile),

@@ -100,16 +100,17 @@ class SimulationServer:
         """What makes the event loop that `serve` runs on."""
         return VirtualClockLoop if self.clock == "virtual" else asyncio.new_event_loop
 
-    def tenant(self, kind: Literal["run", "store"], owner: str) -> Tenant:
-        """The hypervisor of an owner, made when it is first asked for."""
+    def tenant(self, kind: Literal["run", "store"], owner: str, seed: int | None = None) -> Tenant:
+        """The hypervisor of an owner, made when it is first asked for: with `seed`, or its own."""
         key = (kind, owner)
         found = self._tenants.get(key)
         if found is None:
             # The first owner's luck is the seed's own; others have luck of their own.
-            seed = self.seed
-            if self._count:
-                seed = int.from_bytes(Chances(self.seed).raw(8, "owner", self._count), "big")
-            self._count += 1
+            if seed is None:
+                seed = self.seed
+                if self._count:
+                    seed = int.from_bytes(Chances(self.seed).raw(8, "owner", self._count), "big")
+                self._count += 1
             directory = self._store / f"{kind}-{owner}" if self._store is not None else Path()
             hypervisor = SimulatedHypervisor(
                 Owner(kind, owner, directory),
@@ -196,7 +197,7 @@ class SimulationServer:
                 hint="use the same version of vmlab on both sides",
                 hypervisor="simulated",
             )
-        tenant = self.tenant(hello.kind, hello.owner)
+        tenant = self.tenant(hello.kind, hello.owner, hello.seed)
         session = Session(self, tenant, line)
         tenant.sessions.add(session)
         line.send(

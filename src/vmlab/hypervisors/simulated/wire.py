@@ -47,7 +47,7 @@ class Hello(_Part):
     version: int
     kind: Literal["run", "store"]
     owner: str = Field(min_length=1)
-    pid: int = 0
+    seed: int | None = Field(None, ge=0, description="of a hypervisor that this client begins")
 
 
 class Welcome(_Part):
