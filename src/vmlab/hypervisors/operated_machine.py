@@ -262,7 +262,8 @@ class OperatedMachine(SerialisedMachine):
         check_part_name("snapshot", name, operation="snapshot")
 
         def needs(state: MachineState) -> Sequence[Capability]:
-            return (Capability.SNAPSHOT, *((Capability.MEMORY_SNAPSHOT,) if memory else ()))
+            # What was asked for by name comes first: that is what the refusal is to name.
+            return (*((Capability.MEMORY_SNAPSHOT,) if memory else ()), Capability.SNAPSHOT)
 
         async def plan(state: MachineState, capabilities: Capabilities) -> Action[Snapshot]:
             if memory and not state.is_live:
