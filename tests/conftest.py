@@ -16,6 +16,8 @@ from hypothesis import settings
 settings.register_profile("vmlab", deadline=None, print_blob=True)
 settings.load_profile("vmlab")
 
+_NOBODY = 65534  # the kernel's overflow uid, which owns nothing
+
 _XDG = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME")
 
 
@@ -35,6 +37,22 @@ def _own_directories() -> Iterator[None]:
         patch.delenv("FORCE_COLOR", raising=False)
         yield
     shutil.rmtree(base)
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[Path]:
+    """A directory of an ordinary user's, who the test is from here on, even if root runs it."""
+    # pytest's tmp_path lies below a directory that only its maker may enter.
+    base = Path(tempfile.mkdtemp(prefix="vmlab-u-"))
+    user = os.geteuid()
+    if user == 0:
+        os.chown(base, _NOBODY, -1)
+        os.seteuid(_NOBODY)
+    try:
+        yield base
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(base)
 
 
 def _children() -> dict[int, psutil.Process]:

@@ -267,11 +267,10 @@ def test_journals_of_no_run_are_named(tmp_path: Path) -> None:
         worker.snapshot()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_journal_that_may_not_be_read_is_named(tmp_path: Path) -> None:
-    _recorded(tmp_path).chmod(0)
+def test_a_journal_that_may_not_be_read_is_named(ordinary_user: Path) -> None:
+    _recorded(ordinary_user).chmod(0)
     with pytest.raises(VmlabError, match=r"cannot read the journal .*main\.jsonl"):
-        read_journals(tmp_path)
+        read_journals(ordinary_user)
 
 
 def test_a_journal_that_is_a_directory_is_named(tmp_path: Path) -> None:
