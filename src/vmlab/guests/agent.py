@@ -49,7 +49,8 @@ _OWN_PROCESS = re.compile(r"\$(\$|\{\$|PPID|\{PPID)")
 """What tells a fork of the agent's shell from a shell of its own."""
 
 _KILL_AFTER: Final = 5.0
-_HELLO = re.compile(rb"\x01hello [0-9]+ [0-9]+\n\Z")
+_GREETING: Final = b"\x01hello 1 "
+_HELLO = re.compile(rb"\x01hello 1 [0-9]+\n\Z")
 
 OpenChannel = Callable[[str], Awaitable[Channel]]
 
@@ -222,6 +223,8 @@ class AgentChannel(CommandChannel):
             async with asyncio.timeout(timeout), self._slot() as slot:
                 # Asked anew: the agent that answered before may have gone with its guest.
                 await slot.drop()
+                async with self._control_lock:
+                    await self._drop_control()
                 await self.open_slot(slot)
         except TimeoutError:
             raise DeadlineExceeded(
@@ -318,36 +321,42 @@ class AgentChannel(CommandChannel):
         One that does not while the control port does is asleep, since nobody had the port open, or
         busy with a command of a host that has died, which is ended.
         """
-        token = secrets.token_hex(8)
-        # The newline ends what an earlier host may have left unfinished.
-        question = b"\n" + shell_line("ping", token)
-        answer = asyncio.ensure_future(out.skip_to((b"\x01pong " + token.encode(),)))
+        if slot != 0:
+            await self.control("wake")
+        answered = asyncio.ensure_future(self._answer(out))
         try:
-            await out.send(question)
-            if slot != 0:
-                await self.control("wake")
-            await asyncio.wait({answer}, timeout=_ANSWER_WITHIN)
-            if not answer.done():
+            await asyncio.wait({answered}, timeout=_ANSWER_WITHIN)
+            if not answered.done():
                 alive = asyncio.ensure_future(self._agent_answers())
                 try:
-                    await asyncio.wait({answer, alive}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({answered, alive}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     alive.cancel()
                     await asyncio.wait({alive})
-                if not answer.done() and not alive.cancelled():
-                    alive.result()
             patience = _ANSWER_WITHIN
-            while not answer.done():
+            while not answered.done():
                 await self.control("wake")
-                await asyncio.wait({answer}, timeout=patience)
-                if not answer.done():
-                    await self.control("reset", str(slot))
-                    await out.send(question)
-                    patience *= 2
-            answer.result()
+                await asyncio.wait({answered}, timeout=patience)
+                if answered.done():
+                    break
+                answered.cancel()
+                await asyncio.wait({answered})
+                await self.control("reset", str(slot))
+                # It takes one call after the other: this answer means that the reset is over.
+                await self._agent_answers()
+                answered = asyncio.ensure_future(self._answer(out))
+                patience *= 2
+            answered.result()
         finally:
-            answer.cancel()
-            await asyncio.wait({answer})
+            answered.cancel()
+            await asyncio.wait({answered})
+
+    async def _answer(self, port: _Port) -> None:
+        """Ask something on a port and wait for the answer to that."""
+        token = secrets.token_hex(8)
+        # The newline ends what an earlier host may have left unfinished.
+        await port.send(b"\n" + shell_line("ping", token))
+        await port.skip_to((b"\x01pong " + token.encode(),))
 
 
 class _Run:
@@ -390,21 +399,21 @@ class _Run:
         end = b"\x01end " + token + b" "
 
         async def output() -> int:
-            mark, line = await out.skip_to((b"\x01pid " + token + b" ", end))
+            mark, line = await out.skip_to((b"\x01pid " + token + b" ", end, _GREETING))
             if mark == end:
                 return self._end(line)
-            self._process = int(line)
+            if mark == _GREETING:
+                raise self._restarted()
             self._begun.set()
-            if started is not None:
-                started(self._process)
+            # A guest that is shutting down has no /proc any more, which tells the number.
+            if line.isdigit():
+                self._process = int(line)
+                if started is not None:
+                    started(self._process)
             pong = b"\x01pong " + token
             mark, line = await out.copy_to((end, pong), stdout, lambda: self._question(out))
             if mark == pong:
-                self._ended.set()
-                raise AgentRestarted(
-                    f"the guest's agent died while {self._command.text!r} ran",
-                    hint="what became of the command is unknown",
-                )
+                raise self._restarted()
             return self._end(line)
 
         async def errors() -> int:
@@ -418,6 +427,14 @@ class _Run:
         if self._input_error is not None:
             raise self._input_error
         return status
+
+    def _restarted(self) -> AgentRestarted:
+        self._begun.set()
+        self._ended.set()
+        return AgentRestarted(
+            f"the guest's agent died while {self._command.text!r} ran",
+            hint="what became of the command is unknown",
+        )
 
     def _end(self, line: bytes) -> int:
         """The status in an end mark."""

@@ -16,7 +16,14 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar, Final
 
 from vmlab.guests import trees
-from vmlab.guests.command import Command, CommandChannel, CommandResult, Sink, quote
+from vmlab.guests.command import (
+    AgentRestarted,
+    Command,
+    CommandChannel,
+    CommandResult,
+    Sink,
+    quote,
+)
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.errors import (
     ChannelClosed,
@@ -389,7 +396,9 @@ class Guest:
             async with asyncio.timeout(timeout):
                 await self._leave("reboot")
                 while True:
-                    with suppress(ChannelClosed, DeadlineExceeded, ResourceNotFound):
+                    with suppress(
+                        AgentRestarted, ChannelClosed, DeadlineExceeded, ResourceNotFound
+                    ):
                         await self.channel.connect(timeout=timeout)
                         if await self.boot_id() != before:
                             return
@@ -409,7 +418,7 @@ class Guest:
 
     async def _leave(self, command: str) -> None:
         """Run a command that the guest may not survive."""
-        with suppress(ChannelClosed, DeadlineExceeded):
+        with suppress(AgentRestarted, ChannelClosed, DeadlineExceeded):
             await self.execute(command, timeout=2)
 
     async def block(self) -> None:

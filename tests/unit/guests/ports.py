@@ -71,13 +71,21 @@ class HostedAgent:
             (ports / name).symlink_to(os.ttyname(slave))
             self._masters[name] = master
             self._slaves.append(slave)
+        # GNU tar writes no archive to a terminal, which only these stand-ins for ports are.
+        programs = directory / "bin"
+        programs.mkdir()
+        (programs / "tar").symlink_to("/bin/busybox")
         script = directory / "agent.sh"
         body = agent.script().split(b"\n", 1)[1]
         script.write_bytes(b"#!" + " ".join(shell).encode() + b"\n" + body)
         script.chmod(0o755)
         self.process = subprocess.Popen(
             [*shell, str(script)],
-            env={**os.environ, "VMLAB_PORTS": str(ports)},
+            env={
+                **os.environ,
+                "PATH": f"{programs}:{os.environ['PATH']}",
+                "VMLAB_PORTS": str(ports),
+            },
             start_new_session=True,
         )
 
