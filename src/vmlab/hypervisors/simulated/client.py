@@ -27,6 +27,7 @@ from vmlab.hypervisors.base import (
     Progress,
     Snapshot,
 )
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.simulated.channels import Pipe
 from vmlab.hypervisors.simulated.wire import (
     HYPERVISOR_METHODS,
@@ -107,8 +108,14 @@ class Link:
         of: Message | None = None,
         arguments: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
+        *,
+        makes: bool = False,
     ) -> Any:
-        """Call and wait; a cancellation is passed on, and its end is waited for."""
+        """Call and wait; a cancellation is passed on, and its end is waited for.
+
+        A machine that a cancelled call `makes` all the same, because it was done already when the
+        cancellation arrived, is deleted again.
+        """
         number, answer = self.begin(call, of, arguments, progress)
         try:
             await self._line.drained()
@@ -116,13 +123,18 @@ class Link:
         except asyncio.CancelledError:
             if answer.done():
                 raise
-            self._line.send({"cancel": number})
-            await asyncio.wait((answer,))
+            await uninterrupted(self._take_back(number, answer, makes))
             raise
         finally:
             # Nobody else asks how it ended.
             if answer.done() and not answer.cancelled():
                 answer.exception()
+
+    async def _take_back(self, number: int, answer: asyncio.Future[Any], makes: bool) -> None:
+        self._line.send({"cancel": number})
+        await asyncio.wait((answer,))
+        if makes and not answer.cancelled() and answer.exception() is None:
+            await self.call("delete", {"machine": answer.result()["id"]}, {"force": True})
 
     def tell(self, call: str, of: Message) -> None:
         """Call without waiting for the answer."""
@@ -253,8 +265,10 @@ class RemoteMachine(Machine):
 
     async def _call(self, call: str, progress: Progress | None = None, **arguments: Any) -> Any:
         link = await self._hypervisor.link()
-        result = await link.call(call, {"machine": self.id}, arguments, progress)
         method = MACHINE_METHODS[call]
+        result = await link.call(
+            call, {"machine": self.id}, arguments, progress, makes=call == "fork"
+        )
         return method.result.validate_python(result) if method.result is not None else result
 
     async def start(self, *, timeout: float | None = None) -> None:
@@ -486,8 +500,9 @@ class RemoteSimulatedHypervisor(Hypervisor):
         )
 
     async def _call(self, call: str, **arguments: Any) -> Any:
-        result = await (await self.link()).call(call, None, arguments)
         method = HYPERVISOR_METHODS[call]
+        makes = call in ("create", "create_from")
+        result = await (await self.link()).call(call, None, arguments, makes=makes)
         return method.result.validate_python(result) if method.result is not None else result
 
     async def probe(self) -> Probe:

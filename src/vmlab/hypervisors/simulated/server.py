@@ -304,6 +304,8 @@ class Session:
                     if call is not None:
                         call.cancel()
                 elif isinstance(message.get("id"), int):
+                    if message["id"] in self._calls:
+                        raise garbled(f"two calls have the number {message['id']}")
                     self._begin(message["id"], message)
                 else:
                     raise garbled(f"neither a call nor a cancellation: {sorted(message)}")
@@ -326,13 +328,18 @@ class Session:
     def _begin(self, number: int, message: Message) -> None:
         task = asyncio.ensure_future(self._answer(number, message))
         self._calls[number] = task
-        task.add_done_callback(lambda _: self._calls.pop(number, None))
+
+        def over(_: asyncio.Task[None]) -> None:
+            del self._calls[number]
+            if task.cancelled():
+                # Also one that was cancelled before it took its first step.
+                self._line.send({"id": number, "cancelled": True})
+
+        task.add_done_callback(over)
 
     async def _answer(self, number: int, message: Message) -> None:
         try:
             result = await self._perform(number, message)
-        except asyncio.CancelledError:
-            self._line.send({"id": number, "cancelled": True})
         except VmlabError as error:
             self._tell_of(message)
             self._line.send({"id": number, "error": error.to_record()})
