@@ -1,4 +1,5 @@
-"""Hypervisors: the contract (`base`), what all back ends share (`operations`), and the back ends.
+"""Hypervisors: the contract (`base`), what all back ends share
+(`hooks`, `serialised_machine`, `operated_machine`, `operated_hypervisor`), and the back ends.
 
 Knows nothing of images, guests' distributions, databases or pytest.
 """
