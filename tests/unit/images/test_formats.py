@@ -308,6 +308,14 @@ def test_cpio_with_a_lying_size_is_refused_without_reserving_it() -> None:
         list(cpio.read(io.BytesIO(header + b"a\0" + b"tiny"), source="x", limit=1 << 40))
 
 
+def test_cpio_that_holds_too_much_is_stopped() -> None:
+    buffer = io.BytesIO()
+    cpio.write([CpioEntry(name, "file", 0o644, bytes(600)) for name in "ab"], buffer)
+    buffer.seek(0)
+    with pytest.raises(FormatError, match="more than 1000 bytes"):
+        list(cpio.read(buffer, source="x", limit=1000))
+
+
 # ---------------------------------------------------------------------- control files
 
 

@@ -86,6 +86,9 @@ def test_files_have_the_owners_modes_devices_and_attributes_of_the_archive(
     home = debugfs(image, 'stat "/home/a file"')
     assert "User:  1000   Group:  1001" in home
     assert "Mode:  0600" in home
+    for time in ("ctime", "crtime"):  # the host gives every copy others
+        assert f"{time}: 0x{EPOCH:08x}:" in home
+    assert f"mtime: 0x{EPOCH - 100:08x}:" in home
     assert "Mode:  02750" in debugfs(image, "stat /home")
     assert "Device major/minor number: 01:03" in debugfs(image, "stat /dev/null")
     assert 'Fast link dest: "/bin/sh"' in debugfs(image, "stat /etc/link")
