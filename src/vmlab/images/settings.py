@@ -52,7 +52,11 @@ class ImageSettings(BaseModel):
 def default_store(environment: Mapping[str, str]) -> Path:
     """Where the store is when nothing says otherwise."""
     home = environment.get("VMLAB_HOME")
-    return Path(home) / "images" if home else platformdirs.user_data_path("vmlab") / "images"
+    return (
+        Path(home) / "images"
+        if home
+        else platformdirs.user_data_path("vmlab", appauthor=False) / "images"
+    )
 
 
 def load(environment: Mapping[str, str] | None = None) -> ImageSettings:
@@ -64,7 +68,8 @@ def load(environment: Mapping[str, str] | None = None) -> ImageSettings:
     """
     environment = os.environ if environment is None else environment
     file = Path(
-        environment.get("VMLAB_CONFIG") or platformdirs.user_config_path("vmlab") / "config.toml"
+        environment.get("VMLAB_CONFIG")
+        or platformdirs.user_config_path("vmlab", appauthor=False) / "config.toml"
     )
     data = dict(_table(file))
     source = str(file)

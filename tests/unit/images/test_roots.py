@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,44 @@ def test_failing_tool_is_reported_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(BuildFailed, match=r"this and that failed: sh ended with status 3:\n.*sad"):
         tools.run(["/bin/sh", "-c", "echo sad; exit 3"], what="this and that",
                   log=tmp_path / "log")  # fmt: skip
+
+
+@pytest.mark.skipif(tools.find("setpriv") is None, reason="setpriv (util-linux) is not installed")
+def test_tool_dies_with_whoever_runs_it(
+    tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    pid_file = tmp_path / "pid"
+    script = (
+        "from pathlib import Path\nfrom vmlab.images.roots import tools\n"
+        f"tools.run(['/bin/sh', '-c', 'echo $$ >{pid_file}; exec sleep 60'], what='x', "
+        f"log=Path({str(tmp_path / 'log')!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text().strip() != "")
+        child = int(pid_file.read_text())
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not Path(f"/proc/{child}/cmdline").exists()
+               or not Path(f"/proc/{child}/cmdline").read_bytes())  # fmt: skip
+
+
+def test_interrupted_tool_is_ended_with_what_it_started(
+    tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    pid_file = tmp_path / "pid"
+
+    def interrupt(pid: int) -> None:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text().strip() != "")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tools.run(["/bin/sh", "-c", f"sleep 60 & echo $! >{pid_file}; wait"], what="x",
+                  log=tmp_path / "log", admit=interrupt)  # fmt: skip
+    child = int(pid_file.read_text())
+    wait_until(lambda: not Path(f"/proc/{child}/cmdline").exists()
+               or not Path(f"/proc/{child}/cmdline").read_bytes())  # fmt: skip
 
 
 def test_foreign_programs_run_in_a_private_binfmt_misc(

@@ -89,6 +89,9 @@ def run(
         except BaseException:
             _end(process)
             raise
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
     if status != 0:
         lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         raise BuildFailed(
