@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -75,7 +74,6 @@ class Bench:
         self.notes: list[str] = []
         self.used: set[Capability] = set()
         self.undeclared_working: set[Capability] = set()
-        self.timings: dict[str, list[float]] = {}
         self.opened: list[Hypervisor] = []
         self.closed: list[Hypervisor] = []
         self.machines: list[Machine] = []
@@ -134,9 +132,7 @@ class Bench:
 
     async def create(self, on: Hypervisor | None = None, /, **changes: Any) -> Machine:
         """A new machine, at rest."""
-        begun = self.now()
         machine = await (on or self.hypervisor).create(self.spec(**changes))
-        self.timings.setdefault("create", []).append(self.now() - begun)
         self.machines.append(machine)
         return machine
 
@@ -214,6 +210,22 @@ class Bench:
         self.tasks.append(task)
         return task
 
+    async def interrupt(self, work: Coroutine[Any, Any, T], after: float, what: str) -> list[T]:
+        """Cancel `work` after some seconds and state that it raises CancelledError.
+
+        Returns:
+            Nothing; or, where it was faster than that, the one answer that it gave.
+        """
+        task = self.spawn(work)
+        # At the earliest when it has begun.
+        await asyncio.sleep(after)
+        if task.done():
+            self.note(f"{what}: it was faster")
+            return [task.result()]
+        task.cancel()
+        await self.refuses(asyncio.CancelledError, task, what)
+        return []
+
     def bytes(self, length: int = 512) -> bytes:
         """Bytes that no other call gives."""
         return self.random.randbytes(length)
@@ -263,13 +275,6 @@ class Bench:
     def note(self, text: str) -> None:
         """Say something in the report that is neither right nor wrong."""
         self.notes.append(text)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Measure how long something takes on the hypervisor's clock."""
-        begun = self.now()
-        yield
-        self.timings.setdefault(name, []).append(self.now() - begun)
 
 
 async def names(hypervisor: Hypervisor) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Final
 from vmlab.conformance.bench import Bench
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.capabilities import Capability
-from vmlab.machine.faults import At, Fault, FaultKind, KillFault, NetPartition, PauseFault
+from vmlab.machine.faults import At, Fault, KillFault, NetPartition, PauseFault
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, Nic
 from vmlab.machine.states import OFF, OPERATIONS, MachineState
@@ -255,8 +255,3 @@ DRILLS: Final[Mapping[str, Drill]] = MappingProxyType({drill.operation: drill fo
 def allowed(operation: str, state: MachineState) -> bool:
     """Whether the contract allows the operation to begin in that state."""
     return state in OPERATIONS[operation]
-
-
-def fault_kinds(bench: Bench) -> frozenset[FaultKind]:
-    """The kinds of fault that the hypervisor declares."""
-    return bench.capabilities.faults if bench.has(C.FAULTS) else frozenset()

@@ -74,6 +74,7 @@ class ConformanceProfile:
         many: Machines that run at once in the check with many.
         cancel_points: At which shares of an operation's usual time it is cancelled.
         settle: Seconds that a guest is left alone to see whether something moves.
+        stall: Seconds that a guest may stand still during a hot-plug.
         patience: Seconds that one check may take, on the hypervisor's clock.
         processes: Whether machines are processes of this host.
         reliable: Whether operations, events and answers can be relied on with given options.
@@ -94,6 +95,7 @@ class ConformanceProfile:
     many: int = 100
     cancel_points: tuple[float, ...] = (0.0, 0.35, 0.8)
     settle: float = 2.0
+    stall: float = 1.0
     patience: float = 3600.0
     processes: bool = True
     reliable: Callable[[Mapping[str, str]], bool] = lambda options: True

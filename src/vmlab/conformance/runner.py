@@ -211,9 +211,6 @@ async def _settle(bench: Bench, result: CheckResult) -> None:
         events = await hypervisor.events()
         if reliable:
             result.findings += audit_events(events, [*known.values()])
-        for name, measured in bench.timings.items():
-            result.timings.setdefault(name, []).extend(measured)
-        bench.timings.clear()
         for event in events:
             if event.type is EventType.OPERATION_FINISHED and event.operation is not None:
                 name = event.operation.rpartition("-")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -130,7 +131,8 @@ class Session:
                     )
                     for check in select(self.settings.patterns)
                 ]
-        wanted = not self.settings.patterns or TOGETHER in self.settings.patterns
+        patterns = self.settings.patterns
+        wanted = not patterns or any(fnmatchcase(TOGETHER, pattern) for pattern in patterns)
         if len(self.subjects) > 1 and not self.settings.walks and wanted:
             names = "+".join(subject.name for subject in self.subjects)
             cases.append(Case(TOGETHER, CLAUSE, names, partial(run_together, self.subjects)))

@@ -37,6 +37,7 @@ from vmlab.machine.errors import (
     OperationFailed,
 )
 from vmlab.machine.events import Event, EventType
+from vmlab.machine.faults import FaultKind
 from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import OPERATIONS, STABLE, MachineState
 from vmlab.report import Outcome
@@ -134,8 +135,6 @@ def test_registered_profile_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_machines_crash_by_fault_by_signal_or_not_at_all() -> None:
-    from vmlab.machine.faults import FaultKind
-
     kill = frozenset({FaultKind.KILL})
     assert simulated.crasher(kill) is profiles.crash_by_fault
     assert simulated.crasher(frozenset()) is None
@@ -182,8 +181,7 @@ def test_expectations_are_recorded_and_the_first_failure_ends_the_check() -> Non
     async def body(lab: Bench) -> None:
         lab.equal(1, 1, "one is one")
         lab.note("noted")
-        with lab.timed("thinking"):
-            await lab.wait(2.0)
+        await lab.run()
         lab.equal("a" * 1000, "b", "letters")
         lab.true(False, "never reached")
 
@@ -192,7 +190,7 @@ def test_expectations_are_recorded_and_the_first_failure_ends_the_check() -> Non
     assert [each.passed for each in result.expectations] == [True, False]
     assert "(1000 characters)" in (result.expectations[1].actual or "")
     assert result.notes == ["noted"] and result.found == {"own.check"}
-    assert result.timings["thinking"] == pytest.approx([2.0])
+    assert len(result.timings["create"]) == len(result.timings["start"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -240,6 +238,19 @@ def test_waiting_for_what_never_comes_fails() -> None:
 
     result = run(body)
     assert result.outcome is Outcome.FAIL and "within 60 s" in result.reason
+
+
+def test_what_is_faster_than_its_interruption_is_no_failure() -> None:
+    async def quick() -> int:
+        return 7
+
+    async def body(lab: Bench) -> None:
+        assert await lab.interrupt(quick(), 1.0, "something quick") == [7]
+        assert await lab.interrupt(asyncio.sleep(9), 1.0, "something slow") == []
+
+    result = run(body)
+    assert result.outcome is Outcome.PASS, result.reason
+    assert result.notes == ["something quick: it was faster"]
 
 
 def test_a_check_that_hangs_is_ended() -> None:
@@ -331,6 +342,20 @@ def test_probe_says_when_the_guest_dies_or_refuses() -> None:
 
     result = run(body)
     assert result.outcome is Outcome.PASS, result.reason
+
+
+def test_checks_of_faults_do_without_each_kind_that_is_not_declared() -> None:
+    for kind in FaultKind:
+
+        class OneLess(BrokenHypervisor):
+            async def capabilities(self) -> Any:
+                declared = await super().capabilities()
+                less = declared.faults - {kind}  # noqa: B023  # used within the loop
+                return declared.model_copy(update={"faults": less})
+
+        for found in select(["fault.*", "crash.*"]):
+            result = run_check(found, Subject(BrokenProvider(OneLess), PROFILE))
+            assert result.outcome.ok, f"without {kind}: {found.id}: {result.reason}"
 
 
 # Leaks.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
@@ -39,6 +38,9 @@ _FROM = {
 }
 """The state that each operation is interrupted from; deletion has a check of its own."""
 
+
+EARLY = 0.8
+"""How much earlier than asked an operation is cancelled, so that a quicker one is caught too."""
 
 _LIMITED: Mapping[str, Callable[[Stage, float], Awaitable[object]]] = {
     "start": lambda ready, limit: ready.machine.start(timeout=limit),
@@ -104,16 +106,9 @@ async def operation(lab: Bench) -> None:
             what = f"{name} cancelled at {share:.0%}"
             await bring(lab, ready, _FROM[name])
             before = await _parts(lab, ready)
-            call = asyncio.ensure_future(_coroutine(lab, drill, ready))
-            lab.tasks.append(call)
-            # At the earliest when it has begun.
-            await asyncio.sleep(usual * share * 0.8)
-            late = call.done()
-            call.cancel()
-            if late:
-                await call
+            call = _coroutine(lab, drill, ready)
+            if await lab.interrupt(call, usual * share * EARLY, what):
                 continue
-            await lab.refuses(asyncio.CancelledError, call, what)
             lab.true(ready.machine.state.is_stable, f"{what}: {ready.machine.state.value} lasts")
             await lab.is_in(ready.machine, ready.machine.state, what)
             lab.equal(await _parts(lab, ready), before, f"{what}: what the machine has")
@@ -149,10 +144,9 @@ async def making(lab: Bench) -> None:
         await made.delete(force=True)
         name = lab.name()
         for share in lab.profile.cancel_points:
-            task = lab.spawn(make(name, None))
-            await asyncio.sleep(usual * share * 0.8)
-            task.cancel()
-            await lab.refuses(asyncio.CancelledError, task, f"{way} cancelled at {share:.0%}")
+            what = f"{way} cancelled at {share:.0%}"
+            for made in await lab.interrupt(make(name, None), usual * share * EARLY, what):
+                await lab.keep(made).delete(force=True)
             lab.equal(await names(hypervisor), [origin.name], f"machines after {way} cancelled")
         late = make(name, usual / 4)
         await lab.refuses(DeadlineExceeded, late, f"{way} out of time")
@@ -174,8 +168,6 @@ async def deadline(lab: Bench) -> None:
             continue
         usual = await _whole(lab, drill, ready, f"{name} that has the time it wants")
         limit = usual / 4
-        if limit == 0:
-            continue
         await bring(lab, ready, _FROM[name])
         what = f"{name} with {limit:g} s"
         begun = lab.now()

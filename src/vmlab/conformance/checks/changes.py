@@ -1,7 +1,7 @@
 """Changing a machine: disks, NICs, vCPUs and memory, while it runs and at rest.
 
 "Uninterrupted" is judged by the guest's own time: during a hot-plug it has to pass as the clock
-outside does, less a second.
+outside does, less what the profile allows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, Nic
 from vmlab.machine.states import MachineState
 
-STALL = 1.0
-"""Seconds that a guest may stand still during a hot-plug."""
-
 
 @asynccontextmanager
 async def uninterrupted(lab: Bench, machine: Machine, what: str) -> AsyncIterator[None]:
@@ -31,7 +28,7 @@ async def uninterrupted(lab: Bench, machine: Machine, what: str) -> AsyncIterato
     yield
     passed = (await guest.ticks() - before) / 1000
     lab.true(
-        passed >= lab.now() - begun - STALL,
+        passed >= lab.now() - begun - lab.profile.stall,
         f"{what} does not interrupt the guest ({passed:g} s of its time in "
         f"{lab.now() - begun:g} s)",
     )

@@ -81,19 +81,13 @@ async def contents(lab: Bench) -> None:
     clause="a delete that is cancelled either deletes the machine or leaves it to be deleted again",
 )
 async def cancelled(lab: Bench) -> None:
-    for share in (0.0, *lab.profile.cancel_points):
+    for share in lab.profile.cancel_points:
         measured = await lab.create()
         begun = lab.now()
         await measured.delete()
         usual = lab.now() - begun
         machine = await lab.create()
-        task = lab.spawn(machine.delete())
-        await asyncio.sleep(usual * share * 0.8)
-        task.cancel()
-        if share:
-            await lab.refuses(asyncio.CancelledError, task, f"a delete cancelled at {share:.0%}")
-        else:
-            await asyncio.gather(task, return_exceptions=True)
+        await lab.interrupt(machine.delete(), usual * share * 0.8, f"delete cancelled at {share}")
         lab.true(machine.state.is_stable, f"{machine.state.value} lasts")
         await machine.delete()
         await lab.is_in(machine, MachineState.DELETED, "a machine that was deleted again")
