@@ -1,0 +1,328 @@
+"""The command line of a QEMU process: from a machine's specification to its arguments.
+
+A pure function, so that what will run can be read here and in the machine's `command-line` file.
+Sockets are named relative to the directory that QEMU is started in, which keeps their paths short.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vmlab.hypervisors.qemu.boards import BOARDS, Board
+from vmlab.hypervisors.qemu.disks import DiskFile
+from vmlab.hypervisors.qemu.layout import Layout, disk_device, nic_backend, nic_device
+from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.sizes import MIB
+from vmlab.machine.spec import Console, MachineSpec, ShareKind
+
+QMP_SOCKET: Final = "qmp.sock"
+_FIRST_PORT_SLOT: Final = 0x10
+"""Slot of the first root ports on pcie.0; what lies below is for the devices of the board."""
+
+
+def console_socket(name: str) -> str:
+    """The socket of a console, in the directory of the process."""
+    return f"console-{name}.sock"
+
+
+def channel_socket(name: str) -> str:
+    """The socket of a guest channel, in the directory of the process."""
+    return f"channel-{name}.sock"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a QEMU process is started with.
+
+    Attributes:
+        id: The machine's id, 32 hexadecimal digits.
+        spec: The machine.
+        accelerator: "tcg", "kvm", ...
+        layout: Where its devices are.
+        disks: The files of its disks, in the order of the specification.
+        netdevs: The host's side of each NIC, as `networks.backend` gives it.
+        logs: Directory of the consoles' logs.
+        program: QEMU's program.
+        memory: Files that its memory is in; empty is fresh memory.
+        private: Whether those files stay as they are, and what is written is the process's own.
+        incoming: Whether it waits for the state of another process.
+    """
+
+    id: str
+    spec: MachineSpec
+    accelerator: str
+    layout: Layout
+    disks: tuple[DiskFile, ...]
+    netdevs: tuple[Mapping[str, Any], ...]
+    logs: Path
+    program: str
+    memory: tuple[Path, ...] = ()
+    private: bool = False
+    incoming: bool = False
+
+
+def keyval(values: Mapping[str, Any]) -> str:
+    """Options as QEMU's command line has them: the first value alone, then key=value."""
+    items = list(values.items())
+    words = [_text(items[0][1])]
+    words += [f"{key}={_text(value)}" for key, value in items[1:]]
+    return ",".join(words)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value).replace(",", ",,")
+
+
+def arguments(launch: Launch) -> list[str]:
+    """The arguments, the program first."""
+    board = BOARDS[launch.spec.architecture]
+    return [
+        launch.program,
+        *("-name", f"guest={launch.spec.name},debug-threads=on"),
+        *("-uuid", str(uuid.UUID(launch.id))),
+        *("-nodefaults", "-no-user-config"),
+        *("-display", "none"),
+        *_processor(launch, board),
+        *_memory(launch, board),
+        *_boot(launch.spec),
+        # A guest that powers down or panics is looked at before its process ends.
+        *("-action", "reboot=reset,shutdown=pause,panic=pause"),
+        *("-msg", "timestamp=on"),
+        *("-qmp", f"unix:{QMP_SOCKET},server=on,wait=off"),
+        # Nothing of the guest runs before everything watches it.
+        "-S",
+        *_ports(launch.layout, board),
+        *_consoles(launch.spec, board, launch.logs),
+        *_channels(launch.spec),
+        *_always(board),
+        *_disks(launch, board),
+        *_nics(launch, board),
+        *_shares(launch.spec),
+        *_display(launch.spec, board),
+        *(("-incoming", "defer") if launch.incoming else ()),
+    ]
+
+
+def _processor(launch: Launch, board: Board) -> list[str]:
+    cpus = launch.spec.cpus
+    topology: dict[str, Any] = {"cpus": cpus.count}
+    if cpus.sockets or cpus.cores or cpus.threads:
+        topology |= {
+            "sockets": cpus.sockets or 1,
+            "cores": cpus.cores or 1,
+            "threads": cpus.threads or 1,
+        }
+    elif cpus.maximum is not None and cpus.maximum > cpus.count:
+        topology["maxcpus"] = cpus.maximum
+    model = cpus.model or (board.cpu if launch.accelerator == "tcg" else "host")
+    return [
+        *("-accel", launch.accelerator),
+        *(("-cpu", model) if model is not None else ()),
+        *("-smp", keyval(topology)),
+    ]
+
+
+def _memory(launch: Launch, board: Board) -> list[str]:
+    """The memory, of one object or one for each NUMA node."""
+    memory = launch.spec.memory
+    sizes = [node.memory for node in memory.nodes] or [memory.size]
+    words = ["-m", f"{memory.size // MIB}M" if memory.size % MIB == 0 else f"{memory.size}B"]
+    single = not memory.nodes
+    words += ["-machine", board.machine + (",memory-backend=ram0" if single else "")]
+    for number, size in enumerate(sizes):
+        backend: dict[str, Any] = {"qom-type": "memory-backend-memfd", "id": f"ram{number}"}
+        if launch.memory:
+            backend["qom-type"] = "memory-backend-file"
+            backend["mem-path"] = str(launch.memory[number])
+        backend |= {"size": size, "share": not launch.private}
+        if memory.nodes and memory.nodes[number].host_node is not None:
+            backend |= {"host-nodes": [memory.nodes[number].host_node], "policy": "bind"}
+        words += ["-object", json.dumps(backend)]
+    for number, node in enumerate(memory.nodes):
+        cpus = "".join(f",cpus={cpu}" for cpu in node.cpus)
+        words += ["-numa", f"node,nodeid={number}{cpus},memdev=ram{number}"]
+    return words
+
+
+def _boot(spec: MachineSpec) -> list[str]:
+    boot = spec.boot
+    if boot.image is not None:
+        raise InvalidSpec(
+            [SpecProblem("boot.image", boot.image, "the kernel and initrd that the image has")],
+            machine=spec.name,
+            hypervisor="qemu",
+            hint="images are looked up before a machine is created: `vmlab run` does that",
+        )
+    words = ["-bios", str(boot.firmware.absolute())] if boot.firmware is not None else []
+    if boot.kernel is None:
+        return words
+    words += ["-kernel", str(boot.kernel.absolute())]
+    if boot.initrd is not None:
+        words += ["-initrd", str(boot.initrd.absolute())]
+    cmdline = " ".join(filter(None, (_console_argument(spec), boot.cmdline)))
+    return [*words, "-append", cmdline] if cmdline else words
+
+
+def _console_argument(spec: MachineSpec) -> str:
+    """The kernel's console: the first of the machine's, unless the command line names one."""
+    if not spec.consoles or "console=" in spec.boot.cmdline:
+        return ""
+    virtio = spec.consoles[0].kind == "virtio"
+    return f"console={'hvc0' if virtio else spec.architecture.console}"
+
+
+def _ports(layout: Layout, board: Board) -> list[str]:
+    words: list[str] = []
+    for port in range(layout.ports):
+        slot, function = divmod(port, 8)
+        device: dict[str, Any] = {
+            "driver": "pcie-root-port",
+            "id": f"port{port}",
+            "bus": board.bus,
+            "chassis": port + 1,
+            "addr": f"{_FIRST_PORT_SLOT + slot:#x}.{function}",
+        }
+        if function == 0:
+            device["multifunction"] = True
+        words += ["-device", keyval(device)]
+    return words
+
+
+def _chardev(kind: str, name: str, socket: str, log: Path | None = None) -> list[str]:
+    """A socket that somebody may connect to at any time, and again."""
+    chardev = f"socket,id={kind}-{name},path={socket},server=on,wait=off"
+    if log is not None:
+        chardev += f",logfile={_text(log)},logappend=on"
+    return ["-chardev", chardev]
+
+
+def _consoles(spec: MachineSpec, board: Board, logs: Path) -> list[str]:
+    serials = [console for console in spec.consoles if console.kind == "serial"]
+    if len(serials) > board.serials:
+        raise InvalidSpec(
+            [
+                SpecProblem(
+                    "consoles",
+                    len(serials),
+                    f"at most {board.serials} serial ones; others of the kind virtio",
+                )
+            ],
+            machine=spec.name,
+            hypervisor="qemu",
+        )
+    # The bus of the channels and of virtio consoles.
+    words = ["-device", "virtio-serial-pci,id=serial0,max_ports=511"]
+    for console in spec.consoles:
+        log = logs / console_log(console)
+        words += _chardev("con", console.name, console_socket(console.name), log)
+        if console.kind == "serial":
+            words += ["-serial", f"chardev:con-{console.name}"]
+        else:
+            words += ["-device", f"virtconsole,bus=serial0.0,chardev=con-{console.name}"]
+    return words
+
+
+def console_log(console: Console) -> str:
+    """The file that a console's output is kept in."""
+    return f"console-{console.name}.log"
+
+
+def _channels(spec: MachineSpec) -> list[str]:
+    words: list[str] = []
+    for name in spec.channels:
+        words += _chardev("chan", name, channel_socket(name))
+        words += ["-device", f"virtserialport,bus=serial0.0,chardev=chan-{name},name={name}"]
+    return words
+
+
+def _always(board: Board) -> list[str]:
+    """Devices that every machine has: SCSI for what is plugged in, memory balloon, entropy."""
+    devices = ["virtio-scsi-pci,id=scsi0", "virtio-balloon-pci,id=balloon0", "virtio-rng-pci"]
+    devices += filter(None, (board.generation, board.panic))
+    devices += ["virtio-keyboard-pci"] if board.power_key else []
+    return [word for device in devices for word in ("-device", device)]
+
+
+def place(board: Board, bus: str, number: int) -> dict[str, Any]:
+    """Where a device at place `number` of the layout is, as `device_add` takes it."""
+    if bus == "scsi":
+        return {"bus": "scsi0.0", "scsi-id": number, "lun": 0}
+    if board.hotplug == "port":
+        return {"bus": f"port{number}"}
+    slot, function = divmod(number, 8)
+    device: dict[str, Any] = {"bus": board.bus, "addr": f"{_FIRST_PORT_SLOT + slot:#x}.{function}"}
+    return device | ({"multifunction": True} if function == 0 else {})
+
+
+def disk_options(launch_layout: Layout, board: Board, disk: DiskFile) -> dict[str, Any]:
+    """A disk's device, as `device_add` takes it."""
+    device, bus = disk_device(disk.name), launch_layout.buses[disk.name]
+    return {
+        **disk.device(bus),
+        "id": device,
+        **place(board, bus, launch_layout.places[device]),
+    }
+
+
+def nic_options(layout: Layout, board: Board, nic: str) -> dict[str, Any]:
+    """A NIC's device, as `device_add` takes it."""
+    device = nic_device(nic)
+    return {
+        "driver": "virtio-net-pci",
+        "netdev": nic_backend(nic),
+        "mac": layout.macs[nic],
+        "id": device,
+        # No option ROM: nothing boots from the network.
+        "romfile": "",
+        **place(board, "virtio", layout.places[device]),
+    }
+
+
+def _disks(launch: Launch, board: Board) -> list[str]:
+    words: list[str] = []
+    for number, disk in enumerate(launch.disks):
+        options = disk_options(launch.layout, board, disk)
+        if launch.spec.boot.kernel is None:
+            options["bootindex"] = number
+        words += ["-blockdev", json.dumps(disk.block_node()), "-device", keyval(options)]
+    return words
+
+
+def _nics(launch: Launch, board: Board) -> list[str]:
+    words: list[str] = []
+    for nic, netdev in zip(launch.spec.nics, launch.netdevs, strict=True):
+        options = nic_options(launch.layout, board, nic.name)
+        words += ["-netdev", json.dumps(netdev), "-device", keyval(options)]
+    return words
+
+
+def _shares(spec: MachineSpec) -> list[str]:
+    words: list[str] = []
+    for number, share in enumerate(spec.shares):
+        if share.kind not in {ShareKind.AUTO, ShareKind.P9}:
+            continue
+        # mapped-xattr lets an ordinary user's QEMU keep owners and devices; "none" refuses them.
+        options = {
+            "driver": "local",
+            "id": f"share{number}",
+            "path": share.source.absolute(),
+            "security_model": "none" if share.readonly else "mapped-xattr",
+            "multidevs": "remap",
+            "readonly": share.readonly,
+        }
+        words += ["-fsdev", keyval(options)]
+        words += ["-device", f"virtio-9p-pci,fsdev=share{number},mount_tag={share.tag}"]
+    return words
+
+
+def _display(spec: MachineSpec, board: Board) -> list[str]:
+    return (
+        [word for device in board.display for word in ("-device", device)] if spec.display else []
+    )

@@ -1,0 +1,136 @@
+"""Disks and NICs that come and go while the machine runs.
+
+A device is gone when QEMU says so (DEVICE_DELETED), which a guest with PCI hot-plug has to agree
+to; only then is its other side on the host taken away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+from vmlab.hypervisors.operation import uninterrupted
+from vmlab.hypervisors.qemu.boards import Board
+from vmlab.hypervisors.qemu.command_line import disk_options, nic_options
+from vmlab.hypervisors.qemu.disks import DiskFile
+from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qemu.layout import Layout, disk_device, nic_backend, nic_device
+from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
+
+_RELEASES: Final = 100
+_RELEASE_S: Final = 0.01
+_ASK_AGAIN_S: Final = 5.0
+"""Seconds after which a guest that has not let go of a device is asked again."""
+
+
+async def add_disk(emulator: Emulator, layout: Layout, board: Board, disk: DiskFile) -> None:
+    """Add a disk; nothing is left of one that could not be added."""
+    await emulator.execute("blockdev-add", disk.block_node())
+    try:
+        await emulator.execute("device_add", disk_options(layout, board, disk))
+    except BaseException:
+        await uninterrupted(drop_node(emulator, disk.node))
+        raise
+
+
+async def drop_node(emulator: Emulator, node: str) -> None:
+    """Take away a block node that no device uses any more."""
+    for _ in range(_RELEASES):
+        try:
+            if emulator.running:
+                await emulator.execute("blockdev-del", {"node-name": node})
+            return
+        except QmpError as error:
+            if "in use" not in error.message:
+                raise
+        # A device lets go of its node a moment after it has told that it is gone, when QEMU's RCU
+        # callbacks run. A guest in a loop without interrupts keeps them from it for ever, but for
+        # a device_add that fails (qmp_device_add in QEMU's softmmu/qdev-monitor.c drains them).
+        await asyncio.sleep(_RELEASE_S)
+        with suppress(QmpError):
+            await emulator.execute("device_add", {"driver": "virtio-blk-pci", "drive": ""})
+    await emulator.execute("blockdev-del", {"node-name": node})
+
+
+async def add_nic(
+    emulator: Emulator, layout: Layout, board: Board, nic: str, netdev: Mapping[str, Any]
+) -> None:
+    """Add a NIC; nothing is left of one that could not be added."""
+    await emulator.execute("netdev_add", netdev)
+    try:
+        await emulator.execute("device_add", nic_options(layout, board, nic))
+    except BaseException:
+        await uninterrupted(_drop_netdev(emulator, nic))
+        raise
+
+
+async def _drop_netdev(emulator: Emulator, nic: str) -> None:
+    if emulator.running:
+        await emulator.execute("netdev_del", {"id": nic_backend(nic)})
+
+
+async def remove_disk(emulator: Emulator, disk: DiskFile) -> None:
+    """Remove a disk and wait until the guest has let go of it.
+
+    Raises:
+        QmpLost: the process has ended.
+    """
+    await remove_device(emulator, disk_device(disk.name))
+    await uninterrupted(drop_node(emulator, disk.node))
+
+
+async def remove_nic(emulator: Emulator, nic: str) -> None:
+    """Remove a NIC and wait until the guest has let go of it."""
+    await remove_device(emulator, nic_device(nic))
+    await uninterrupted(_drop_netdev(emulator, nic))
+
+
+async def remove_device(emulator: Emulator, device: str) -> None:
+    """Ask for a device's removal and wait for it, however long the guest takes.
+
+    Raises:
+        MachineCrashed: the process ended meanwhile.
+    """
+    with emulator.qmp.listen(
+        "DEVICE_DELETED", match=lambda event: event.data.get("device") == device
+    ) as deleted:
+        while True:
+            try:
+                await emulator.execute("device_del", {"id": device})
+            except QmpDeviceNotFound:
+                # It went after an earlier request that nobody waited for any more.
+                return
+            except QmpError as error:
+                # The guest was asked already and has not answered.
+                if "unplug" not in error.message:
+                    raise
+            with suppress(QmpTimeout):
+                try:
+                    await deleted.wait(_ASK_AGAIN_S)
+                    return
+                except QmpLost as error:
+                    raise await emulator.crashed("device_del", error) from error
+            await asyncio.sleep(0)
+
+
+async def take_back(emulator: Emulator, disk: DiskFile) -> None:
+    """Remove a disk whose adding was interrupted, as far as it got."""
+    if emulator.running:
+        await _take_back(emulator, disk_device(disk.name), "blockdev-del", {"node-name": disk.node})
+
+
+async def take_back_nic(emulator: Emulator, nic: str) -> None:
+    """Remove a NIC whose adding was interrupted, as far as it got."""
+    if emulator.running:
+        await _take_back(emulator, nic_device(nic), "netdev_del", {"id": nic_backend(nic)})
+
+
+async def _take_back(
+    emulator: Emulator, device: str, command: str, arguments: Mapping[str, Any]
+) -> None:
+    await remove_device(emulator, device)
+    with suppress(QmpError):
+        # It may not have come about.
+        await emulator.execute(command, arguments)

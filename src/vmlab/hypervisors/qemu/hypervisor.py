@@ -1,0 +1,354 @@
+"""QEMU as a hypervisor: its programs, what they can do here, and the machines of an owner."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from pydantic import ValidationError
+
+from vmlab.hypervisors import accelerators
+from vmlab.hypervisors.accelerators import QEMU_BINARIES
+from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
+from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
+from vmlab.hypervisors.qemu import memory
+from vmlab.hypervisors.qemu.boards import BOARDS
+from vmlab.hypervisors.qemu.machine import QemuMachine
+from vmlab.hypervisors.qemu.snapshots import Saved
+from vmlab.hypervisors.records import MachineRecords
+from vmlab.machine.architecture import Architecture, parse_architecture
+from vmlab.machine.capabilities import Capabilities, Capability, Limits
+from vmlab.machine.errors import (
+    HypervisorUnavailable,
+    InvalidSpec,
+    OperationFailed,
+    SpecProblem,
+    VmlabError,
+)
+from vmlab.machine.faults import FaultKind
+from vmlab.machine.spec import MachineSpec
+from vmlab.machine.states import MachineState
+
+if TYPE_CHECKING:
+    from vmlab.hypervisors.ownership import Owner
+
+OLDEST: Final = (7, 2)
+"""The oldest QEMU that is known to work: `-action panic=pause`, JSON for -netdev."""
+
+_KEPT_FROZEN: Final = 4
+"""Snapshots whose memory is kept for more machines."""
+
+_VERSION: Final = re.compile(r"version (\d+)\.(\d+)(?:\.(\d+))?")
+_VERSION_TIMEOUT: Final = 10.0
+
+SUPPORTED: Final = frozenset(
+    {
+        Capability.PAUSE,
+        Capability.RESUME,
+        Capability.SNAPSHOT,
+        Capability.MEMORY_SNAPSHOT,
+        Capability.RESTORE,
+        Capability.FORK,
+        Capability.COLD_MIGRATION,
+        Capability.LIVE_MIGRATION,
+        Capability.HOTPLUG_DISK,
+        Capability.HOTPLUG_NIC,
+        Capability.RESIZE,
+        Capability.RESIZE_DISK,
+        Capability.PINNING,
+        Capability.NUMA,
+        Capability.CONSOLE,
+        Capability.GUEST_CHANNELS,
+        Capability.SHARE_9P,
+        Capability.FAULTS,
+    }
+)
+UNSUPPORTED: Final = {
+    Capability.HOTPLUG_VCPU: "vCPUs are changed at rest",
+    Capability.HOTPLUG_MEMORY: "memory is changed at rest; the fault memory-pressure balloons",
+    Capability.DETERMINISTIC: "QEMU's devices are not driven by the instruction count",
+    Capability.SHARE_VIRTIOFS: "virtiofsd is not started by this back end",
+    Capability.SHARE_COPY: "a copy needs the guest's agent: see vmlab.guests",
+}
+_NO_PCI_HOTPLUG: Final = "guests of this architecture have no PCI hot-plug"
+FAULTS: Final = frozenset(
+    {
+        FaultKind.DISK_ERROR,
+        FaultKind.NET_PARTITION,
+        FaultKind.PAUSE,
+        FaultKind.KILL,
+        FaultKind.MEMORY_PRESSURE,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A QEMU program: its path and version."""
+
+    path: str
+    version: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The version, as it is written."""
+        return ".".join(map(str, self.version))
+
+
+def find_program(architecture: Architecture) -> Program | None:
+    """QEMU for guests of that architecture; None if it is not there or does not run."""
+    path = shutil.which(QEMU_BINARIES[architecture])
+    if path is None:
+        return None
+    try:
+        done = subprocess.run(
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_VERSION_TIMEOUT,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = _VERSION.search(done.stdout)
+    return Program(path, tuple(int(part) for part in match.groups("0"))) if match else None
+
+
+def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
+    """What can be done with guests of those architectures."""
+    pluggable = any(BOARDS[architecture].hotplug == "port" for architecture in programs)
+    supported = SUPPORTED if pluggable else SUPPORTED - {Capability.HOTPLUG_NIC}
+    why = dict(UNSUPPORTED) | ({} if pluggable else {Capability.HOTPLUG_NIC: _NO_PCI_HOTPLUG})
+    fastest: dict[str, None] = {}
+    for architecture in programs:
+        fastest |= dict.fromkeys(accelerators.accelerators_for(architecture))
+    names = [name for name in fastest if name != "tcg"] + ["tcg"]
+    return Capabilities(
+        hypervisor="qemu",
+        version=max((program.text for program in programs.values()), default=""),
+        supported=supported,
+        unsupported=why,
+        architectures=frozenset(programs),
+        accelerators=tuple(names),
+        faults=FAULTS,
+        limits=Limits(vcpus_per_machine=255, disks_per_machine=64, nics_per_machine=32),
+    )
+
+
+class QemuHypervisor(OperatedHypervisor):
+    """The machines of one owner that QEMU runs.
+
+    Args:
+        owner: Run or store.
+        only: The one architecture that is offered; None is every one that there is.
+    """
+
+    name: ClassVar[str] = "qemu"
+
+    def __init__(self, owner: Owner, *, only: Architecture | None = None) -> None:
+        super().__init__(owner)
+        self.records = MachineRecords(owner, self.name)
+        self._only = only
+        self._programs: dict[Architecture, Program] | None = None
+        self._capabilities: Capabilities | None = None
+        self._adopting = asyncio.Lock()
+        self._thawing = asyncio.Lock()
+        self._frozen: OrderedDict[str, memory.Frozen] = OrderedDict()
+        self._adopted = owner.kind == "run"
+
+    async def probe(self) -> Probe:
+        return await asyncio.to_thread(provider.probe)
+
+    async def capabilities(self) -> Capabilities:
+        if self._capabilities is None:
+            self._programs = await asyncio.to_thread(_find_programs, self._only)
+            self._capabilities = await asyncio.to_thread(_supports, self._programs)
+        return self._capabilities
+
+    def program(self, architecture: Architecture) -> str:
+        """QEMU's program for guests of that architecture."""
+        return (self._programs or {})[architecture].path
+
+    def accelerator(self, architecture: Architecture) -> str:
+        """The fastest accelerator that works for guests of that architecture."""
+        return accelerators.accelerators_for(architecture)[0]
+
+    def new_machine(self, id_: str, spec: MachineSpec, state: MachineState) -> QemuMachine:
+        return QemuMachine(self, id_, spec, state)
+
+    async def frozen(self, saved: Saved) -> memory.Frozen:
+        """The memory of a snapshot, to be mapped by any number of machines that are made of it.
+
+        Kept for the next of them; the one that was used least recently goes.
+        """
+        key = f"{saved.snapshot.machine}/{saved.snapshot.digest}"
+        async with self._thawing:
+            if key not in self._frozen:
+                self._frozen[key] = await memory.copied(saved.memory, seal=True)
+            self._frozen.move_to_end(key)
+            while len(self._frozen) > _KEPT_FROZEN:
+                # Machines that are being made of it have it open by the time this one is used.
+                self._frozen.popitem(last=False)[1].close()
+            return self._frozen[key]
+
+    async def _prepare(self) -> None:
+        """Find a store's machines again, once."""
+        if self._adopted:
+            return
+        async with self._adopting:
+            if not self._adopted:
+                await self.capabilities()
+                for id_ in self.records.ids():
+                    await self._adopt(id_)
+                self._adopted = True
+
+    async def _adopt(self, id_: str) -> None:
+        """Take over one machine that the records tell of.
+
+        Raises:
+            OperationFailed: its record is damaged, or its QEMU talks to another process.
+        """
+        record = self.records.load(id_)
+        try:
+            spec = MachineSpec.model_validate(record["spec"])
+            kept = MachineState(record["state"])
+            machine = self.new_machine(id_, spec, kept)
+            machine.from_record(record)
+        except (ValidationError, LookupError, ValueError, TypeError) as error:
+            raise OperationFailed(
+                f"the record of machine {id_!r} is damaged: {error}",
+                hint=f"move {self.records.directory(id_)} away",
+                hypervisor=self.name,
+            ) from error
+        try:
+            state = await machine.find_process()
+        except VmlabError as error:
+            state = MachineState.UNKNOWN
+            machine.found(state, f"its QEMU does not answer: {error}")
+        else:
+            reason = "found again" if state is kept else "it changed while nobody watched"
+            machine.found(state, reason)
+        self.adopt(machine)
+
+    async def close(self) -> None:
+        """Let go of it; a run's machines are deleted, a store's live on."""
+        if self.owner.kind == "store":
+            for machine in tuple(self._machines.values()):
+                assert isinstance(machine, QemuMachine)
+                await machine.release()
+        try:
+            await super().close()
+        finally:
+            while self._frozen:
+                self._frozen.popitem()[1].close()
+
+
+def _find_programs(only: Architecture | None) -> dict[Architecture, Program]:
+    """The programs that are there and new enough."""
+    wanted = [only] if only is not None else list(Architecture)
+    found = {architecture: find_program(architecture) for architecture in wanted}
+    return {
+        architecture: program
+        for architecture, program in found.items()
+        if program is not None and program.version >= OLDEST
+    }
+
+
+class QemuProvider(HypervisorProvider):
+    """QEMU, where it is installed."""
+
+    name: ClassVar[str] = "qemu"
+    summary: ClassVar[str] = "QEMU over QMP: x86_64, riscv64, aarch64 and ppc64le; KVM or TCG"
+
+    def probe(self) -> Probe:
+        """Which programs and accelerators there are."""
+        items = [_program_item(architecture) for architecture in Architecture]
+        programs = _find_programs(None)
+        image_tool = shutil.which("qemu-img")
+        items.append(
+            ProbeItem(
+                name="qemu-img",
+                works=image_tool is not None,
+                detail=image_tool or "not installed",
+                hint=None if image_tool else "install qemu-utils",
+            )
+        )
+        items += [
+            item for item in accelerators.probe_accelerators() if programs or item.name != "tcg"
+        ]
+        available = bool(programs) and image_tool is not None
+        missing = "no QEMU of version 7.2 or later" if not programs else "qemu-img"
+        return Probe(
+            hypervisor=self.name,
+            available=available,
+            version=max((program.text for program in programs.values()), default=""),
+            reason="" if available else f"{missing} is installed",
+            hint=None
+            if available
+            else "install qemu-system-x86, qemu-system-misc, qemu-system-arm, qemu-system-ppc "
+            "and qemu-utils, or what your distribution calls them",
+            items=tuple(items),
+        )
+
+    def open(self, owner: Owner, options: Mapping[str, str] | None = None) -> QemuHypervisor:
+        """QEMU for `owner`; the option `architecture` offers that one only.
+
+        Raises:
+            HypervisorUnavailable: no QEMU is installed.
+            InvalidSpec: an option is unknown or wrong.
+        """
+        only: Architecture | None = None
+        for name, value in (options or {}).items():
+            if name != "architecture":
+                raise InvalidSpec(
+                    [SpecProblem(name, value, "no such option: there is `architecture`")],
+                    hypervisor=self.name,
+                )
+            try:
+                only = parse_architecture(value)
+            except ValueError as error:
+                raise InvalidSpec(
+                    [SpecProblem(name, value, str(error))], hypervisor=self.name
+                ) from error
+        wanted = [only] if only is not None else list(Architecture)
+        if not any(shutil.which(QEMU_BINARIES[architecture]) for architecture in wanted):
+            raise HypervisorUnavailable(
+                f"QEMU is not installed ({', '.join(QEMU_BINARIES[one] for one in wanted)})",
+                hint="`vmlab doctor` tells how to install it",
+                hypervisor=self.name,
+            )
+        return QemuHypervisor(owner, only=only)
+
+
+def _program_item(architecture: Architecture) -> ProbeItem:
+    program = find_program(architecture)
+    name = QEMU_BINARIES[architecture]
+    if program is None:
+        return ProbeItem(
+            name=name,
+            works=False,
+            detail="not installed",
+            hint=f"install {_PACKAGES[architecture]}",
+        )
+    if program.version < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return ProbeItem(
+            name=name, works=False, detail=f"{program.path} {program.text}", hint=f"needs {oldest}"
+        )
+    return ProbeItem(name=name, works=True, detail=f"{program.path} {program.text}")
+
+
+_PACKAGES: Final = {
+    Architecture.X86_64: "qemu-system-x86",
+    Architecture.RISCV64: "qemu-system-misc",
+    Architecture.AARCH64: "qemu-system-arm",
+    Architecture.PPC64LE: "qemu-system-ppc",
+}
+
+provider = QemuProvider()

@@ -1,0 +1,156 @@
+"""Which disk and NIC sits where in a machine: the same in every QEMU process of the machine.
+
+A clone, a restored machine and a migrated one have to have their devices at the same places as
+the one whose state they take over, whatever was plugged and unplugged before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from vmlab.hypervisors.qemu.boards import SPARE_PORTS, Board
+from vmlab.machine.errors import ResourceExhausted
+from vmlab.machine.spec import Disk, MachineSpec
+
+_LONGEST_NODE = 31
+"""Bytes of a node name (BlockDriverState.node_name in QEMU's block_int-common.h, less the NUL)."""
+_SCSI_TARGETS = 255
+"""Targets of a virtio-scsi controller (VIRTIO_SCSI_MAX_TARGET in QEMU's virtio-scsi.h)."""
+_PORTS = 8 * 14
+"""Root ports that fit on the board: 14 of the 32 slots, with 8 functions each."""
+
+
+def node_name(disk: str) -> str:
+    """The name of a disk's block node; QEMU's names are shorter than ours may be."""
+    name = f"d-{disk}"
+    return (
+        name if len(name) <= _LONGEST_NODE else "x-" + hashlib.sha1(name.encode()).hexdigest()[:28]
+    )
+
+
+def disk_device(disk: str) -> str:
+    """The id of a disk's device."""
+    return f"disk-{disk}"
+
+
+def nic_device(nic: str) -> str:
+    """The id of a NIC's device."""
+    return f"nic-{nic}"
+
+
+def nic_backend(nic: str) -> str:
+    """The id of a NIC's other side on the host."""
+    return f"net-{nic}"
+
+
+def effective_bus(disk: Disk, board: Board, *, live: bool) -> str:
+    """The bus that a disk gets: virtio-scsi where a disk plugged in live needs it."""
+    return "scsi" if live and board.hotplug == "scsi" else disk.bus
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the devices are.
+
+    Attributes:
+        ports: Number of root ports.
+        places: Device id -> root port, place on the PCI bus, or SCSI target.
+        buses: Disk -> "virtio" or "scsi".
+        macs: NIC -> MAC address.
+    """
+
+    ports: int = 0
+    places: dict[str, int] = field(default_factory=dict)
+    buses: dict[str, str] = field(default_factory=dict)
+    macs: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: MachineSpec, board: Board) -> Self:
+        """The layout of a machine that starts for the first time."""
+        devices = len(spec.disks) + len(spec.nics)
+        layout = cls(ports=devices + SPARE_PORTS if board.hotplug == "port" else 0)
+        for disk in spec.disks:
+            layout = layout.with_disk(disk.name, disk.bus)
+        for nic in spec.nics:
+            layout = layout.with_nic(nic.name, nic.mac or made_mac(spec, nic.name))
+        return layout
+
+    def with_disk(self, disk: str, bus: str) -> Self:
+        """The layout with one disk more, at the first place that is free.
+
+        Raises:
+            ResourceExhausted: none is.
+        """
+        device = disk_device(disk)
+        place = self._free(bus == "scsi")
+        return replace(
+            self,
+            places={**self.places, device: place},
+            buses={**self.buses, disk: bus},
+        )
+
+    def with_nic(self, nic: str, mac: str) -> Self:
+        """The layout with one NIC more.
+
+        Raises:
+            ResourceExhausted: no place is free.
+        """
+        place = self._free(scsi=False)
+        return replace(
+            self,
+            places={**self.places, nic_device(nic): place},
+            macs={**self.macs, nic: mac},
+        )
+
+    def without(self, device: str) -> Self:
+        """The layout without the device of that id."""
+        return replace(
+            self,
+            places={key: place for key, place in self.places.items() if key != device},
+            buses={key: bus for key, bus in self.buses.items() if disk_device(key) != device},
+            macs={key: mac for key, mac in self.macs.items() if nic_device(key) != device},
+        )
+
+    def with_macs(self, macs: dict[str, str]) -> Self:
+        """The layout with other MAC addresses."""
+        return replace(self, macs=macs)
+
+    def _free(self, scsi: bool) -> int:
+        on_scsi = {disk_device(disk) for disk, bus in self.buses.items() if bus == "scsi"}
+        taken = {place for device, place in self.places.items() if (device in on_scsi) == scsi}
+        limit = _SCSI_TARGETS if scsi else self.ports or _PORTS
+        for place in range(limit):
+            if place not in taken:
+                return place
+        raise ResourceExhausted(
+            f"all {limit} places for {'SCSI' if scsi else 'PCI'} devices are taken",
+            hint="unplug a disk or a NIC first, or restart the machine with those that it needs",
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """The layout as JSON-ready data."""
+        return {
+            "ports": self.ports,
+            "places": self.places,
+            "buses": self.buses,
+            "macs": self.macs,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """The layout that `to_record` described."""
+        return cls(record["ports"], record["places"], record["buses"], record["macs"])
+
+
+def made_mac(spec: MachineSpec, nic: str, taken: Iterable[str] = ()) -> str:
+    """A MAC address out of the seed and the names, in QEMU's range 52:54:00."""
+    for attempt in range(1 << 16):
+        text = f"{spec.seed}/{spec.name}/{nic}/{attempt}"
+        digest = hashlib.sha256(text.encode()).digest()
+        mac = "52:54:00:" + digest[:3].hex(":")
+        if mac not in taken:
+            return mac
+    raise ResourceExhausted("no MAC address is left in 52:54:00")

@@ -1,0 +1,284 @@
+"""The state of a machine as files: the memory of its guest, and the rest as one stream.
+
+Memory that QEMU holds in a memfd is copied from there, holes left out; the stream then has only
+vCPUs and devices in it. A clone maps the copy privately, so that it costs what it writes. Memory
+that is mapped privately already goes into the stream as a whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vmlab.hypervisors.operation import uninterrupted
+from vmlab.hypervisors.qemu import vmstate
+from vmlab.hypervisors.qemu.disks import qemu_img
+from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qemu.threads import in_thread
+from vmlab.hypervisors.qmp import EventListener, QmpEvent, QmpLost
+from vmlab.machine.errors import OperationFailed
+
+STREAM: Final = "state"
+_CARRIER: Final = "carrier.qcow2"
+_NODE: Final = "vmstate"
+_TAG: Final = "state"
+_CHUNK: Final = 1 << 20
+_OWN: Final = "vmlab-memory"
+_TEMPLATE: Final = "vmlab-template"
+_SHARED: Final = ("/memfd:memory-backend-memfd", f"/memfd:{_OWN}")
+"""Names of the memfds whose contents are a guest's memory at any time: QEMU's own, and ours."""
+SKIP_SHARED: Final = "x-ignore-shared"
+"""The migration capability that leaves shared memory out of the stream."""
+
+
+def _extents(source: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that hold data: offset and end."""
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(source, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        offset = os.lseek(source, start, os.SEEK_HOLE)
+        yield start, offset
+
+
+def copy_sparse(source: Path, target: int | Path, check: Callable[[], None]) -> None:
+    """Copy a file with its holes.
+
+    Args:
+        source: What to copy.
+        target: A file that is written anew, or an open descriptor.
+        check: Called often; may raise to end the copy.
+    """
+    reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        writing = target if isinstance(target, int) else os.open(target, flags, 0o600)
+        try:
+            size = os.fstat(reading).st_size
+            os.ftruncate(writing, size)
+            for start, end in _extents(reading, size):
+                os.lseek(writing, start, os.SEEK_SET)
+                while start < end:
+                    check()
+                    start += os.sendfile(writing, reading, start, min(_CHUNK, end - start))
+        finally:
+            if writing is not target:
+                os.close(writing)
+    finally:
+        os.close(reading)
+
+
+def digest_of(path: Path, check: Callable[[], None]) -> str:
+    """SHA-256 over a file's size and its pages that are not zero, each with its offset.
+
+    The same for a file with holes and one without.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8))
+        for start, end in _extents(file.fileno(), size):
+            for offset in range(start, end, _CHUNK):
+                check()
+                data = os.pread(file.fileno(), min(_CHUNK, end - offset), offset)
+                _digest_part(digest, offset, data)
+    return digest.hexdigest()
+
+
+_PAGE: Final = 4096
+_ZEROS: Final = bytes(_PAGE)
+
+
+def _digest_part(digest: Any, offset: int, data: bytes) -> None:
+    """Add to a digest what of `data` is not zero, page by page."""
+    for start in range(0, len(data), _PAGE):
+        page = data[start : start + _PAGE]
+        if page != _ZEROS[: len(page)]:
+            digest.update((offset + start).to_bytes(8))
+            digest.update(page)
+
+
+# ------------------------------------------------------------------- saving
+
+
+def shared_memory(emulator: Emulator) -> list[Path]:
+    """The memfds of a process's guest memory, in the order of its memory objects."""
+    folder = Path(f"/proc/{emulator.process.pid}/fd")
+    found = [entry for entry in folder.iterdir() if str(entry.readlink()).startswith(_SHARED)]
+    return sorted(found, key=lambda entry: int(entry.name))
+
+
+async def set_capabilities(emulator: Emulator, **switches: bool) -> None:
+    """Turn migration capabilities on and off; an underscore stands for a dash."""
+    await emulator.execute(
+        "migrate-set-capabilities",
+        {
+            "capabilities": [
+                {"capability": name.replace("_", "-"), "state": state}
+                for name, state in switches.items()
+            ]
+        },
+    )
+
+
+async def save_stream(emulator: Emulator, directory: Path, *, whole: bool) -> Path:
+    """Write the state of a machine that stands still; returns the file.
+
+    Args:
+        emulator: Its process.
+        directory: Where the file goes.
+        whole: With the memory, or without what lies in shared memory.
+
+    Raises:
+        OperationFailed: QEMU cannot save it, with why; nothing of the machine has changed.
+    """
+    carrier = directory / _CARRIER
+    await qemu_img("create", "-q", "-f", "qcow2", str(carrier), "1M")
+    node = {
+        "driver": "qcow2",
+        "node-name": _NODE,
+        "file": {"driver": "file", "filename": str(carrier)},
+    }
+    try:
+        await set_capabilities(emulator, x_ignore_shared=not whole)
+        await emulator.execute("blockdev-add", node)
+        try:
+            await emulator.run_job(
+                "snapshot-save", {"tag": _TAG, "vmstate": _NODE, "devices": [_NODE]}
+            )
+        finally:
+            if emulator.running:
+                await uninterrupted(emulator.execute("blockdev-del", {"node-name": _NODE}))
+        stream = directory / STREAM
+        await in_thread(lambda check: vmstate.extract(carrier, stream, _TAG))
+    finally:
+        carrier.unlink(missing_ok=True)
+    return stream
+
+
+# ------------------------------------------------------------------- loading
+
+
+async def load_stream(emulator: Emulator, stream: Path, *, whole: bool) -> None:
+    """Give a process that waits for it the state in `stream`; its vCPUs stand still.
+
+    Raises:
+        OperationFailed: QEMU does not take it, with what it said.
+    """
+    await set_capabilities(emulator, x_ignore_shared=not whole, events=True)
+    await receive(emulator, f"exec:cat {shlex.quote(str(stream))}")
+
+
+async def receive(emulator: Emulator, uri: str) -> None:
+    """Let a process that waits for it read its state from `uri`, and wait until it has it."""
+    with emulator.qmp.listen("MIGRATION", match=is_final) as arrived:
+        await emulator.execute("migrate-incoming", {"uri": uri})
+        await until_arrived(emulator, arrived)
+
+
+async def until_arrived(emulator: Emulator, arrived: EventListener) -> None:
+    """Wait until a process has all of its state.
+
+    Raises:
+        OperationFailed: QEMU does not take it, with what it said.
+    """
+    try:
+        event = await arrived.wait()
+    except QmpLost as error:
+        raise await emulator.crashed("loading its state", error) from error
+    if event.data["status"] != "completed":
+        raise OperationFailed(
+            f"QEMU does not take the state: {emulator.last_words()}",
+            machine=emulator.machine,
+            hypervisor="qemu",
+        )
+
+
+def is_final(event: QmpEvent) -> bool:
+    """Whether a MIGRATION event is the last one."""
+    return event.data.get("status") in {"completed", "failed", "cancelled"}
+
+
+# ------------------------------------------------------------------- templates
+
+
+class Frozen:
+    """Memory in memfds of ours, by which a QEMU process can open it.
+
+    What is sealed cannot be changed by anybody: a process that maps it privately and gives memory
+    back, as a balloon does, would otherwise punch holes into what all of them share.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: list[int] = []
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files to open; they last until `close`."""
+        return tuple(Path(f"/proc/{os.getpid()}/fd/{number}") for number in self._descriptors)
+
+    def copy(self, sources: Sequence[Path], check: Callable[[], None], *, seal: bool) -> None:
+        """Take the contents of `sources`."""
+        for source in sources:
+            name = _TEMPLATE if seal else _OWN
+            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self._descriptors.append(descriptor)
+            copy_sparse(source, descriptor, check)
+            if seal:
+                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
+
+    def close(self) -> None:
+        """Let go of it; processes that have it keep it."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+_ALL_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+
+async def copied(sources: Sequence[Path], *, seal: bool) -> Frozen:
+    """The contents of `sources`, in memory."""
+    frozen = Frozen()
+    try:
+        await in_thread(lambda check: frozen.copy(sources, check, seal=seal))
+    except BaseException:
+        frozen.close()
+        raise
+    return frozen
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A machine frozen for forks, which map its memory privately, and the stream of the rest."""
+
+    memory: Frozen
+    stream: Path
+    whole: bool
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.memory.close()
+        self.stream.unlink(missing_ok=True)
+
+
+async def freeze(emulator: Emulator, directory: Path) -> Template:
+    """Make a template of a machine that stands still."""
+    sources = shared_memory(emulator)
+    stream = await save_stream(emulator, directory, whole=not sources)
+    try:
+        memory = await copied(sources, seal=True)
+    except BaseException:
+        stream.unlink()
+        raise
+    return Template(memory, stream, whole=not sources)
