@@ -76,6 +76,8 @@ class Bench:
         self.undeclared_working: set[Capability] = set()
         self.opened: list[Hypervisor] = []
         self.closed: list[Hypervisor] = []
+        # Those that were made to lose events, which are no use to the audits then.
+        self.lossy: list[Hypervisor] = []
         self.machines: list[Machine] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self.capabilities: Capabilities

@@ -209,7 +209,7 @@ async def _settle(bench: Bench, result: CheckResult) -> None:
         result.findings += await delete_all([*known.values()], bench.profile.patience)
         result.findings += await still_listed(hypervisor)
         events = await hypervisor.events()
-        if reliable:
+        if reliable and hypervisor not in bench.lossy:
             result.findings += audit_events(events, [*known.values()])
         for event in events:
             if event.type is EventType.OPERATION_FINISHED and event.operation is not None:

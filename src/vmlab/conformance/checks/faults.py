@@ -278,6 +278,7 @@ async def hypervisor(lab: Bench) -> None:
     kinds = declared(lab, FaultKind.LOST_EVENT, FaultKind.STALE_STATUS, FaultKind.HYPERVISOR_CRASH)
     # One of its own, since its events are not what is audited elsewhere.
     host = lab.another()
+    lab.lossy.append(host)
     machine = await lab.run(host)
     if FaultKind.LOST_EVENT in kinds and lab.has(Capability.HOTPLUG_NIC):
         fault = await machine.inject(LostEvent(event=EventType.NIC_PLUGGED.value))
@@ -286,7 +287,7 @@ async def hypervisor(lab: Bench) -> None:
         told = await host.events()
         lost = [event for event in told if event.type is EventType.NIC_PLUGGED]
         lab.equal(lost, [], "events of the kind that is to be lost")
-        lab.equal(told[-1].sequence, len(told) + 1, "the number of the last event, one being lost")
+        lab.true(told[-1].sequence > len(told), "the numbers of the events show that one is lost")
     if FaultKind.STALE_STATUS in kinds:
         await lab.wait(60)
         fault = await machine.inject(StaleStatus(age=30))
