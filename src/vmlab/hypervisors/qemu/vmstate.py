@@ -7,6 +7,7 @@ it is what `migrate-incoming` takes. Layout: QEMU's docs/interop/qcow2.txt, "Sna
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +26,6 @@ _LARGEST_TABLE: Final = 32 << 20
 """Bytes of an L1 table (QCOW_MAX_L1_SIZE in QEMU's block/qcow2.h)."""
 _LARGEST_EXTRA: Final = 1024
 """Bytes of what QEMU adds to a snapshot's description (QCOW_MAX_SNAPSHOT_EXTRA_DATA)."""
-_LARGEST_OFFSET: Final = (1 << 63) - 1
-"""The largest file offset (lseek(2))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def _cluster(source: BinaryIO, entry: int, size: int) -> bytes:
 def _read_at(source: BinaryIO, offset: int, size: int) -> bytes:
     """`size` bytes at `offset`, all of them."""
     data = b""
-    if offset + size <= _LARGEST_OFFSET:
+    if offset + size <= os.fstat(source.fileno()).st_size:
         source.seek(offset)
         data = source.read(size)
     if len(data) < size:
