@@ -195,7 +195,7 @@ class _Slot:
 
     async def drop(self) -> None:
         """Close the ports; the next use opens them anew."""
-        out, err, self.out, self.err = self.out, self.err, None, None
+        out, err, self.out, self.err, self.held = self.out, self.err, None, None, False
         for port in (out, err):
             if port is not None:
                 await port.close()

@@ -155,6 +155,11 @@ reset() { # SLOT: end what it does, for a host that knows nothing of it
                 members "$process"
                 # shellcheck disable=SC2086 # it is a list
                 kill -9 $MEMBERS 2>/dev/null
+                # What is sent to a port that they have open yet would be lost.
+                for process in $MEMBERS; do
+                    tries=0
+                    while kill -0 "$process" 2>/dev/null && [ $((tries += 1)) -le 2000 ]; do :; done
+                done
                 return
                 ;;
         esac

@@ -1,0 +1,92 @@
+"""A real guest for a module's tests: booted once on QEMU, talked to by the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from vmlab.guests.agent import CHANNELS, AgentChannel
+from vmlab.guests.guest import Guest
+from vmlab.hypervisors.base import Machine
+from vmlab.hypervisors.ownership import Home, Run
+from vmlab.hypervisors.qemu import QemuHypervisor, provider
+from vmlab.images import ImageStore
+from vmlab.images.settings import default_store
+from vmlab.machine.architecture import Architecture
+from vmlab.machine.spec import MachineSpec
+
+T = TypeVar("T")
+
+IMAGES = {
+    Architecture.X86_64: "debian-12-amd64-tiny",
+    Architecture.RISCV64: "debian-13-riscv64-tiny",
+}
+_QEMU = {
+    Architecture.X86_64: "qemu-system-x86_64",
+    Architecture.RISCV64: "qemu-system-riscv64",
+}
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+
+
+class Lab:
+    """A run with QEMU in it, an event loop, and one booted machine with its guest."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.runner = asyncio.Runner()
+        self.directory = Path(tempfile.mkdtemp(prefix="vmlab-g-"))
+        self.run = Run.begin(Home.open(self.directory))
+        hypervisor = provider.open(self.run.owner)
+        assert isinstance(hypervisor, QemuHypervisor)
+        self.hypervisor = hypervisor
+        image = ImageStore(_IMAGE_STORE).ensure(IMAGES[architecture])
+        self.spec = MachineSpec.of(
+            name="vm",
+            architecture=architecture,
+            memory="512M",
+            boot={"kernel": image.kernel, "initrd": image.initrd, "cmdline": image.cmdline},
+            channels=CHANNELS,
+        )
+        self.machine = self.runner.run(self._boot("vm"))
+        self.guest = Guest(self.machine, AgentChannel(self.machine.channel))
+        self.do(lambda guest: guest.connect(timeout=100))
+
+    async def _boot(self, name: str) -> Machine:
+        machine = await self.hypervisor.create(self.spec.with_changes(name=name))
+        await machine.start()
+        return machine
+
+    def do(self, body: Callable[[Guest], Awaitable[T]], *, seconds: float = 100) -> T:
+        """Run a coroutine function with the guest."""
+
+        async def main() -> T:
+            async with asyncio.timeout(seconds):
+                return await body(self.guest)
+
+        return self.runner.run(main())
+
+    def close(self) -> None:
+        async def main() -> None:
+            await self.guest.close()
+            await self.hypervisor.close()
+
+        self.runner.run(main())
+        self.runner.close()
+        self.run.close()
+        shutil.rmtree(self.directory)
+
+
+@pytest.fixture(scope="module", params=IMAGES, ids=lambda architecture: architecture.value)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    if shutil.which(_QEMU[request.param]) is None:
+        pytest.skip(f"{_QEMU[request.param]} is not installed")
+    lab = Lab(request.param)
+    yield lab
+    lab.close()
