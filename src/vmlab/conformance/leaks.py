@@ -19,6 +19,9 @@ from typing import Final
 MARK: Final = "VMLAB_CONFORMANCE_CHECK"
 """Environment variable whose value tells which check a process was started under."""
 
+LASTING_THREADS: Final = frozenset({"vmlab-spawner"})
+"""Threads that serve the whole process from their first use on (`vmlab.hypervisors.processes`)."""
+
 _PROC: Final = Path("/proc")
 _LINUX: Final = sys.platform == "linux"
 
@@ -59,7 +62,9 @@ class Holdings:
                 describe_process(pid) for pid in sorted(self.children - before.children)
             ],
             "audit.threads": [
-                str(names.get(ident, ident)) for ident in sorted(self.threads - before.threads)
+                str(names.get(ident, ident))
+                for ident in sorted(self.threads - before.threads)
+                if names.get(ident) not in LASTING_THREADS
             ],
         }
 
@@ -139,8 +144,9 @@ def marking(mark: str) -> Iterator[None]:
 
 
 def files_under(directory: Path) -> list[str]:
-    """Everything that is under `directory`, relative to it, directories with a "/"."""
+    """The files under `directory`, relative to it; sockets, pipes and links are files too."""
     return sorted(
-        str(path.relative_to(directory)) + ("/" if path.is_dir() else "")
+        str(path.relative_to(directory))
         for path in directory.rglob("*")
+        if path.is_symlink() or not path.is_dir()
     )

@@ -387,6 +387,14 @@ def test_what_is_held_anew_is_named(tmp_path: Path) -> None:
     assert "gone" in leaks.describe_process(process.pid)
 
 
+def test_directories_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert leaks.files_under(tmp_path) == ["full/file", "link"]
+
+
 def test_processes_that_escape_carry_the_mark() -> None:
     with marking("here"):
         with marking("inside"):
