@@ -38,6 +38,11 @@ class Pipe:
         self.ended = True
         self._wake()
 
+    def discard(self) -> None:
+        """The reader has let go: what was not read never will be."""
+        self._buffer.clear()
+        self.end()
+
     async def read(self, size: int) -> bytes:
         """At least one byte and at most `size`; b"" at the end."""
         while not self._buffer and not self.ended:
@@ -99,8 +104,7 @@ class SimulatedChannel(Channel):
         await asyncio.sleep(0)
 
     async def close(self) -> None:
-        if not self.pipe.ended:
-            self.pipe.end()
+        self.pipe.discard()
         self._closed(self)
 
 
@@ -128,7 +132,7 @@ class SimulatedConsole(Console):
         await asyncio.sleep(0)
 
     async def close(self) -> None:
-        self.pipe.end()
+        self.pipe.discard()
         listeners = self._hardware.listeners[self.name]
         if self.pipe in listeners:
             listeners.remove(self.pipe)

@@ -224,7 +224,7 @@ class RemoteChannel(Channel):
         await self._link.call("write", self._of, {"data": encode(data)})
 
     async def close(self) -> None:
-        self._pipe.end()
+        self._pipe.discard()
         if self._link.lost is None and self._of["stream"] in self._link.streams:
             await self._link.call("close", self._of)
             # Not before: what was still on its way has come by now.

@@ -191,7 +191,9 @@ def _read(model: type[SimulationProfile], path: Path) -> SimulationProfile:
         if extends not in BUILT_IN:
             problem = SpecProblem("extends", extends, f"one of {', '.join(BUILT_IN)}")
             raise InvalidSpec([problem], source=source, hint=hint)
-        below = BUILT_IN[extends].model_dump(mode="json", exclude_unset=True)
+        below = BUILT_IN[extends].model_dump(
+            mode="json", exclude_unset=True, exclude={"name", "summary"}
+        )
         data = _merged(below, data)
     data.setdefault("name", path.stem)
     try:
