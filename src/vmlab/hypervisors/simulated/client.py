@@ -121,8 +121,6 @@ class Link:
             await self._line.drained()
             return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            if answer.done():
-                raise
             await uninterrupted(self._take_back(number, answer, makes))
             raise
         finally:
@@ -131,10 +129,25 @@ class Link:
                 answer.exception()
 
     async def _take_back(self, number: int, answer: asyncio.Future[Any], makes: bool) -> None:
-        self._line.send({"cancel": number})
-        await asyncio.wait((answer,))
+        if not answer.done():
+            self._line.send({"cancel": number})
+            await asyncio.wait((answer,))
         if makes and not answer.cancelled() and answer.exception() is None:
             await self.call("delete", {"machine": answer.result()["id"]}, {"force": True})
+
+    def pipe(self, number: int) -> Pipe:
+        """The bytes of a stream, which may have begun to come already."""
+        pipe = self.streams.setdefault(number, Pipe())
+        if self.lost is not None:
+            pipe.end()
+        return pipe
+
+    def queue(self, number: int) -> asyncio.Queue[Message]:
+        """The events of a stream, which may have begun to come already."""
+        queue = self.events.setdefault(number, asyncio.Queue())
+        if self.lost is not None:
+            queue.put_nowait({"error": self.lost.to_record()})
+        return queue
 
     def tell(self, call: str, of: Message) -> None:
         """Call without waiting for the answer."""
@@ -215,7 +228,7 @@ class RemoteChannel(Channel):
         self.name = str(opened["name"])
         self._link = link
         self._of = {"stream": opened["stream"]}
-        self._pipe = link.streams.setdefault(opened["stream"], Pipe())
+        self._pipe = link.pipe(opened["stream"])
 
     async def read(self, size: int = 65536) -> bytes:
         return await self._pipe.read(size)
@@ -551,7 +564,7 @@ class RemoteSimulatedHypervisor(Hypervisor):
         else:
             link, opened = begun[0], await begun[1]
         number = opened["stream"]
-        queue = link.events.setdefault(number, asyncio.Queue())
+        queue = link.queue(number)
         try:
             while "end" not in (message := await queue.get()):
                 if "error" in message:

@@ -25,7 +25,7 @@ from vmlab.hypervisors.simulated.events import LossyEventLog
 from vmlab.hypervisors.simulated.faults import ALL_KINDS, FaultBox
 from vmlab.hypervisors.simulated.hardware import Hardware
 from vmlab.hypervisors.simulated.journal import Journal
-from vmlab.hypervisors.simulated.machine import SimulatedMachine
+from vmlab.hypervisors.simulated.machine import SimulatedMachine, state_of
 from vmlab.hypervisors.simulated.profile import NEVER, SimulationProfile
 from vmlab.hypervisors.simulated.trace import Trace
 from vmlab.hypervisors.simulated.world import World
@@ -257,9 +257,7 @@ class SimulatedHypervisor(OperatedHypervisor):
         for record in records:
             hardware = record.build(self.world)
             self._ids[hardware.name] += 1
-            machine = self.new_machine(hardware.id, record.spec, MachineState.UNKNOWN)
-            machine.adopted_from_journal()
-            self.adopt(machine)
+            self.adopt(self.new_machine(hardware.id, record.spec, state_of(hardware)))
         self.world.on_change = self._changed
 
     def _changed(self, hardware: Hardware) -> None:

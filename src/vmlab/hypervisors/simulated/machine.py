@@ -7,8 +7,8 @@ the way back, which `_undo` walks when the operation does not succeed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from vmlab.hypervisors.base import (
     Channel,
@@ -22,6 +22,7 @@ from vmlab.hypervisors.base import (
 )
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
+from vmlab.hypervisors.serialised_machine import Action, Needs, Plan
 from vmlab.hypervisors.simulated.channels import SimulatedConsole
 from vmlab.hypervisors.simulated.disk import SimulatedDisk
 from vmlab.hypervisors.simulated.hardware import Hardware, Power
@@ -35,6 +36,7 @@ from vmlab.hypervisors.simulated.saved import (
     save_memory,
     transfer,
 )
+from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
     CorruptSnapshot,
     HypervisorUnavailable,
@@ -59,12 +61,23 @@ from vmlab.machine.states import MachineState
 if TYPE_CHECKING:
     from vmlab.hypervisors.simulated.hypervisor import SimulatedHypervisor
 
+T = TypeVar("T")
+
 _SEEN: Final = {
     Power.OFF: MachineState.STOPPED,
     Power.RUNNING: MachineState.RUNNING,
     Power.PAUSED: MachineState.PAUSED,
     Power.DEAD: MachineState.FAILED,
 }
+
+
+def state_of(hardware: Hardware) -> MachineState:
+    """What a machine is, by its hardware alone: one that was never started is created, not off."""
+    if hardware.power is Power.OFF and hardware.boots == 0:
+        return MachineState.CREATED
+    return _SEEN[hardware.power]
+
+
 _OVERHEAD: Final = 2 * MIB
 """Bytes of the host's memory that a machine takes beside its guest's."""
 _ROUNDS: Final = 16
@@ -157,17 +170,32 @@ class SimulatedMachine(OperatedMachine):
             self._lifecycle.move(MachineState.DELETED, "found gone")
             self._hypervisor.forget(self)
             return
-        self._settle(self._at_rest_or(self.seen), "found again")
+        self._settle(state_of(self.hardware), "found again")
         self._emit(EventType.ADOPTED, owner=str(self._hypervisor.owner))
 
-    def adopted_from_journal(self) -> None:
-        """An earlier process has left the machine: believe the hardware."""
-        self._settle(self._at_rest_or(self.seen), "found again")
+    async def _admitted(
+        self,
+        operation: Operation,
+        action: Action[T] | None,
+        plan: Plan[T] | None,
+        needs: Needs | None,
+        allowed: frozenset[MachineState] | None,
+    ) -> Action[T]:
+        # Whatever the state is: nobody is there who could do it.
+        self._hypervisor.require_up()
+        return await super()._admitted(operation, action, plan, needs, allowed)
 
-    def _at_rest_or(self, seen: MachineState) -> MachineState:
-        """What a machine is whose hardware does `seen`: one never started is created, not off."""
-        never = seen is MachineState.STOPPED and self.hardware.boots == 0
-        return MachineState.CREATED if never else seen
+    async def _query(
+        self,
+        name: str,
+        question: Callable[[], Awaitable[T]],
+        timeout: float | None,
+        *,
+        needs: Sequence[Capability] = (),
+        rule: str | None = "",
+    ) -> T:
+        self._hypervisor.require_up()
+        return await super()._query(name, question, timeout, needs=needs, rule=rule)
 
     @property
     def seen(self) -> MachineState:
