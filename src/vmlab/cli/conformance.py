@@ -96,8 +96,7 @@ def _run(
     from vmlab.conformance.plugin import run_suite
     from vmlab.report import show, write
 
-    if sys.stderr.isatty():
-        session.on_result = _progress
+    session.on_result = _progress if sys.stderr.isatty() else _tell_failure
     with tempfile.TemporaryDirectory(prefix="vmlab-run-") as folder:
         run = run_suite(session, Path(folder) / "run", command)
         for file in files:
@@ -125,6 +124,12 @@ def _progress(number: int, count: int, result: CheckResult) -> None:
     """One line on the terminal that is written over."""
     end = "\n" if number == count else ""
     print(f"\r\x1b[K[{number}/{count}] {result.id}", end=end, file=sys.stderr, flush=True)
+
+
+def _tell_failure(number: int, count: int, result: CheckResult) -> None:
+    """One line for what is wrong, at once: a long run may be worth ending then."""
+    if not result.outcome.ok:
+        output.note(f"[{number}/{count}] {result.id} ({result.hypervisor}): {result.reason}")
 
 
 def _print_capabilities(session: Session) -> None:
