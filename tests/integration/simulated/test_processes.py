@@ -73,12 +73,14 @@ def test_a_server_killed_with_a_store_comes_back_with_its_machines(folder):
         await ask(machine, "write_disk", disk="d", offset=0, data="bb")
         await ask(machine, "write_memory", offset=0, data="aa")
         await machine.snapshot("s")
-        await client(path).create(SPEC)
+        run = client(path)
+        await run.create(SPEC)
         server.kill()
         server.wait()
         with pytest.raises(HypervisorUnavailable):
             await machine.status()
         assert machine.state is MachineState.UNKNOWN
+        await run.close()
         return hv, machine
 
     async def second():
