@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,34 +72,45 @@ def conformance(
     if not hypervisors:
         raise typer.BadParameter("name at least one hypervisor", param_hint="NAME")
     from vmlab.conformance.session import Session, Settings
+    from vmlab.hypervisors.ownership import Run
 
-    settings = Settings(
-        hypervisors=tuple(dict.fromkeys(hypervisors)),
-        options=_options(option or []),
-        spec=spec,
-        seed=seed,
-        patterns=tuple(select or ()),
-        walks=seeds,
-    )
+    options = _options(option or [])
     _require_pytest()
-    session = Session(settings)
-    command = ["vmlab", "conformance", *_again(settings.hypervisors, option, spec, seed)]
-    command += [f"--select={pattern}" for pattern in settings.patterns]
-    command += [f"--seeds={seeds}"] if seeds else []
-    return _run(session, command, [path for path in (junitxml, json) if path is not None], junitxml)
+    # Killed at whatever moment, the next run finds and clears what this one has left.
+    with Run.begin() as stay:
+        settings = Settings(
+            hypervisors=tuple(dict.fromkeys(hypervisors)),
+            options=options,
+            spec=spec,
+            seed=seed,
+            patterns=tuple(select or ()),
+            walks=seeds,
+            place=stay.owner.runtime or stay.directory,
+        )
+        session = Session(settings)
+        command = ["vmlab", "conformance", *_again(settings.hypervisors, option, spec, seed)]
+        command += [f"--select={pattern}" for pattern in settings.patterns]
+        command += [f"--seeds={seeds}"] if seeds else []
+        return _run(session, command, stay.directory / "report", json=json, junitxml=junitxml)
 
 
 def _run(
-    session: Session, command: Sequence[str], files: Sequence[Path], junitxml: Path | None
+    session: Session,
+    command: Sequence[str],
+    directory: Path,
+    *,
+    json: Path | None,
+    junitxml: Path | None,
 ) -> ExitCode:
     from vmlab.conformance.plugin import run_suite
     from vmlab.report import show, write
 
     session.on_result = _progress if sys.stderr.isatty() else _tell_failure
-    with tempfile.TemporaryDirectory(prefix="vmlab-run-") as folder:
-        run = run_suite(session, Path(folder) / "run", command)
-        for file in files:
-            write(run, file, "junit" if file is junitxml else "json")
+    run = run_suite(session, directory, command)
+    if json is not None:
+        write(run, json, "json")
+    if junitxml is not None:
+        write(run, junitxml, "junit")
     show(run)
     if session.settings.walks:
         print(f"walked from seeds {session.settings.seed} to {_last_seed(session)}")

@@ -74,7 +74,7 @@ def run_suite(session: Session, directory: Path, command: Sequence[str]) -> Run:
     ) as recorder:
         session.plan(recorder)
         plugin = CasesPlugin(session)
-        with _alone() as ini:
+        with _alone(directory.parent) as ini:
             status = pytest.main(
                 [
                     "--pyargs",
@@ -98,13 +98,13 @@ def run_suite(session: Session, directory: Path, command: Sequence[str]) -> Run:
 
 
 @contextmanager
-def _alone() -> Iterator[Path]:
-    """An empty ini file, while the environment has nothing that changes how pytest works."""
+def _alone(place: Path) -> Iterator[Path]:
+    """An empty ini file in `place`, and an environment that does not change how pytest works."""
     kept = {name: os.environ.pop(name) for name in _MEDDLING if name in os.environ}
     autoload = os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     try:
-        with tempfile.TemporaryDirectory(prefix="vmlab-pytest-") as folder:
+        with tempfile.TemporaryDirectory(prefix="pytest-", dir=place) as folder:
             ini = Path(folder) / "pytest.ini"
             ini.write_text("[pytest]\n", encoding="utf-8")
             yield ini

@@ -51,11 +51,15 @@ from vmlab.report import Outcome
 
 @dataclass(frozen=True)
 class Subject:
-    """A back end under test: its provider, its profile, the options and the seed."""
+    """A back end under test: its provider, its profile, the options and the seed.
+
+    `place` is where the checks have their directories; None is the system's temporary directory.
+    """
 
     provider: HypervisorProvider
     profile: ConformanceProfile
     seed: int = 0
+    place: Path | None = None
 
     @property
     def name(self) -> str:
@@ -78,10 +82,10 @@ class Subject:
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
-    """A directory for one check, where its temporary files go as well; removed at the end."""
+def workplace(place: Path | None) -> Iterator[Path]:
+    """A directory in `place` for one check and its temporary files; removed at the end."""
     # Short, since a unix socket's path may have 107 bytes and no more (unix(7)).
-    base = Path(tempfile.mkdtemp(prefix="vmlab-c"))
+    base = Path(tempfile.mkdtemp(prefix="vmlab-c" if place is None else "c", dir=place))
     temporary = base / "t"
     temporary.mkdir()
     before, cached = os.environ.get("TMPDIR"), tempfile.tempdir
@@ -108,7 +112,7 @@ def run_check(check: Check, subject: Subject) -> CheckResult:
     begun = time.perf_counter()
     mark = uuid.uuid4().hex
     before = Holdings.now()
-    with workplace() as base, marking(mark):
+    with workplace(subject.place) as base, marking(mark):
         bench = Bench(check.topic, subject.profile, subject.open, base, subject.seed)
         hypervisor = bench.another()
         with asyncio.Runner(loop_factory=hypervisor.loop_factory()) as runner:
@@ -136,7 +140,7 @@ def declared(subject: Subject) -> Capabilities:
         async with hypervisor:
             return await hypervisor.capabilities()
 
-    with workplace() as base:
+    with workplace(subject.place) as base:
         owner = Owner("run", "conformance-capabilities", base)
         hypervisor = subject.open(owner, subject.profile.options)
         with asyncio.Runner(loop_factory=hypervisor.loop_factory()) as runner:

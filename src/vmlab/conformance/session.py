@@ -38,6 +38,7 @@ class Settings:
         seed: Source of everything random.
         patterns: Shell patterns of the ids of the checks to run; none is all.
         walks: How many seeds to walk instead of running the checks (`robustness`); 0 is none.
+        place: Where the checks have their directories; None is the temporary directory.
     """
 
     hypervisors: tuple[str, ...]
@@ -46,6 +47,7 @@ class Settings:
     seed: int = 0
     patterns: tuple[str, ...] = ()
     walks: int = 0
+    place: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def _subject(
             options[key] = value
         elif whose == name:
             options[option] = value
-    return Subject(provider, profile, settings.seed).with_options(options)
+    return Subject(provider, profile, settings.seed, settings.place).with_options(options)
 
 
 def _with_spec(profile: ConformanceProfile, spec: MachineSpec) -> ConformanceProfile:

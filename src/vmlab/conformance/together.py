@@ -119,7 +119,7 @@ def run_together(subjects: Sequence[Subject]) -> CheckResult:
     """Run the script on all of them at once and compare the transcripts."""
     result = CheckResult(TOGETHER, " and ".join(subject.name for subject in subjects))
     step = threading.Barrier(len(subjects))
-    with workplace() as base, ThreadPoolExecutor(len(subjects)) as pool:
+    with workplace(subjects[0].place) as base, ThreadPoolExecutor(len(subjects)) as pool:
         running = [
             pool.submit(_one, subject, base / str(number), step)
             for number, subject in enumerate(subjects)

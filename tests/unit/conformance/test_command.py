@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_whole_suite_in_a_hostile_directory(tmp_path: Path) -> None:
     assert ended.returncode == ExitCode.OK, ended.stdout + ended.stderr
     assert f"PASS: {len(checks())} tests" in ended.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["conftest.py", "pytest.ini"]
+
+
+def test_what_a_killed_run_leaves_is_cleared_by_the_next(tmp_path: Path) -> None:
+    environment = {**os.environ, "VMLAB_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "vmlab", "conformance", "simulated"]
+    runs = tmp_path / "home" / "runs"
+    with subprocess.Popen(
+        [*command, "--seeds", "100000"], env=environment, stderr=subprocess.DEVNULL
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not list(runs.glob("*/c*/o0")):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        running.kill()
+    assert list(runs.iterdir())
+    ended = subprocess.run(
+        [*command, "--select", "pause.*"], env=environment, capture_output=True, check=False
+    )
+    assert ended.returncode == ExitCode.OK, ended.stderr
+    assert list(runs.iterdir()) == []
 
 
 def test_plain_pytest_runs_the_suite_on_the_simulator(tmp_path: Path) -> None:
