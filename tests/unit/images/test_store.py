@@ -8,6 +8,7 @@ import resource
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -553,6 +554,14 @@ def as_nobody(work: Callable[[], object]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), words
 
 
+def let_others_enter(path: Path) -> None:
+    """Open the test's directory and those of pytest's above it."""
+    for directory in (path, *path.parents):
+        if directory == Path(tempfile.gettempdir()):
+            return
+        directory.chmod(0o755)
+
+
 def readable_by_all(path: Path) -> bool:
     return all(place.stat().st_mode & stat.S_IROTH for place in (path, *path.parents))
 
@@ -565,9 +574,7 @@ def test_unprivileged_user_builds_an_image(
     make_store: MakeStore, recipe_file: Path, tmp_path: Path
 ) -> None:
     make_store("roots").ensure(recipe_file)  # so that all that is imported later is imported
-    for directory in tmp_path.parents[:2]:
-        directory.chmod(0o755)
-    tmp_path.chmod(0o755)
+    let_others_enter(tmp_path)
     store = make_store("nobodys")
     store.root.mkdir()
     os.chown(store.root, NOBODY, NOBODY)
@@ -584,8 +591,7 @@ def test_store_that_may_not_be_written_is_an_error_with_a_hint(
     make_store: MakeStore, recipe_file: Path, tmp_path: Path
 ) -> None:
     make_store("roots").ensure(recipe_file)
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
+    let_others_enter(tmp_path)
     store = make_store("locked")
     store.root.mkdir()
 
