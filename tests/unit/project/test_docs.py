@@ -146,7 +146,8 @@ def test_every_command_that_the_docs_name_exists_with_its_options(page: Path) ->
     group = typer.main.get_command(app)
     for call in vmlab_calls(page):
         command, context = group, group.make_context("vmlab", [], resilient_parsing=True)
-        words = list(call)
+        # What follows `--` is the guest's.
+        words = call[: call.index("--")] if "--" in call else list(call)
         while words and hasattr(command, "get_command") and not words[0].startswith("-"):
             name = words.pop(0)
             below = command.get_command(context, name)
