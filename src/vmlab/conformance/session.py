@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from vmlab.conformance.profiles import ConformanceProfile, find_profile
@@ -154,10 +155,11 @@ class Session:
     def plan(self, recorder: Recorder) -> None:
         """Record every case as pending, and all results from now on."""
         self.recorder = recorder
-        for case in self.cases:
-            recorder.plan(
-                case.hypervisor, [case.id], hypervisor=case.hypervisor, labels=_labels(case)
-            )
+        for (hypervisor, clause), cases in groupby(
+            self.cases, key=lambda case: (case.hypervisor, case.clause)
+        ):
+            ids = [case.id for case in cases]
+            recorder.plan(hypervisor, ids, hypervisor=hypervisor, labels={"clause": clause})
 
     def run(self, case: Case) -> CheckResult:
         """Run one case and record how it ended."""
@@ -165,7 +167,10 @@ class Session:
             result = case.run()
         else:
             with self.recorder.start(
-                case.hypervisor, case.id, hypervisor=case.hypervisor, labels=_labels(case)
+                case.hypervisor,
+                case.id,
+                hypervisor=case.hypervisor,
+                labels={"clause": case.clause},
             ) as attempt:
                 result = case.run()
                 _record(attempt, result)
@@ -229,10 +234,6 @@ class Session:
                     self.recorder.message(
                         f"{standing.hypervisor}: {what}: {', '.join(names)}", source="capabilities"
                     )
-
-
-def _labels(case: Case) -> dict[str, str]:
-    return {"clause": case.clause}
 
 
 def _record(attempt: AttemptRecorder, result: CheckResult) -> None:
