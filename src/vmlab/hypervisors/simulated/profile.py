@@ -176,7 +176,7 @@ def _times(limit: int | None, ratio: float) -> int | None:
 
 def _read(model: type[SimulationProfile], path: Path) -> SimulationProfile:
     source = str(path)
-    hint = "the guide to the simulated hypervisor lists every field of a profile"
+    hint = f"a profile has the fields {', '.join(['extends', *model.model_fields])}"
     try:
         data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

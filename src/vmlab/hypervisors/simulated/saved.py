@@ -101,7 +101,10 @@ def bring_back(hardware: Hardware, saved: SavedState) -> None:
 
 
 def run_from(hardware: Hardware, memory: SavedMemory, state: MachineState) -> None:
-    """Let hardware go on from saved memory, running or paused."""
+    """Let hardware go on from saved memory, running or paused.
+
+    Random numbers are no part of that: those of the past are not drawn again.
+    """
     hardware.drop_requests()
     if not hardware.has_power:
         hardware.boots += 1
@@ -111,8 +114,6 @@ def run_from(hardware: Hardware, memory: SavedMemory, state: MachineState) -> No
     hardware.ram = memory.ram.copy()
     hardware.guest = Guest(hardware, memory.guest.copy())
     hardware.guest_time.set(memory.guest_seconds)
-    # As VM generation ids do: random numbers of the past are not drawn again.
-    hardware.generation += 1
     hardware.power, hardware.cause = Power.PAUSED, ""
     if state is not MachineState.PAUSED:
         hardware.resume()

@@ -207,6 +207,7 @@ def test_forks_share_nothing_that_is_written_later(live, spec, probe):
         assert (await fork.info()).disks[0].size == 2 * MIB
         await other("write_memory", offset=0, data="11")
         await other("write_disk", disk="data", offset=0, data="22")
+        await other("flush", disk="data")
         assert await ask("read_memory", offset=0, length=1) == "aa"
         assert await ask("read_disk", disk="data", offset=0, length=1) == "bb"
         ticks = await ask("ticks")
