@@ -198,6 +198,7 @@ def test_forks_share_nothing_that_is_written_later(live, spec, probe):
         ask = await probe.of(machine)
         await ask("write_memory", offset=0, data="aa")
         await ask("write_disk", disk="data", offset=0, data="bb")
+        await ask("flush", disk="data")
         await machine.resize_disk("data", 2 * MIB)
         fork = await machine.fork("fork")
         other = await probe.of(fork)
