@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections import OrderedDict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -167,8 +168,13 @@ class QemuHypervisor(OperatedHypervisor):
 
     async def capabilities(self) -> Capabilities:
         if self._capabilities is None:
-            self._programs = await asyncio.to_thread(_find_programs, self._only)
-            self._capabilities = await asyncio.to_thread(_supports, self._programs)
+            # What `accelerator` asks about next is found out meanwhile.
+            programs, _ = await asyncio.gather(
+                asyncio.to_thread(_find_programs, self._only),
+                asyncio.to_thread(accelerators.kvm),
+            )
+            self._programs = programs
+            self._capabilities = await asyncio.to_thread(_supports, programs)
         return self._capabilities
 
     def program(self, architecture: Architecture) -> str:
@@ -252,10 +258,11 @@ class QemuHypervisor(OperatedHypervisor):
 def _find_programs(only: Architecture | None) -> dict[Architecture, Program]:
     """The programs that are there and new enough."""
     wanted = [only] if only is not None else list(Architecture)
-    found = {architecture: find_program(architecture) for architecture in wanted}
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        found = zip(wanted, pool.map(find_program, wanted), strict=True)
     return {
         architecture: program
-        for architecture, program in found.items()
+        for architecture, program in found
         if program is not None and program.version >= OLDEST
     }
 
