@@ -91,10 +91,13 @@ class SimulatedDisk:
         self.written_bytes += len(data)
 
     def corrupt(self, offset: int, length: int) -> None:
-        """Invert stable bytes behind the guest's back (ValueError: outside)."""
-        self.flush_quietly()
-        changed = bytes(byte ^ 0xFF for byte in self.stable.read(offset, length))
-        self.stable.write(offset, changed)
+        """Invert bytes behind the guest's back, where they are (ValueError: outside)."""
+        inverted = bytes(byte ^ 0xFF for byte in self.cache.read(offset, length))
+        for index, page in self.cache.changed(offset, inverted):
+            if index in self.cache.pages:
+                self.cache.pages[index] = page
+            else:
+                self.stable.put(index, page)
 
     def flush(self) -> None:
         """Make what was written stable, at the guest's request."""

@@ -104,14 +104,17 @@ class SimulatedHypervisor(OperatedHypervisor):
         super().__init__(owner)
         self.log = LossyEventLog(self.name, self.now, self.record, self._loses)
         self._conductor = Conductor(self)
+        missing = {
+            **dict.fromkeys(sorted(profile.without), f"profile {profile.name!r} is without it"),
+            **NEVER,
+        }
+        if clock == "wall":
+            missing[Capability.DETERMINISTIC] = "the wall clock does not come from the seed"
         self._capabilities = Capabilities(
             hypervisor=self.name,
             version=__version__,
-            supported=frozenset(Capability) - set(NEVER) - profile.without,
-            unsupported={
-                **NEVER,
-                **dict.fromkeys(sorted(profile.without), f"profile {profile.name!r} is without it"),
-            },
+            supported=frozenset(Capability) - set(missing),
+            unsupported=missing,
             architectures=profile.architectures,
             accelerators=("simulated",),
             faults=ALL_KINDS if Capability.FAULTS not in profile.without else frozenset(),

@@ -109,6 +109,11 @@ def test_corruption_is_silent_and_counts_as_no_traffic():
     disk.corrupt(0, 2)
     assert disk.read(0, 2) == b"\xf0\xff"
     assert disk.writes == 1
+    disk.lose_power()
+    assert disk.read(0, 2) == bytes(2), "what was not flushed is still not"
+    disk.corrupt(0, 1)
+    disk.lose_power()
+    assert disk.read(0, 2) == b"\xff\0"
 
 
 def test_a_grown_disk_has_zeros_at_its_end():

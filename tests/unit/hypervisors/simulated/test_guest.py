@@ -309,3 +309,22 @@ def test_shares_are_copied_into_the_guest_at_start(live, spec, probe, refused, t
         assert await (await probe.of(machine))("files") == ["/src/sub/b.txt"]
 
     live(body)
+
+
+def test_a_paused_guest_hears_the_power_button_when_it_runs_again(live, spec):
+    async def body(hv):
+        machine = await hv.create(spec())
+        await machine.start()
+        await machine.pause()
+        hardware = hv.world.machines[machine.id]
+        hardware.ask_power_down()
+        waiting = [asyncio.ensure_future(hardware.until_off()) for _ in range(2)]
+        await asyncio.sleep(1)
+        assert hardware.has_power and not any(task.done() for task in waiting)
+        waiting[0].cancel()
+        hardware.resume()
+        await waiting[1]
+        assert not hardware.has_power
+        assert (await machine.status()).state is MachineState.STOPPED
+
+    live(body)

@@ -151,3 +151,9 @@ def test_what_no_profile_has_is_declared_with_a_reason():
         declared = hypervisor._capabilities
         assert declared.supported.isdisjoint(NEVER)
         assert set(declared.unsupported) == set(Capability) - declared.supported
+
+
+def test_nothing_is_deterministic_on_the_wall_clock():
+    for clock, declared in (("wall", False), ("virtual", True)):
+        capabilities = provider.open(OWNER, {"clock": clock})._capabilities
+        assert (Capability.DETERMINISTIC in capabilities.supported) is declared

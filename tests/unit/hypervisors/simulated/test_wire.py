@@ -16,7 +16,11 @@ import pytest
 from vmlab.hypervisors.base import Hypervisor, Machine
 from vmlab.hypervisors.ownership import Owner
 from vmlab.hypervisors.simulated import provider
-from vmlab.hypervisors.simulated.client import RemoteMachine, RemoteSimulatedHypervisor
+from vmlab.hypervisors.simulated.client import (
+    RemoteConsole,
+    RemoteMachine,
+    RemoteSimulatedHypervisor,
+)
 from vmlab.hypervisors.simulated.profile import SimulationProfile
 from vmlab.hypervisors.simulated.server import SimulationServer, listen
 from vmlab.hypervisors.simulated.wire import HYPERVISOR_METHODS, MACHINE_METHODS, decode, plain
@@ -525,3 +529,61 @@ def test_a_socket_file_that_may_not_be_opened(tmp_path, monkeypatch):
         with pytest.raises(HypervisorUnavailable, match="cannot tell"):
             listen(path)
         listener.close()
+
+
+def test_what_was_opened_on_a_lost_connection_has_ended(served, spec):
+    async def body(client):
+        hv = client()
+        machine = await hv.create(spec())
+        link = await hv.link()
+        following = hv.subscribe()
+        opened = await link.call("console", {"machine": machine.id}, {"name": "serial"})
+        await link._line.close()
+        await asyncio.sleep(0.05)
+        assert link.lost is not None
+        assert await RemoteConsole(link, opened).read() == b""
+        with pytest.raises(HypervisorUnavailable):
+            await anext(following)
+        with pytest.raises(HypervisorUnavailable, match="lost"):
+            link.begin("list")
+
+    served(body)
+
+
+def test_a_reader_that_is_too_slow_is_told_over_the_socket_too(served, spec):
+    async def body(client):
+        hv = client()
+        await hv.create(spec())
+        log = client.server.tenant("run", "r").hypervisor.log
+        log._events.popleft()
+        with pytest.raises(ResourceNotFound, match="no longer kept"):
+            await anext(hv.subscribe(0))
+
+    served(body)
+
+
+def test_a_message_without_an_end_is_refused(served, monkeypatch):
+    monkeypatch.setattr("vmlab.hypervisors.simulated.server.LIMIT", 1000)
+
+    async def body(client):
+        _, writer = await asyncio.open_unix_connection(client.path)
+        writer.write(b"x" * 5000)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        assert await client().list() == []
+
+    served(body)
+
+
+def test_owners_of_one_server_have_luck_of_their_own(profile):
+    server = SimulationServer(profile(), seed=1)
+    seeds = [server.tenant("run", name).hypervisor.seed for name in "abc"]
+    assert seeds[0] == 1 and len(set(seeds)) == 3
+    again = SimulationServer(profile(), seed=1)
+    assert [again.tenant("run", name).hypervisor.seed for name in "xyz"] == seeds
+    assert again.tenant("run", "own", 77).hypervisor.seed == 77
+    assert SimulationServer(profile()).seed != SimulationServer(profile()).seed
+    virtual = SimulationServer(profile(), clock="virtual").loop_factory()()
+    assert virtual.time() == 0
+    virtual.close()
