@@ -217,8 +217,11 @@ def _consoles(spec: MachineSpec, board: Board, logs: Path) -> list[str]:
             machine=spec.name,
             hypervisor="qemu",
         )
-    # The bus of the channels and of virtio consoles.
-    words = ["-device", "virtio-serial-pci,id=serial0,max_ports=511"]
+    # The bus of the channels and of virtio consoles. Linux makes two queues for each port that
+    # there may be and looks through all of them at each interrupt, so there are no spare ones:
+    # port 0, which only a console can be, and as many as are used.
+    used = len(spec.consoles) - len(serials) + len(spec.channels)
+    words = ["-device", f"virtio-serial-pci,id=serial0,max_ports={max(2, 1 + used)}"]
     for console in spec.consoles:
         log = logs / console_log(console)
         words += _chardev("con", console.name, console_socket(console.name), log)

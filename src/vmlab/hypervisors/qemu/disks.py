@@ -20,6 +20,8 @@ from vmlab.machine.spec import Disk
 
 _QCOW2_MAGIC = b"QFI\xfb"
 _SECTOR = 512
+_LONGEST_SERIAL = 20
+"""Bytes of a virtio-blk serial number (VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,8 @@ class DiskFile:
         """What `device_add` and `-device` take, without the place."""
         driver = "scsi-hd" if bus == "scsi" else "virtio-blk-pci"
         device: dict[str, Any] = {"driver": driver, "drive": self.node}
-        if self.serial is not None:
-            device["serial"] = self.serial
+        # Without a serial number of its own a disk is found in the guest by its name.
+        device["serial"] = self.serial or self.name[:_LONGEST_SERIAL]
         return device
 
     def to_record(self) -> dict[str, Any]:

@@ -33,7 +33,12 @@ from vmlab.hypervisors.qemu.memory import Template
 from vmlab.hypervisors.qemu.streams import ConsoleLine, SocketChannel
 from vmlab.hypervisors.qemu.threads import done_in_thread
 from vmlab.hypervisors.qmp import QmpEvent, QmpLost, QmpTimeout
-from vmlab.machine.errors import OperationFailed, ResourceNotFound, VmlabError
+from vmlab.machine.errors import (
+    MachineCrashed,
+    OperationFailed,
+    ResourceNotFound,
+    VmlabError,
+)
 from vmlab.machine.events import EventType
 from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
@@ -374,13 +379,18 @@ class LiveMachine(OperatedMachine):
 
     async def _observe(self) -> MachineState:
         emulator = self.emulator
-        if emulator is None:
-            failed = self.state is MachineState.FAILED
-            return MachineState.FAILED if failed else MachineState.STOPPED
-        if not emulator.running:
-            return MachineState.FAILED
-        status = (await emulator.execute("query-status"))["status"]
-        return _STATES.get(status, MachineState.PAUSED)
+        if emulator is not None and not emulator.ending and emulator.running:
+            try:
+                status = (await emulator.execute("query-status"))["status"]
+                return _STATES.get(status, MachineState.PAUSED)
+            except MachineCrashed:
+                # It ended just now, which is noticed on its own.
+                await self._settle_background()
+        elif emulator is not None:
+            # Its end is being seen to: wait for what comes of it.
+            await self._settle_background()
+        failed = self.state is MachineState.FAILED or self.emulator is not None
+        return MachineState.FAILED if failed else MachineState.STOPPED
 
     # Life.
 

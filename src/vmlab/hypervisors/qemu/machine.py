@@ -427,8 +427,15 @@ class QemuMachine(LiveMachine):
         self.cut.discard(nic.name)
 
     async def _do_resize(self, operation: Operation, vcpus: int | None, memory: int | None) -> None:
-        # At rest a machine is its specification, which the caller changes.
         self.begin()
+        cpus, ram = self._spec.cpus, self._spec.memory
+        if vcpus is not None:
+            topology = {"count": vcpus, "sockets": None, "cores": None, "threads": None}
+            cpus = cpus.model_copy(update=topology)
+        if memory is not None:
+            ram = ram.model_copy(update={"size": memory})
+        # At rest a machine is its specification.
+        self._spec = self._spec.model_copy(update={"cpus": cpus, "memory": ram})
 
     async def _do_pin(self, operation: Operation, pinning: Mapping[int, tuple[int, ...]]) -> None:
         self.begin()

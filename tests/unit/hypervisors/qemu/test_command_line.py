@@ -141,8 +141,8 @@ def test_disks_are_behind_ports_and_bootable_without_a_kernel() -> None:
         spec_of(disks=[{"name": "a", "size": 512}, {"name": "b", "size": 512, "bus": "scsi"}])
     )
     devices = after(words, "-device")
-    assert "virtio-blk-pci,drive=d-a,id=disk-a,bus=port0,bootindex=0" in devices
-    assert "scsi-hd,drive=d-b,id=disk-b,bus=scsi0.0,scsi-id=0,lun=0,bootindex=1" in devices
+    assert "virtio-blk-pci,drive=d-a,serial=a,id=disk-a,bus=port0,bootindex=0" in devices
+    assert "scsi-hd,drive=d-b,serial=b,id=disk-b,bus=scsi0.0,scsi-id=0,lun=0,bootindex=1" in devices
     assert len([device for device in devices if device.startswith("pcie-root-port")]) == 10
 
 
