@@ -25,8 +25,9 @@ from vmlab.hypervisors.simulated.events import LossyEventLog
 from vmlab.hypervisors.simulated.faults import ALL_KINDS, FaultBox
 from vmlab.hypervisors.simulated.hardware import Hardware
 from vmlab.hypervisors.simulated.journal import Journal
-from vmlab.hypervisors.simulated.machine import SimulatedMachine, state_of
+from vmlab.hypervisors.simulated.machine import SimulatedMachine
 from vmlab.hypervisors.simulated.profile import NEVER, SimulationProfile
+from vmlab.hypervisors.simulated.readings import state_of
 from vmlab.hypervisors.simulated.trace import Trace
 from vmlab.hypervisors.simulated.world import World
 from vmlab.machine.capabilities import Capabilities, Capability

@@ -16,7 +16,6 @@ from vmlab.hypervisors.base import (
     DiskInfo,
     MachineInfo,
     NicInfo,
-    NodeInfo,
     Progress,
     Snapshot,
 )
@@ -24,9 +23,16 @@ from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.serialised_machine import Action, Needs, Plan
 from vmlab.hypervisors.simulated.channels import SimulatedConsole
-from vmlab.hypervisors.simulated.disk import SimulatedDisk
 from vmlab.hypervisors.simulated.hardware import Hardware, Power
-from vmlab.hypervisors.simulated.network import SimulatedNic
+from vmlab.hypervisors.simulated.readings import (
+    SEEN,
+    disk_info,
+    info_of,
+    metrics_of,
+    nic_info,
+    snapshot_of,
+    state_of,
+)
 from vmlab.hypervisors.simulated.saved import (
     Before,
     SavedState,
@@ -48,11 +54,7 @@ from vmlab.machine.errors import (
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import Fault
 from vmlab.machine.metrics import (
-    CpuMetrics,
-    DiskMetrics,
     MachineMetrics,
-    MemoryMetrics,
-    NicMetrics,
 )
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, MachineSpec, Nic
@@ -63,23 +65,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_SEEN: Final = {
-    Power.OFF: MachineState.STOPPED,
-    Power.RUNNING: MachineState.RUNNING,
-    Power.PAUSED: MachineState.PAUSED,
-    Power.DEAD: MachineState.FAILED,
-}
-
-
-def state_of(hardware: Hardware) -> MachineState:
-    """What a machine is, by its hardware alone: one that was never started is created, not off."""
-    if hardware.power is Power.OFF and hardware.boots == 0:
-        return MachineState.CREATED
-    return _SEEN[hardware.power]
-
-
-_OVERHEAD: Final = 2 * MIB
-"""Bytes of the host's memory that a machine takes beside its guest's."""
 _ROUNDS: Final = 16
 """Parts in which a migration is sent, each with its progress."""
 _HISTORY: Final = 16
@@ -201,7 +186,7 @@ class SimulatedMachine(OperatedMachine):
     def seen(self) -> MachineState:
         """What the hardware does; unknown where it is gone (a delete that failed half-way)."""
         hardware = self._hypervisor.world.machines.get(self.id)
-        return _SEEN[hardware.power] if hardware is not None else MachineState.UNKNOWN
+        return SEEN[hardware.power] if hardware is not None else MachineState.UNKNOWN
 
     def _state_changed(self, old: MachineState, new: MachineState, reason: str) -> None:
         super()._state_changed(old, new, reason)
@@ -323,45 +308,12 @@ class SimulatedMachine(OperatedMachine):
 
     async def _do_info(self) -> MachineInfo:
         await self._hypervisor.conduct("info", self)
-        return self.read_info()
-
-    def read_info(self) -> MachineInfo:
-        """What the hardware is made of."""
-        hardware = self.hardware
-        return MachineInfo(
-            id=hardware.id,
-            name=hardware.name,
-            architecture=hardware.architecture,
-            vcpus=hardware.vcpus,
-            memory=hardware.ram.size,
-            disks=tuple(map(_disk_info, hardware.disks.values())),
-            nics=tuple(map(_nic_info, hardware.nics.values())),
-            nodes=tuple(NodeInfo(memory=memory, cpus=cpus) for memory, cpus in hardware.nodes),
-            pinning=dict(hardware.pinning),
-            consoles=tuple(hardware.consoles),
-            channels=hardware.channels,
-            accelerator="simulated",
-            owner=str(self._hypervisor.owner),
-            extra={"boots": str(hardware.boots), "seed": str(self._hypervisor.seed)},
-        )
+        extra = {"seed": str(self._hypervisor.seed)}
+        return info_of(self.hardware, owner=str(self._hypervisor.owner), extra=extra)
 
     async def _do_metrics(self) -> MachineMetrics:
         await self._hypervisor.conduct("metrics", self)
-        hardware = self.hardware
-        per_vcpu = tuple(hardware.vcpu_seconds(vcpu) for vcpu in range(hardware.vcpus))
-        now = hardware.now()
-        return MachineMetrics(
-            time=now,
-            uptime_seconds=max(0.0, now - hardware.booted_at),
-            cpu=CpuMetrics(seconds=sum(per_vcpu), per_vcpu_seconds=per_vcpu, instructions=None),
-            memory=MemoryMetrics(
-                total_bytes=hardware.ram.size,
-                resident_bytes=hardware.ram.allocated + _OVERHEAD,
-                balloon_bytes=hardware.visible_memory,
-            ),
-            disks=tuple(map(_disk_metrics, hardware.disks.values())),
-            nics=tuple(map(_nic_metrics, hardware.nics.values())),
-        )
+        return metrics_of(self.hardware)
 
     async def _do_console(self, name: str) -> Console:
         await self._hypervisor.conduct("console", self)
@@ -398,7 +350,7 @@ class SimulatedMachine(OperatedMachine):
 
     async def _do_snapshots(self) -> list[Snapshot]:
         self._hypervisor.require_up()
-        return [_snapshot(saved) for saved in self.hardware.snapshots.values()]
+        return [snapshot_of(saved) for saved in self.hardware.snapshots.values()]
 
     async def _do_snapshot(self, operation: Operation, name: str, memory: bool) -> Snapshot:
         hardware = self.hardware
@@ -410,7 +362,7 @@ class SimulatedMachine(OperatedMachine):
             saved = save(hardware, name, operation.before, memory=memory)
             saved.spec = self._spec
             hardware.snapshots[name] = saved
-            return _snapshot(saved)
+            return snapshot_of(saved)
 
         return await self._hypervisor.conduct("snapshot", self, operation, take)
 
@@ -537,7 +489,7 @@ class SimulatedMachine(OperatedMachine):
             built = self._hypervisor.world.build_disk(hardware, disk)
             self.way_back(operation, lambda: hardware.disks.pop(disk.name, None))
             hardware.disks[disk.name] = built
-            return _disk_info(built)
+            return disk_info(built)
 
         return await self._hypervisor.conduct("plug_disk", self, operation, plug)
 
@@ -563,7 +515,7 @@ class SimulatedMachine(OperatedMachine):
             self._hypervisor.world.require_disk_space(self.name, size - before)
             self.way_back(operation, lambda: held.grow(before))
             held.grow(size)
-            return _disk_info(held)
+            return disk_info(held)
 
         return await self._hypervisor.conduct("resize_disk", self, operation, grow)
 
@@ -579,7 +531,7 @@ class SimulatedMachine(OperatedMachine):
 
             self.way_back(operation, back)
             hardware.nics[nic.name] = built
-            return _nic_info(built)
+            return nic_info(built)
 
         return await self._hypervisor.conduct("plug_nic", self, operation, plug)
 
@@ -650,53 +602,3 @@ class SimulatedMachine(OperatedMachine):
         await self._hypervisor.conduct(
             "clear_fault", self, operation, lambda: box.clear(fault, hardware)
         )
-
-
-def _disk_info(disk: SimulatedDisk) -> DiskInfo:
-    return DiskInfo(name=disk.name, size=disk.size, bus=disk.bus, readonly=disk.readonly)
-
-
-def _nic_info(nic: SimulatedNic) -> NicInfo:
-    return NicInfo(
-        name=nic.name,
-        network=nic.network,
-        mac=nic.mac,
-        link=nic.link,
-        forwards=tuple(nic.forwards),
-    )
-
-
-def _disk_metrics(disk: SimulatedDisk) -> DiskMetrics:
-    return DiskMetrics(
-        name=disk.name,
-        read_bytes=disk.read_bytes,
-        written_bytes=disk.written_bytes,
-        reads=disk.reads,
-        writes=disk.writes,
-        flushes=disk.flushes,
-        errors=disk.errors,
-    )
-
-
-def _nic_metrics(nic: SimulatedNic) -> NicMetrics:
-    return NicMetrics(
-        name=nic.name,
-        received_bytes=nic.received_bytes,
-        sent_bytes=nic.sent_bytes,
-        received_packets=nic.received_packets,
-        sent_packets=nic.sent_packets,
-        dropped_packets=nic.dropped_packets,
-    )
-
-
-def _snapshot(saved: SavedState) -> Snapshot:
-    return Snapshot(
-        name=saved.name,
-        machine=saved.machine,
-        spec=saved.spec,
-        state=saved.state,
-        memory=saved.memory is not None,
-        time=saved.time,
-        size=saved.size,
-        digest=saved.digest,
-    )
