@@ -315,7 +315,13 @@ def test_nic_comes_and_goes_and_segments_connect_machines(booted: Any) -> None:
             await shell.run("while [ ! -e /sys/class/net/eth2 ]; do usleep 20000; done")
             assert plugged.mac in await shell.run("cat /sys/class/net/eth2/address")
             await shell.run(f"ip addr add 10.9.0.{number}/24 dev eth2; ip link set eth2 up")
-        await shell_one.run("ping -c 2 -W 5 10.9.0.2")
+        before = (await one.metrics()).nics[-1]
+        await shell_one.run("ping -c 2 -W 5 -s 1000 10.9.0.2")
+        after = (await one.metrics()).nics[-1]
+        assert after.name == "hot"
+        assert after.sent_packets - before.sent_packets >= 2
+        assert after.sent_bytes - before.sent_bytes >= 2 * 1000
+        assert after.received_bytes - before.received_bytes >= 2 * 1000
         fault = await one.inject(NetPartition(nic="hot"))
         assert [nic.link for nic in (await one.info()).nics] == [True, True, False]
         await shell_one.run("! ping -c 1 -W 1 10.9.0.2")

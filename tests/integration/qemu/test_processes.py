@@ -258,6 +258,10 @@ def test_unplugging_waits_for_the_guest_and_gives_up_in_time(bench: Any, make_sp
         machine = await bench.qemu.create(make_spec(disks=[DISK]))
         await machine.start()
         await machine.plug_disk(Disk(name="hot", size=MIB))
+        await machine.pause()
+        with pytest.raises(OperationFailed, match="stands still"):
+            await machine.unplug_disk("hot")
+        await machine.resume()
         # Nobody runs in the guest who could let go of it.
         with pytest.raises(DeadlineExceeded):
             await machine.unplug_disk("hot", timeout=5.5)

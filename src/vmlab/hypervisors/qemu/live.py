@@ -32,6 +32,7 @@ from vmlab.hypervisors.qemu.layout import Layout, nic_device
 from vmlab.hypervisors.qemu.memory import Template
 from vmlab.hypervisors.qemu.streams import ConsoleLine, SocketChannel
 from vmlab.hypervisors.qemu.threads import done_in_thread
+from vmlab.hypervisors.qemu.traffic import Traffic
 from vmlab.hypervisors.qmp import QmpEvent, QmpLost, QmpTimeout
 from vmlab.machine.errors import (
     MachineCrashed,
@@ -77,6 +78,7 @@ class LiveMachine(OperatedMachine):
         self.active = 0
         self.cut: set[str] = set()
         self.emulator: Emulator | None = None
+        self.traffic: Traffic | None = None
         self.directory: Path = hypervisor.records.directory(id_)
         self._lines: dict[str, ConsoleLine] = {}
         self._channels: dict[str, SocketChannel] = {}
@@ -291,6 +293,7 @@ class LiveMachine(OperatedMachine):
         """Make `emulator` the machine's process."""
         self.emulator = emulator
         self.active = int(emulator.directory.name)
+        self.traffic = Traffic(emulator.directory)
         emulator.watch(self._on_end)
         for name, line in self._lines.items():
             await line.connect(emulator.directory / console_socket(name))
@@ -298,6 +301,7 @@ class LiveMachine(OperatedMachine):
     async def detach(self) -> None:
         """The machine's process has ended: let go of what led to it."""
         emulator, self.emulator = self.emulator, None
+        self.traffic = None
         self.drop_template()
         for line in self._lines.values():
             await line.drain()
@@ -431,6 +435,8 @@ class LiveMachine(OperatedMachine):
         kind, _, name = network.partition(":")
         if kind == "bridge":
             await networks.join_bridge(networks.bridge_port(self.qemu.owner, self.id, nic), name)
+        if self.traffic is not None:
+            await self.traffic.watch(emulator, nic)
         if kind == "none" or nic in self.cut:
             await emulator.execute("set_link", {"name": nic_device(nic), "up": False})
 
@@ -603,5 +609,5 @@ def _kept_macs(fresh: Layout, before: Layout) -> Layout:
 def _remove_sockets(directory: Path) -> None:
     """Remove the sockets of a process that has ended; its logs stay."""
     if directory.is_dir():
-        for path in directory.glob("*.sock"):
+        for path in (*directory.glob("*.sock"), *directory.glob("*.pcap")):
             path.unlink(missing_ok=True)

@@ -365,11 +365,24 @@ class QemuMachine(LiveMachine):
         if self.emulator is not None:
             if self.board.hotplug == "scsi" and self.layout.buses[disk.name] != "scsi":
                 raise self._unpluggable(Capability.HOTPLUG_DISK, "put it on the bus scsi")
+            if self.layout.buses[disk.name] != "scsi":
+                self._refuse_paused(operation)
             await hotplug.remove_disk(self.emulator, made)
         self.layout = self.layout.without(disk_device(disk.name))
         del self.disks[disk.name]
         if made.made:
             await done_in_thread(_unlink_all, (made.path,))
+
+    def _refuse_paused(self, operation: Operation) -> None:
+        """Refuse what a guest has to agree to and cannot, because it stands still."""
+        if operation.before is MachineState.PAUSED:
+            raise OperationFailed(
+                f"the guest of machine {self.name!r} stands still: it cannot let go of a device",
+                hint="resume it first",
+                machine=self.name,
+                hypervisor="qemu",
+                operation=operation.name,
+            )
 
     def _unpluggable(self, capability: Capability, hint: str) -> UnsupportedOperation:
         return UnsupportedOperation(
@@ -422,6 +435,9 @@ class QemuMachine(LiveMachine):
         if self.emulator is not None:
             if self.board.hotplug == "scsi":
                 raise self._unpluggable(Capability.HOTPLUG_NIC, "stop the machine first")
+            self._refuse_paused(operation)
+            if self.traffic is not None:
+                await self.traffic.forget(self.emulator, nic.name)
             await hotplug.remove_nic(self.emulator, nic.name)
         self.layout = self.layout.without(nic_device(nic.name))
         self.cut.discard(nic.name)
@@ -541,7 +557,13 @@ class QemuMachine(LiveMachine):
         )
 
     async def _do_metrics(self) -> MachineMetrics:
-        return await readback.metrics(self.need(), self.qemu.now())
+        used = await readback.metrics(self.need(), self.qemu.now())
+        traffic = self.traffic
+        if traffic is None:
+            return used
+        names = [nic.name for nic in self._spec.nics]
+        counts = await done_in_thread(lambda: tuple(map(traffic.metrics, names)))
+        return used.model_copy(update={"nics": counts})
 
 
 def _bus(spec: MachineSpec, disk: str) -> str:
