@@ -155,7 +155,7 @@ class _Port:
                     return mark, line
                 held = held[position:]
                 continue
-            safe = min(_safe_length(held, mark) for mark in marks)
+            safe = min(safe_length(held, mark) for mark in marks)
             if greeted is not None and (greeting := _HELLO.search(held)):
                 safe = min(safe, greeting.start())
                 if not asked:
@@ -171,7 +171,7 @@ class _Port:
         await self._channel.close()
 
 
-def _safe_length(held: bytes, mark: bytes) -> int:
+def safe_length(held: bytes, mark: bytes) -> int:
     """How many bytes of `held` cannot be the beginning of `mark`."""
     start = held.rfind(mark[:1], max(0, len(held) - len(mark)))
     while start >= 0:

@@ -1,0 +1,235 @@
+"""A shell on a console: a real one on a pseudo-terminal, behind a login that is a script's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.unit.guests.ports import PtyChannel
+
+from vmlab.guests import console as console_module
+from vmlab.guests.command import Command, quote
+from vmlab.guests.console import ConsoleChannel
+from vmlab.hypervisors.base import Console
+from vmlab.machine.errors import DeadlineExceeded, OperationFailed
+
+# A stand-in for login(1); the shell after it is the real thing.
+LOGIN = (
+    'while printf "vm login: "; do read -r u; [ "$u" ] || continue; '
+    'printf "Password: "; read -r p; [ "$u$p" = rootsecret ] && break; '
+    'echo "Login incorrect"; done; '
+)
+SHELL = "PS1='vm:~# ' exec /bin/dash -i"
+
+
+class PtyConsole(PtyChannel, Console):
+    async def log(self) -> bytes:
+        return b""
+
+
+Drive = Callable[[str, Callable[[ConsoleChannel], Awaitable[None]]], None]
+
+
+@pytest.fixture
+def drive() -> Iterator[Drive]:
+    processes = []
+
+    def run(program: str, body: Callable[[ConsoleChannel], Awaitable[None]]) -> None:
+        master, slave = os.openpty()
+        processes.append(
+            subprocess.Popen(
+                ["setsid", "-c", "/bin/dash", "-c", program],
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+            )
+        )
+        os.close(slave)
+
+        async def main() -> None:
+            async def opened() -> Console:
+                return PtyConsole("serial", master)
+
+            channel = ConsoleChannel(opened, password="secret")
+            try:
+                async with asyncio.timeout(100):
+                    await body(channel)
+            finally:
+                await channel.close()
+
+        try:
+            asyncio.run(main())
+        finally:
+            os.close(master)
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+async def run(channel: ConsoleChannel, command: Command | str) -> tuple[int, bytes, bytes]:
+    out, err = bytearray(), bytearray()
+
+    async def take_out(data: bytes) -> None:
+        out.extend(data)
+
+    async def take_err(data: bytes) -> None:
+        err.extend(data)
+
+    given = Command(command) if isinstance(command, str) else command
+    status = await channel.run(given, stdout=take_out, stderr=take_err)
+    return status, bytes(out), bytes(err)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.02)
+
+
+def ended(process: int) -> bool:
+    try:
+        return not Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
+PROGRAMS = {
+    "dash": SHELL,
+    "busybox": "PS1='~ # ' exec /bin/busybox sh -i",
+    "bash": "PS1='root@vm:~# ' exec /bin/bash --norc --noprofile -i",
+    "login": LOGIN + SHELL,
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_commands_run_with_status_and_nothing_of_echo_or_prompt(drive: Drive, program: str) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=30)
+        assert await run(channel, 'echo a; echo "it\'s" >&2; exit 3') == (3, b"a\n", b"it's\n")
+        assert await run(channel, "printf 'no newline'") == (0, b"no newline", b"")
+        assert await run(channel, "echo a\necho b\n") == (0, b"a\nb\n", b"")
+        assert (await run(channel, "seq 20000 | tail -n 1; cat"))[1] == b"20000\n"
+        placed = Command("pwd; echo $X", environment={"X": "'"}, directory="/")
+        assert (await run(channel, placed))[1] == b"/\n'\n"
+        text = "\u00e9'" * 1500
+        assert (await run(channel, f"printf %s {quote(text)}"))[1] == text.encode()
+
+    drive(program, body)
+
+
+def test_input_of_any_bytes_arrives(drive: Drive) -> None:
+    payload = bytes(range(256)) * 8
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield payload[:100]
+        yield payload[100:]
+
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=30)
+        assert (await run(channel, Command("cat", input=payload)))[1] == payload
+        assert (await run(channel, Command("cat", input=pieces())))[1] == payload
+        assert (await run(channel, Command("cat", input=b"")))[1] == b""
+
+    drive(SHELL, body)
+
+
+def test_a_command_too_long_is_refused_with_advice(drive: Drive) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=30)
+        with pytest.raises(OperationFailed, match="at most") as caught:
+            await run(channel, "x" * 200_000)
+        assert "file" in (caught.value.hint or "")
+
+    drive(SHELL, body)
+
+
+@pytest.mark.parametrize("trap", ["", "trap '' TERM; "], ids=["term", "kill"])
+def test_a_cancelled_command_is_ended_and_the_next_one_works(
+    drive: Drive, trap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_module, "_KILL_AFTER", 1.0)
+    number = tmp_path / "pid"
+
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=30)
+        task = asyncio.ensure_future(
+            run(channel, f"{trap}echo $$ >{number}.new; mv {number}.new {number}; sleep 1000; :")
+        )
+        await asyncio.to_thread(wait_until, number.exists)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(wait_until, lambda: ended(int(number.read_text())))
+        assert (await run(channel, "echo next"))[1] == b"next\n"
+
+    drive(SHELL, body)
+
+
+def test_a_signal_reaches_the_command(drive: Drive) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=30)
+        begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        ready = asyncio.Event()
+        seen = bytearray()
+
+        async def take(data: bytes) -> None:
+            seen.extend(data)
+            if b"ready" in seen:
+                ready.set()
+
+        work = asyncio.ensure_future(
+            channel.run(
+                Command("trap 'echo caught; exit 7' INT; echo ready; while :; do sleep 0.1; done"),
+                stdout=take,
+                stderr=take,
+                started=begun.set_result,
+            )
+        )
+        await ready.wait()
+        await channel.signal(await begun, 2)
+        assert await work == 7
+        assert bytes(seen) == b"ready\ncaught\n"
+
+    drive(SHELL, body)
+
+
+def test_a_console_is_left_at_its_prompt_and_found_again(drive: Drive) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        for _ in range(2):
+            await channel.connect(timeout=30)
+            assert (await run(channel, "echo hello"))[1] == b"hello\n"
+            await channel.close()
+
+    drive(SHELL, body)
+
+
+def test_a_loop_that_runs_already_is_taken_over(drive: Drive) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        for _ in range(2):
+            # Connecting again lets go of the console without leaving the loop.
+            await channel.connect(timeout=30)
+            assert (await run(channel, "echo hello"))[1] == b"hello\n"
+
+    drive(SHELL, body)
+
+
+def test_a_refused_login_is_told_at_once(drive: Drive) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        with pytest.raises(OperationFailed, match="refuses the login of 'root'"):
+            await channel.connect(timeout=30)
+
+    drive('printf "vm login: "; read -r u; echo; echo "Login incorrect"; read -r x', body)
+
+
+def test_a_console_without_a_shell_is_a_deadline_with_advice(drive: Drive) -> None:
+    async def body(channel: ConsoleChannel) -> None:
+        with pytest.raises(DeadlineExceeded, match="shell on the console"):
+            await channel.connect(timeout=0.5)
+
+    drive("exec sleep 1000", body)
