@@ -1,4 +1,4 @@
-"""The bus of the guest channels had 511 ports: copies into a guest ran at a third of their speed.
+"""The bus of the guest channels had 511 ports: reading one cost the guest three times the CPU time.
 
 Linux has two virtqueues for each port that a virtio-serial bus may have, and looks through all of
 them at each interrupt (drivers/virtio/virtio_pci_common.c, `vp_vring_interrupt`).
