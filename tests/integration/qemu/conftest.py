@@ -210,11 +210,16 @@ def shell_of() -> Callable[..., Coroutine[Any, Any, Shell]]:
     return until_booted
 
 
-@pytest.fixture(scope="session")
-def new_bench(home: Home) -> Callable[..., Bench]:
-    """`Bench`, in another home if one is given; the test closes it."""
+@pytest.fixture
+def new_bench(home: Home) -> Iterator[Callable[..., Bench]]:
+    """`Bench`, in another home if one is given; what the test leaves open is ended after it."""
+    made: list[Bench] = []
 
     def make(where: Home | None = None, **options: str) -> Bench:
-        return Bench(where or home, **options)
+        made.append(Bench(where or home, **options))
+        return made[-1]
 
-    return make
+    yield make
+    for bench in made:
+        bench.runner.close()
+        bench.lease.close()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from vmlab.hypervisors.ownership import Home
+from vmlab.hypervisors.qemu import migration
 from vmlab.machine.errors import (
     ChannelClosed,
     CorruptSnapshot,
@@ -557,6 +558,8 @@ def test_cancelled_and_failed_migrations_leave_the_machine_where_it_was(
     booted: Any, new_bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = new_bench()
+    # Slow enough for every cancellation to come in the middle, on any host.
+    monkeypatch.setattr(migration, "BANDWIDTH", 1 << 20)
 
     async def test() -> None:
         machine, shell = await booted.machine()
@@ -570,7 +573,6 @@ def test_cancelled_and_failed_migrations_leave_the_machine_where_it_was(
             assert machine.state is MachineState.RUNNING
             await shell.run("grep stays /tmp/f")
             assert await there.qemu.list() == []
-        from vmlab.hypervisors.qemu import migration
 
         async def nowhere(target: Any) -> str:
             return "unix:/nowhere/at/all"

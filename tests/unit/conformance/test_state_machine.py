@@ -351,6 +351,10 @@ def test_ten_thousand_steps_break_no_invariant() -> None:
         run_state_machine_as_test(Contract, settings=CHOSEN)
 
 
+ROUNDS = 25
+"""Rounds in which a broken hypervisor is noticed with next to certainty; one in three does."""
+
+
 @pytest.mark.parametrize("broken", ["SharesMemory", "ForgetsMemory", "KillsDisks", "EndsTwice"])
 def test_the_model_notices_a_broken_hypervisor(broken: str) -> None:
     mutant = next(mutant for mutant in mutants() if mutant.name == broken)
@@ -358,7 +362,8 @@ def test_the_model_notices_a_broken_hypervisor(broken: str) -> None:
     class Broken(Contract):
         provider = mutant.subject().provider
 
-    quick = settings(CHOSEN, derandomize=True, phases=[Phase.generate], database=None)
-    # Hypothesis may find several ways in which it fails.
+    quick = settings(CHOSEN, phases=[Phase.generate], database=None)
+    # Hypothesis may find several ways in which it fails, and may need several rounds for one.
     with pytest.raises((AssertionError, ExceptionGroup)):
-        run_state_machine_as_test(Broken, settings=quick)
+        for _ in range(ROUNDS):
+            run_state_machine_as_test(Broken, settings=quick)

@@ -19,6 +19,8 @@ from vmlab.machine.errors import MigrationFailed
 
 _POLL_S: Final = 0.05
 _CANCEL_S: Final = 10.0
+BANDWIDTH = 0
+"""Bytes a second that a migration may take; 0 is no limit."""
 SOCKET: Final = "migration.sock"
 """Where a process that waits for another's state listens, in its directory."""
 
@@ -57,7 +59,7 @@ async def send(
         events=True,
         pause_before_switchover=at_switchover is not None,
     )
-    await source.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    await source.execute("migrate-set-parameters", {"max-bandwidth": BANDWIDTH})
     await source.execute("migrate", {"uri": uri})
     continued = False
     while True:
