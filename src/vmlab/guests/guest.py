@@ -482,9 +482,10 @@ if [ -d {target} ] && ! [ -L {target} ]; then
     echo "it exists already, and is a directory" >&2
     exit 73
 fi
-mkdir -p {parent} && mkdir "$s" || exit
+mkdir -p {parent} || exit
 trap 'rm -rf "$s"' EXIT
 trap 'exit 143' HUP INT TERM
+mkdir "$s" || exit
 (cd "$s" && tar -x -f -) && mv -f "$s"/{name} {target}
 """
 

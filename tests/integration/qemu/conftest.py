@@ -61,7 +61,7 @@ class Bench:
         self.lease = Run.begin(home, reap=False)
         self.qemu: QemuHypervisor = provider.open(self.lease.owner, options)
 
-    def run(self, work: Coroutine[Any, Any, T], timeout: float = 90) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout: float = 200) -> T:
         return self.runner.run(asyncio.wait_for(work, timeout))
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Shell:
     def __init__(self, machine: Any) -> None:
         self.machine = machine
 
-    async def run(self, command: str, timeout: float = 30) -> str:
+    async def run(self, command: str, timeout: float = 90) -> str:
         """Run a command; what it printed. Its status has to be 0."""
         tag = secrets.token_hex(4)
         begin, end = f"<{tag}".encode(), f"{tag}>".encode()
@@ -96,7 +96,7 @@ class Shell:
         return answer
 
 
-async def until_booted(machine: Any, timeout: float = 80) -> Shell:
+async def until_booted(machine: Any, timeout: float = 150) -> Shell:
     """Wait for the shell on the console, and begin it."""
     console = await machine.console()
     async with asyncio.timeout(timeout), console:

@@ -362,7 +362,8 @@ def test_the_model_notices_a_broken_hypervisor(broken: str) -> None:
     class Broken(Contract):
         provider = mutant.subject().provider
 
-    quick = settings(CHOSEN, phases=[Phase.generate], database=None)
+    # Not the same examples each round, which Hypothesis would choose under CI.
+    quick = settings(CHOSEN, derandomize=False, phases=[Phase.generate], database=None)
     # Hypothesis may find several ways in which it fails, and may need several rounds for one.
     with pytest.raises((AssertionError, ExceptionGroup)):
         for _ in range(ROUNDS):

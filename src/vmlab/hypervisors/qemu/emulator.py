@@ -162,6 +162,13 @@ class Emulator:
         except QmpLost as error:
             raise await self.crashed(command, error) from error
 
+    async def ended_well(self) -> bool:
+        """Whether the process ends now, or has ended, with status 0: by itself or when asked to."""
+        try:
+            return await self.process.wait(1.0) == 0
+        except TimeoutError:
+            return False
+
     async def crashed(self, operation: str, error: QmpLost) -> MachineCrashed:
         """What the loss of the conversation means."""
         try:

@@ -467,21 +467,30 @@ class LiveMachine(OperatedMachine):
         emulator = self.need()
         self._powering_down = True
         try:
-            with emulator.qmp.listen("SHUTDOWN") as off:
-                while True:
-                    await self._press_power_button(emulator)
-                    try:
-                        event = await off.wait(_ASK_AGAIN_S)
-                        break
-                    except QmpTimeout:
-                        continue
-                    except QmpLost as error:
-                        raise await emulator.crashed("stop", error) from error
-            self._emit(EventType.GUEST_SHUTDOWN, reason=str(event.data.get("reason", "")))
+            reason = await self._powered_down(emulator)
+            self._emit(EventType.GUEST_SHUTDOWN, reason=reason)
             await emulator.quit()
             await self._gone(emulator)
         finally:
             self._powering_down = False
+
+    async def _powered_down(self, emulator: Emulator) -> str:
+        """Ask the guest to power down until it has; returns the reason that QEMU gives."""
+        with emulator.qmp.listen("SHUTDOWN") as off:
+            while True:
+                try:
+                    await self._press_power_button(emulator)
+                    event = await off.wait(_ASK_AGAIN_S)
+                    return str(event.data.get("reason", ""))
+                except QmpTimeout:
+                    continue
+                except (QmpLost, MachineCrashed) as error:
+                    # QEMU may be gone before its last event was read: status 0 is a power-off.
+                    if await emulator.ended_well():
+                        return "guest-shutdown"
+                    if isinstance(error, QmpLost):
+                        raise await emulator.crashed("stop", error) from error
+                    raise
 
     async def _press_power_button(self, emulator: Emulator) -> None:
         await emulator.execute("system_powerdown")
