@@ -1,0 +1,232 @@
+"""What the driver says to QEMU when QEMU refuses, is late, or is gone: hot-plug, jobs, migrations.
+
+The other side is scripted, a stand-in for a QEMU that fails on cue; the real one is in
+tests/integration/qemu.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vmlab.hypervisors.qemu import hotplug, migration
+from vmlab.hypervisors.qemu.disks import DiskFile
+from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
+from vmlab.machine.errors import MachineCrashed, MigrationFailed, OperationFailed
+
+DISK = DiskFile("data", Path("data.raw"), "raw", 512, readonly=False, made=True)
+
+
+def refused(command: str, message: str = "no") -> QmpError:
+    return QmpError(message, command=command)
+
+
+class Script:
+    """An emulator that answers each command from a list: a value, or an error to raise."""
+
+    machine = "vm"
+
+    def __init__(self, answers: dict[str, list[Any]], *, running: bool = True) -> None:
+        self.answers = answers
+        self.running = running
+        self.said: list[str] = []
+        self.deleted: list[Any] = []
+        self.qmp = SimpleNamespace(listen=self._listen)
+
+    async def execute(self, command: str, arguments: Any = None) -> Any:
+        self.said.append(command)
+        answers = self.answers.get(command, [])
+        answer = answers.pop(0) if answers else {}
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    @contextmanager
+    def _listen(self, *names: str, match: Callable[[Any], bool]) -> Any:
+        async def wait(timeout: float) -> Any:
+            answer = self.deleted.pop(0)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        yield SimpleNamespace(wait=wait)
+
+    async def crashed(self, operation: str, error: QmpLost) -> MachineCrashed:
+        return MachineCrashed(f"{operation} failed: it is gone")
+
+
+def options(*arguments: Any) -> dict[str, Any]:
+    return {"id": "x"}
+
+
+@pytest.fixture(autouse=True)
+def _plain_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotplug, "disk_options", options)
+    monkeypatch.setattr(hotplug, "nic_options", options)
+    monkeypatch.setattr(hotplug, "_RELEASE_S", 0.0)
+    monkeypatch.setattr(migration, "_POLL_S", 0.0)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_disk_that_is_refused_leaves_no_node(running: bool) -> None:
+    script = Script({"device_add": [refused("device_add")]}, running=running)
+    with pytest.raises(QmpError, match="device_add"):
+        asyncio.run(hotplug.add_disk(script, None, None, DISK))
+    assert script.said == ["blockdev-add", "device_add", *(["blockdev-del"] if running else [])]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_nic_that_is_refused_leaves_no_backend(running: bool) -> None:
+    script = Script({"device_add": [refused("device_add")]}, running=running)
+    with pytest.raises(QmpError, match="device_add"):
+        asyncio.run(hotplug.add_nic(script, None, None, "n", {}))
+    assert script.said == ["netdev_add", "device_add", *(["netdev_del"] if running else [])]
+
+
+def test_a_node_in_use_is_dropped_as_soon_as_it_is_free() -> None:
+    busy = [refused("blockdev-del", "Node is in use") for _ in range(2)]
+    script = Script({"blockdev-del": [*busy], "device_add": [refused("device_add")]})
+    asyncio.run(hotplug.drop_node(script, "node"))
+    assert script.said == ["blockdev-del", "device_add"] * 2 + ["blockdev-del"]
+
+
+def test_a_node_that_stays_in_use_or_is_refused_otherwise_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hotplug, "_RELEASES", 2)
+    script = Script({"blockdev-del": [refused("blockdev-del", "is in use")] * 3})
+    with pytest.raises(QmpError, match="in use"):
+        asyncio.run(hotplug.drop_node(script, "node"))
+    script = Script({"blockdev-del": [refused("blockdev-del", "no such node")]})
+    with pytest.raises(QmpError, match="no such node"):
+        asyncio.run(hotplug.drop_node(script, "node"))
+
+
+def test_a_device_is_asked_for_until_the_guest_lets_go() -> None:
+    script = Script({"device_del": [{}, refused("device_del", "already in process of unplug")]})
+    script.deleted = [QmpTimeout("late"), "gone"]
+    asyncio.run(hotplug.remove_device(script, "d"))
+    assert script.said == ["device_del", "device_del"]
+
+
+def test_a_device_that_is_gone_needs_no_more() -> None:
+    gone = QmpDeviceNotFound("not found", command="device_del")
+    script = Script({"device_del": [gone]})
+    asyncio.run(hotplug.remove_device(script, "d"))
+    assert script.said == ["device_del"]
+
+
+def test_a_removal_that_is_refused_or_loses_qemu_says_so() -> None:
+    script = Script({"device_del": [refused("device_del", "not hot-pluggable")]})
+    with pytest.raises(QmpError, match="not hot-pluggable"):
+        asyncio.run(hotplug.remove_device(script, "d"))
+    script = Script({})
+    script.deleted = [QmpLost("the end")]
+    with pytest.raises(MachineCrashed, match="device_del"):
+        asyncio.run(hotplug.remove_device(script, "d"))
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_what_was_half_added_is_taken_back_where_qemu_lives(running: bool) -> None:
+    missing = QmpDeviceNotFound("not found", command="device_del")
+    script = Script({"device_del": [missing] * 2, "netdev_del": [refused("x")]}, running=running)
+    asyncio.run(hotplug.take_back(script, DISK))
+    asyncio.run(hotplug.take_back_nic(script, "n"))
+    said = ["device_del", "blockdev-del", "device_del", "netdev_del"]
+    assert script.said == (said if running else [])
+
+
+def migrate(script: Script, **arguments: Any) -> list[tuple[int, int]]:
+    seen: list[tuple[int, int]] = []
+
+    async def nothing(*_: Any, **__: Any) -> None:
+        """Capabilities are the memory module's."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migration, "set_capabilities", nothing)
+        asyncio.run(
+            migration.send(script, "unix:x", progress=lambda *pair: seen.append(pair), **arguments)
+        )
+    return seen
+
+
+def test_a_migration_tells_how_far_it_is_and_stops_for_the_switchover_once() -> None:
+    ram = {"transferred": 10, "remaining": 5}
+    states = [{}, {"status": "active", "ram": ram}, *[{"status": "pre-switchover"}] * 2]
+    script = Script({"query-migrate": [*states, {"status": "completed"}]})
+    stops: list[int] = []
+
+    async def at_switchover() -> None:
+        stops.append(len(script.said))
+
+    assert migrate(script, at_switchover=at_switchover) == [(10, 15)]
+    assert len(stops) == script.said.count("migrate-continue") == 1
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_a_migration_that_fails_says_why(status: str) -> None:
+    script = Script({"query-migrate": [{"status": status, "error-desc": "no room"}]})
+    with pytest.raises(MigrationFailed, match="no room"):
+        migrate(script)
+
+
+def test_cancelling_waits_until_the_migration_has_ended() -> None:
+    script = Script({"query-migrate": [{"status": "cancelling"}, {"status": "cancelled"}]})
+    asyncio.run(migration.cancel(script))
+    assert script.said == ["migrate_cancel", "query-migrate", "query-migrate"]
+    script = Script({"migrate_cancel": [refused("migrate_cancel")]})
+    asyncio.run(migration.cancel(script))
+    assert script.said == ["migrate_cancel"]
+    script = Script({}, running=False)
+    asyncio.run(migration.cancel(script))
+    assert script.said == []
+
+
+def emulator(script: Script) -> Any:
+    made = object.__new__(Emulator)
+    made.__dict__.update(machine="vm", execute=script.execute)
+    return made
+
+
+def test_a_job_that_failed_says_why_and_one_that_is_left_is_dismissed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Emulator, "running", property(lambda self: True))
+    jobs = [[{"id": "j", "status": "concluded", "error": "disk full"}]]
+    script = Script({"query-jobs": list(jobs)})
+    with pytest.raises(OperationFailed, match="disk full"):
+        asyncio.run(emulator(script)._dismiss("j", "snapshot-save"))
+    assert script.said == ["query-jobs", "job-dismiss"]
+    running = [{"id": "j", "status": "running"}]
+    script = Script({"query-jobs": [running, *jobs]})
+    asyncio.run(emulator(script)._settle_job("j"))
+    assert script.said == ["query-jobs", "query-jobs", "job-dismiss"]
+    script = Script({"query-jobs": [[]]})
+    asyncio.run(emulator(script)._settle_job("j"))
+    assert script.said == ["query-jobs"]
+
+
+@pytest.mark.parametrize(("status", "well"), [(0, True), (1, False), (-9, False), (None, False)])
+def test_only_status_0_is_a_good_end(status: int | None, well: bool) -> None:
+    async def wait(timeout: float) -> int | None:
+        return status
+
+    made = emulator(Script({}))
+    made.__dict__.update(process=SimpleNamespace(wait=wait))
+    assert asyncio.run(made.ended_well()) is well
+
+
+def test_a_process_that_still_runs_has_not_ended_well() -> None:
+    async def wait(timeout: float) -> int | None:
+        raise TimeoutError
+
+    made = emulator(Script({}))
+    made.__dict__.update(process=SimpleNamespace(wait=wait))
+    assert asyncio.run(made.ended_well()) is False
