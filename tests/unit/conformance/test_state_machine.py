@@ -352,7 +352,7 @@ def test_ten_thousand_steps_break_no_invariant() -> None:
 
 
 ROUNDS = 25
-"""Rounds in which a broken hypervisor is noticed with next to certainty; one in three does."""
+"""Rounds that a broken hypervisor has to be noticed in; how many are needed was not measured."""
 
 
 @pytest.mark.parametrize("broken", ["SharesMemory", "ForgetsMemory", "KillsDisks", "EndsTwice"])
