@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,10 +118,8 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @linux_only
-def test_kvm_is_tried_here_in_no_time() -> None:
-    began = time.perf_counter()
+def test_kvm_is_tried_here() -> None:
     item = probe_kvm()
-    assert time.perf_counter() - began < 0.5
     assert item.name == "kvm"
     assert item.works or (item.detail and item.hint)
 
@@ -137,9 +134,8 @@ def test_a_device_that_is_not_kvm() -> None:
 
 @linux_only
 def test_a_kvm_that_hangs_does_not_hang_us() -> None:
-    began = time.perf_counter()
-    item = probe_kvm(command=["sleep", "60"], timeout=0.2)
-    assert time.perf_counter() - began < 2
+    # A test that takes as long as the sleep is ended by its own limit.
+    item = probe_kvm(command=["sleep", "1000"], timeout=0.2)
     assert not item.works
     assert item.detail == "/dev/kvm: the probe did not end within 0.2 s"
 
@@ -150,9 +146,7 @@ def test_a_process_that_not_even_a_kill_ends_is_given_up(
 ) -> None:
     monkeypatch.setattr(subprocess.Popen, "kill", lambda process: None)
     monkeypatch.setattr(accelerators, "_KILL_SECONDS", 0.05)
-    began = time.perf_counter()
-    assert not probe_kvm(command=["sleep", "60"], timeout=0.1).works
-    assert time.perf_counter() - began < 2
+    assert not probe_kvm(command=["sleep", "1000"], timeout=0.1).works
     monkeypatch.undo()
     process = accelerators._undead.pop()
     process.kill()

@@ -75,15 +75,16 @@ def identity(pid: int) -> ProcessIdentity:
 # ------------------------------------------------------------------- which runs
 
 
-def test_nothing_to_do_is_quick(home: Home) -> None:
-    with Run.begin(home), Run.begin(home):
-        began = time.perf_counter()
+def test_with_nothing_to_do_no_process_is_looked_at(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # That takes a while on a host with many, and every command begins with this.
+    with Run.begin(home), Run.begin(home), monkeypatch.context() as patch:
+        patch.setattr(leftovers.psutil, "pids", None)
         report = reap_dead_runs(home)
-        spent = time.perf_counter() - began
     assert report.items == ()
     assert report.dead == ()
     assert len(report.live) == 2
-    assert spent < 0.01
 
 
 def test_a_dead_run_goes_and_a_live_one_stays(home: Home, dead: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from types import ModuleType, SimpleNamespace
@@ -158,17 +157,17 @@ def test_probes_run_at_once_and_failing_ones_say_so(registered: Registered) -> N
 
 
 def test_a_probe_that_hangs_is_not_waited_for(registered: Registered) -> None:
-    end = threading.Event()
+    end, ended = threading.Event(), list[bool]()
 
     def hang() -> Probe:
-        end.wait(30)
+        end.wait(600)
+        ended.append(True)
         return Probe(hypervisor="slow", available=True)
 
     registered.add("slow", Provider(hang))
     registered.add("good", works("good"))
-    began = time.monotonic()
     good, slow = registry.probe_all(timeout=0.1)
-    assert time.monotonic() - began < 5
+    assert not ended, "it was waited for"
     assert good.available
     assert slow == Probe(
         hypervisor="slow", available=False, reason="its probe did not answer within 0.1 s"
