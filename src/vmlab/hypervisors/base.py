@@ -224,7 +224,10 @@ class Machine(ABC):
 
     @abstractmethod
     async def kill(self, *, timeout: float | None = None) -> None:
-        """End it at once, as a power cut would: any live state, failed or unknown -> stopped.
+        """End it at once and unasked: any live state, failed or unknown -> stopped.
+
+        What the guest had written but not flushed may be kept, as when a hypervisor's process is
+        killed and its host's page cache lives on; the fault PowerCut is what surely loses it.
 
         The operation under way and those that wait for their turn fail (OperationAborted), but for
         other kills and deletes.

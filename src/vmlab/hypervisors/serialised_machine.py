@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vmlab.hypervisors.hooks import MachineHooks
 from vmlab.hypervisors.operation import UNDO_TIMEOUT, Operation
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
 
 T = TypeVar("T")
+_BOOTS: Final = frozenset({"start", "restart"})
 Action = Callable[[Operation], Awaitable[T]]
 """What an operation does once it was allowed to begin."""
 Plan = Callable[[MachineState, Capabilities], Awaitable[Action[T]]]
@@ -291,8 +292,8 @@ class SerialisedMachine(MachineHooks):
             failure.add_note(trouble)
             if not isinstance(second, Exception | asyncio.CancelledError):
                 fatal = second
-        if operation.name == "start" and after in OFF and _is_own(failure):
-            # A cancelled or late start never was; one that failed by itself is remembered.
+        if operation.name in _BOOTS and after in OFF and _is_own(failure):
+            # A cancelled or late boot never was; one that failed by itself is remembered.
             after = MachineState.FAILED
         self._settle(after, reason)
         self._hypervisor.announce_failure(operation, self, failure)

@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.fields import DOCUMENT_DIRECTORY
 from vmlab.machine.problems import invalid, shortened
 
 __all__ = ["LARGEST_DOCUMENT", "build", "invalid", "parse_document", "read_document"]
@@ -39,13 +40,22 @@ def read_document(model: type[M], source: Path) -> M:
         problem = SpecProblem("file", str(source), f"a file that can be read ({reason})")
         raise InvalidSpec([problem], source=str(source), hint="check the path") from error
     form = "json" if Path(source).suffix.lower() == ".json" else "toml"
-    return parse_document(model, data, form=form, source=str(source))
+    return parse_document(
+        model, data, form=form, source=str(source), directory=Path(source).absolute().parent
+    )
 
 
 def parse_document(
-    model: type[M], text: str | bytes, *, form: str = "toml", source: str | None = None
+    model: type[M],
+    text: str | bytes,
+    *,
+    form: str = "toml",
+    source: str | None = None,
+    directory: Path | None = None,
 ) -> M:
     """The `model` that `text` holds, in `form` "toml" or "json"; bytes are UTF-8.
+
+    Relative paths in it are seen from `directory`, or from the working directory.
 
     Raises:
         InvalidSpec: the text is not TOML or JSON, or has wrong fields.
@@ -68,17 +78,20 @@ def parse_document(
     except (ValueError, RecursionError) as error:
         problem = _malformed(error, str(text), form)
         raise InvalidSpec([problem], source=source, hint=f"mend the {form.upper()}") from error
-    return build(model, data, source=source)
+    return build(model, data, source=source, directory=directory)
 
 
-def build(model: type[M], data: object, *, source: str | None = None) -> M:
-    """The `model` of plain data.
+def build(
+    model: type[M], data: object, *, source: str | None = None, directory: Path | None = None
+) -> M:
+    """The `model` of plain data; relative paths in it are seen from `directory` if that is given.
 
     Raises:
         InvalidSpec: with one problem for each field that is wrong.
     """
     try:
-        return model.model_validate(data)
+        context = {DOCUMENT_DIRECTORY: directory} if directory is not None else None
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         raise invalid(error, model, source=source) from error
     except RecursionError as error:

@@ -12,7 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, Strict
+from pydantic import (
+    BeforeValidator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Strict,
+    ValidationInfo,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic.types import AllowInfNan
 from pydantic_core import CoreSchema, core_schema
@@ -111,14 +117,21 @@ class Shorthand:
         return {"anyOf": [self.schema, handler(schema)]}
 
 
-def _check_path(value: object) -> object:
+DOCUMENT_DIRECTORY = "directory"
+"""The key of a validation's context under which the directory of the document stands."""
+
+
+def _check_path(value: object, info: ValidationInfo) -> object:
     if isinstance(value, str) and (not value or "\0" in value):
         raise ValueError("the path of a file or directory of the host")
+    if isinstance(value, str | Path) and info.context and DOCUMENT_DIRECTORY in info.context:
+        return info.context[DOCUMENT_DIRECTORY] / value
     return value
 
 
 HostPath = Annotated[Path, BeforeValidator(_check_path)]
-"""A path on the host; a relative one is seen from the working directory."""
+"""A path on the host. A relative one is seen from the directory of the file that it stands in, and
+from the working directory where it stands in none."""
 
 Name = Annotated[str, Text(NAME_PATTERN, NAME_RULE)]
 """A name of a machine or of one of its parts: safe in a path, a host name and a QEMU id."""

@@ -388,6 +388,8 @@ class MachineSpec(_Part):
     def load(cls, source: Path) -> MachineSpec:
         """Read a specification from a TOML file, or from JSON where the name ends in `.json`.
 
+        Relative paths in it are seen from the directory that the file is in.
+
         Raises:
             InvalidSpec: naming file, field, value and what would be right.
         """

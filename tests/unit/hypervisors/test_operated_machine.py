@@ -607,6 +607,17 @@ async def test_a_guest_that_goes_down_while_it_boots_again_spoils_the_restart() 
 
 
 @in_loop
+async def test_a_restart_whose_boot_fails_leaves_a_failed_machine() -> None:
+    toy = ToyHypervisor()
+    machine = await toy.machine(RUNNING)
+    toy.before["start"] = fail(OSError(12, "Cannot allocate memory"))
+    with pytest.raises(OperationFailed, match="Cannot allocate memory"):
+        await machine.restart()
+    assert machine.state is FAILED
+    toy.check()
+
+
+@in_loop
 async def test_a_machine_may_change_while_an_operation_is_still_looking() -> None:
     toy = ToyHypervisor()
     machine = await toy.machine(RUNNING)

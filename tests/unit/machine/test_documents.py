@@ -227,3 +227,17 @@ def test_tables_in_a_list_are_told_by_their_number() -> None:
     with pytest.raises(InvalidSpec) as caught:
         build(Many, {"all": {"x": [{}, {"depth": "?"}]}})
     assert [problem.field for problem in caught.value.problems] == ["all.x.1.depth"]
+
+
+def test_relative_paths_are_seen_from_the_file_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "a.toml").write_text(
+        'name = "a"\n[boot]\nkernel = "../Image"\n[[disks]]\nname = "d"\nsource = "/d.raw"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    spec = MachineSpec.load(Path("lab/a.toml"))
+    assert spec.boot.kernel == tmp_path / "lab" / ".." / "Image"
+    assert spec.disks[0].source == Path("/d.raw")
+    assert MachineSpec.parse('name = "a"\n[boot]\nkernel = "Image"\n').boot.kernel == Path("Image")
