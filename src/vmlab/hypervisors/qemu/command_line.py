@@ -51,6 +51,7 @@ class Launch:
         memory: Files that its memory is in; empty is fresh memory.
         private: Whether those files stay as they are, and what is written is the process's own.
         incoming: Whether it waits for the state of another process.
+        debugger: Unix socket that a debugger connects to (docs/system/gdb.rst), if one may.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Launch:
     memory: tuple[Path, ...] = ()
     private: bool = False
     incoming: bool = False
+    debugger: Path | None = None
 
 
 def keyval(values: Mapping[str, Any]) -> str:
@@ -98,6 +100,7 @@ def arguments(launch: Launch) -> list[str]:
         *("-qmp", f"unix:{QMP_SOCKET},server=on,wait=off"),
         # Nothing of the guest runs before everything watches it.
         "-S",
+        *_debugger(launch.debugger),
         *_ports(launch.layout, board),
         *_consoles(launch.spec, board, launch.logs),
         *_channels(launch.spec),
@@ -108,6 +111,10 @@ def arguments(launch: Launch) -> list[str]:
         *_display(launch.spec, board),
         *(("-incoming", "defer") if launch.incoming else ()),
     ]
+
+
+def _debugger(socket: Path | None) -> list[str]:
+    return [] if socket is None else ["-gdb", f"unix:{_text(socket)},server=on,wait=off"]
 
 
 def _processor(launch: Launch, board: Board) -> list[str]:

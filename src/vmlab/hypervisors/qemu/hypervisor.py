@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from pydantic import ValidationError
@@ -18,6 +20,7 @@ from vmlab.hypervisors import accelerators
 from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
 from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
+from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT
 from vmlab.hypervisors.qemu import memory
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.machine import QemuMachine
@@ -148,12 +151,21 @@ class QemuHypervisor(OperatedHypervisor):
     Args:
         owner: Run or store.
         only: The one architecture that is offered; None is every one that there is.
+        debugger: Unix socket at which a machine waits for a debugger to let it run; for one
+            machine at a time.
     """
 
     name: ClassVar[str] = "qemu"
 
-    def __init__(self, owner: Owner, *, only: Architecture | None = None) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        *,
+        only: Architecture | None = None,
+        debugger: Path | None = None,
+    ) -> None:
         super().__init__(owner)
+        self.debugger = debugger
         self.records = MachineRecords(owner, self.name)
         self._only = only
         self._programs: dict[Architecture, Program] | None = None
@@ -304,17 +316,24 @@ class QemuProvider(HypervisorProvider):
         )
 
     def open(self, owner: Owner, options: Mapping[str, str] | None = None) -> QemuHypervisor:
-        """QEMU for `owner`; the option `architecture` offers that one only.
+        """QEMU for `owner`.
+
+        The option `architecture` offers that one only; `gdb` is a Unix socket's path, at which a
+        machine that is started waits for gdb before its first instruction.
 
         Raises:
             HypervisorUnavailable: no QEMU is installed.
             InvalidSpec: an option is unknown or wrong.
         """
         only: Architecture | None = None
+        debugger: Path | None = None
         for name, value in (options or {}).items():
+            if name == "gdb":
+                debugger = _socket(value)
+                continue
             if name != "architecture":
                 raise InvalidSpec(
-                    [SpecProblem(name, value, "no such option: there is `architecture`")],
+                    [SpecProblem(name, value, "no such option; known are `architecture`, `gdb`")],
                     hypervisor=self.name,
                 )
             try:
@@ -330,7 +349,19 @@ class QemuProvider(HypervisorProvider):
                 hint="`vmlab doctor` tells how to install it",
                 hypervisor=self.name,
             )
-        return QemuHypervisor(owner, only=only)
+        return QemuHypervisor(owner, only=only, debugger=debugger)
+
+
+def _socket(value: str) -> Path:
+    """The path of a socket that QEMU and gdb can both name.
+
+    Raises:
+        InvalidSpec: it is relative, or too long for a socket.
+    """
+    if not value.startswith("/") or len(os.fsencode(value)) > SOCKET_PATH_LIMIT:
+        wanted = f"an absolute path of at most {SOCKET_PATH_LIMIT} bytes for a Unix socket"
+        raise InvalidSpec([SpecProblem("gdb", value, wanted)], hypervisor="qemu")
+    return Path(value)
 
 
 def _program_item(architecture: Architecture) -> ProbeItem:

@@ -30,6 +30,7 @@ from vmlab.hypervisors.qemu.disks import DiskFile, make_disk
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qemu.layout import Layout, nic_device
 from vmlab.hypervisors.qemu.memory import Template
+from vmlab.hypervisors.qemu.private_memory import SmallBlocks
 from vmlab.hypervisors.qemu.streams import ConsoleLine, SocketChannel
 from vmlab.hypervisors.qemu.threads import done_in_thread
 from vmlab.hypervisors.qemu.traffic import Traffic
@@ -86,6 +87,7 @@ class LiveMachine(OperatedMachine):
         self._tasks: set[asyncio.Task[None]] = set()
         self._powering_down = False
         self._template: Template | None = None
+        self.blocks: SmallBlocks | None = None
         super().__init__(hypervisor, id_, spec, state)
 
     # Records.
@@ -230,6 +232,7 @@ class LiveMachine(OperatedMachine):
             memory=memory,
             private=private,
             incoming=incoming,
+            debugger=None if incoming else self.qemu.debugger,
         )
 
     async def launch(
@@ -302,12 +305,15 @@ class LiveMachine(OperatedMachine):
         """The machine's process has ended: let go of what led to it."""
         emulator, self.emulator = self.emulator, None
         self.traffic = None
+        self.blocks = None
         self.drop_template()
         for line in self._lines.values():
             await line.drain()
         self._channels.clear()
         if emulator is not None:
             _remove_sockets(emulator.directory)
+        if self.qemu.debugger is not None:
+            self.qemu.debugger.unlink(missing_ok=True)
 
     def drop_template(self) -> None:
         """The machine is no longer as it was frozen for forks."""
@@ -344,8 +350,11 @@ class LiveMachine(OperatedMachine):
             self._in_background(self._shut_down_by_itself(emulator, reason))
         elif event.name == "GUEST_PANICKED":
             self._in_background(self._panicked(emulator))
-        elif event.name == "RESET" and event.data.get("guest"):
-            self._emit(EventType.GUEST_RESET, reason=str(event.data.get("reason", "")))
+        elif event.name == "RESET":
+            # Firmware runs again, and writes to its blocks.
+            self.blocks = None
+            if event.data.get("guest"):
+                self._emit(EventType.GUEST_RESET, reason=str(event.data.get("reason", "")))
         elif event.name == "STOP" and self._current is None:
             self._in_background(self._look_again())
 
@@ -407,7 +416,9 @@ class LiveMachine(OperatedMachine):
         await self.attach(emulator)
         await self.connect_networks(emulator)
         await self.apply_pinning(self._spec.cpus.pinning)
-        await self.let_run(emulator)
+        if self.qemu.debugger is None:
+            # Otherwise it is for the debugger to do.
+            await self.let_run(emulator)
 
     async def let_run(self, emulator: Emulator) -> None:
         """Let the vCPUs run.
