@@ -267,12 +267,13 @@ def _get(name: str, indexes: list[PackageIndex]) -> Package:
 def _closure(recipe: Recipe, indexes: list[PackageIndex]) -> list[Package]:
     """The recipe's packages and their dependencies, each from the first component that has it."""
     if len(indexes) == 1:
-        return indexes[0].closure(recipe.packages)
+        return indexes[0].closure(recipe.packages, without=recipe.without)
     found: dict[str, Package] = {}
     for name in recipe.packages:
         for index in indexes:
             if index.find(name) is not None:
-                found.update({package.name: package for package in index.closure([name])})
+                chosen = index.closure([name], without=recipe.without)
+                found.update({package.name: package for package in chosen})
                 break
         else:
             raise ImageNotFound(

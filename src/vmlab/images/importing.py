@@ -358,7 +358,7 @@ def base_recipe(store: ImageStore, base: str | None, architecture: Architecture)
         return recipe
     for name in recipes.builtin_names():
         recipe = recipes.builtin(name)
-        if recipe.tiny and recipe.architecture is architecture:
+        if recipe.tiny and "agent" in recipe.channels and recipe.architecture is architecture:
             return recipe
     raise ImageError(f"there is no tiny image for {architecture.value}")
 

@@ -155,6 +155,9 @@ class Recipe(_Part):
     size: Size | None = Field(None, description="size of the disk")
     kernel: PackageName
     packages: tuple[PackageName, ...] = ()
+    without: tuple[PackageName, ...] = Field(
+        (), description="packages that others depend on, but that an initramfs can do without"
+    )
     modules: Modules = Modules()
     files: tuple[GuestFile, ...] = ()
     scripts: tuple[Script, ...] = ()
@@ -172,6 +175,11 @@ class Recipe(_Part):
                 raise ValueError('size is for a disk: with format = "initramfs" leave it out')
             if any(script.when == "build" for script in self.scripts):
                 raise ValueError('an initramfs is put together, not installed: when = "boot"')
+        elif self.without:
+            raise ValueError(
+                "without is for an initramfs: on a disk every package is installed with all that "
+                "it depends on"
+            )
         elif self.size is None or self.size < 256 * MIB:
             raise ValueError(f'format = "{self.format}" needs a size of at least "256M"')
         return self

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmlab.images import ImageStore
 from vmlab.images import recipe as recipes
 from vmlab.images.debian import apt, mirrors, openpgp, versions
 from vmlab.images.debian.apt import AptConfiguration, Source
@@ -22,6 +23,7 @@ from vmlab.images.errors import (
     UntrustedArchive,
 )
 from vmlab.images.formats import modinfo
+from vmlab.images.importing import base_recipe
 from vmlab.images.recipe import Form
 from vmlab.images.settings import ImageSettings, load
 from vmlab.images.tiny.modules import ModuleTree, tables
@@ -326,6 +328,26 @@ def test_built_in_recipes_are_all_valid_and_cover_the_four_architectures() -> No
     assert set(tiny) == set(Architecture)
 
 
+def test_kernel_of_ones_own_is_lent_the_initramfs_of_the_tiny_image_with_the_agent() -> None:
+    for architecture in Architecture:
+        recipe = base_recipe(ImageStore(settings=ImageSettings()), None, architecture)
+        assert recipe.architecture is architecture
+        assert recipe.channels == ("agent", "console")
+
+
+def test_every_virtual_device_that_reports_a_panic_has_its_driver_where_the_kernel_has_one(
+    forms: Forms,
+) -> None:
+    available = recipes.builtin("debian-12-amd64-tiny").modules.expanded()[2]
+    with_them = module_tree(forms, {"pvpanic": "", "pvpanic_mmio": "pvpanic",
+                                    "pvpanic_pci": "pvpanic"})  # fmt: skip
+    chosen = with_them.select([], [], [name for name in available if "pvpanic" in name])
+    names = [module.info.name for module in chosen.modules]
+    assert names == ["pvpanic", "pvpanic_mmio", "pvpanic_pci"]
+    without = module_tree(forms, {"other": ""})
+    assert without.select([], [], [name for name in available if "pvpanic" in name]).modules == ()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -345,6 +367,7 @@ def test_built_in_recipes_are_all_valid_and_cover_the_four_architectures() -> No
         ({"channels": ["telnet"]}, "telnet"),
         ({"modules": {"load": ["a;b"]}}, "modules.load.0"),
         ({"cmdline": "a\nb"}, "one line"),
+        ({"format": "raw", "size": "1G", "without": ["perl"]}, "without is for an initramfs"),
         ({"distribution": "fedora"}, "distribution"),
     ],
 )

@@ -42,7 +42,9 @@ IFS=' ,'
 [ -n "$load$extra" ] && modprobe -a $load $extra
 unset IFS
 present=''
-for file in /sys/bus/virtio/devices/*/modalias /sys/bus/pci/devices/*/modalias; do
+# Of ACPI's devices only QEMU's own: pvpanic on the ISA bus is found nowhere else (QEMU0001).
+for file in /sys/bus/virtio/devices/*/modalias /sys/bus/pci/devices/*/modalias \
+    /sys/bus/acpi/devices/QEMU*/modalias; do
     read -r alias <"$file" || continue
     present="$present $alias"
     case $alias in virtio:d00000008*) present="$present sd_mod" ;; esac # disks of virtio-scsi

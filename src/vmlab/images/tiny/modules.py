@@ -26,7 +26,8 @@ LAB_AVAILABLE = (
     "loop", "squashfs?", "dm_mod?", "isofs?", "sr_mod?", "crc32c_generic?",
     "af_packet?", "veth?", "bridge?", "tun?", "dummy?", "vmw_vsock_virtio_transport?",
     "virtio_input?", "virtio_pmem?", "virtio_crypto?", "nbd?", "fuse?", "zram?",
-    "pci_hotplug?", "acpiphp?", "configfs?", "softdog?",
+    "pci_hotplug?", "acpiphp?", "configfs?", "softdog?", "i6300esb?",
+    "pvpanic_mmio?", "pvpanic_pci?",
 )  # fmt: skip
 
 
