@@ -10,7 +10,15 @@ from vmlab.hypervisors.base import DiskInfo, MachineInfo, NicInfo, NodeInfo, Pro
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import UNDO_TIMEOUT, Operation
 from vmlab.hypervisors.qemu import arrival as arriving
-from vmlab.hypervisors.qemu import faults, hotplug, memory, migration, readback, snapshots
+from vmlab.hypervisors.qemu import (
+    faults,
+    hotplug,
+    memory,
+    migration,
+    readback,
+    snapshots,
+    timers,
+)
 from vmlab.hypervisors.qemu.disks import DiskFile, grow_image, make_disk
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qemu.layout import (
@@ -190,6 +198,7 @@ class QemuMachine(LiveMachine):
 
     async def _wake(self, emulator: Emulator, state: MachineState) -> None:
         """Make a process that has its state the machine's, and let it run if it is to."""
+        await timers.rearm(emulator, self._spec.architecture)
         await self.attach(emulator)
         await self.connect_networks(emulator)
         await self.apply_pinning(self._spec.cpus.pinning)
@@ -322,6 +331,7 @@ class QemuMachine(LiveMachine):
                 else None,
             )
             await memory.until_arrived(target, arrived)
+        await timers.rearm(target, arrival.spec.architecture)
         await arrival.attach(target)
         await arrival.connect_networks(target)
         await arrival.apply_pinning(arrival.spec.cpus.pinning)
