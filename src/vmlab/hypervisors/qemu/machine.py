@@ -104,9 +104,9 @@ class QemuMachine(LiveMachine):
         emulator = self.emulator
         resume = await self.hold(emulator) if emulator is not None else _nothing
         if emulator is not None and memory_too:
-            whole = not memory.shared_memory(emulator)
-            await memory.save_stream(emulator, part, whole=whole)
-            await in_thread(lambda check: _copy_memory(emulator, part, check))
+            captured = await memory.capture(emulator, part, self.blocks)
+            whole = captured.whole
+            await in_thread(lambda check: _copy_memory(captured, part, check))
         disks = await in_thread(
             lambda check: snapshots.copy_disks(
                 tuple(self.disks.values()), lambda disk: part / f"disk-{disk.name}.qcow2", check
@@ -227,6 +227,8 @@ class QemuMachine(LiveMachine):
             arriving.rename_macs, saved.stream, stream, saved.layout.macs, self.layout.macs
         )
         frozen = await self.qemu.frozen(saved)
+        if not saved.whole:
+            self.blocks = await memory.blocks_in(stream, self._spec.architecture)
         await self._wake_copy(frozen, stream, saved.whole, snapshot.state)
 
     # Copies.
@@ -264,7 +266,9 @@ class QemuMachine(LiveMachine):
         resume = await self.hold(emulator)
         try:
             if self._template is None:
-                self._template = await memory.freeze(emulator, self.directory)
+                self._template = await memory.freeze(
+                    emulator, self.directory, self.blocks, self._spec.architecture
+                )
             template = self._template
             await child._make_copy(self.layout, tuple(self.disks.values()))
             child.cut = set(self.cut)
@@ -277,6 +281,7 @@ class QemuMachine(LiveMachine):
                 child.layout.macs,
             )
             await resume()
+            child.blocks = template.blocks
             await child._wake_copy(template.memory, stream, template.whole, operation.before)
         finally:
             if resume is not _nothing:
@@ -585,9 +590,10 @@ async def _nothing() -> None:
     """It stood still already: nothing to let run on."""
 
 
-def _copy_memory(emulator: Emulator, directory: Path, check: Callable[[], None]) -> None:
-    for number, source in enumerate(memory.shared_memory(emulator)):
-        memory.copy_sparse(source, directory / snapshots.memory_file(number), check)
+def _copy_memory(captured: memory.Captured, directory: Path, check: Callable[[], None]) -> None:
+    for number in range(len(captured.sources)):
+        with (directory / snapshots.memory_file(number)).open("xb") as file:
+            captured.copy(number, file.fileno(), check)
 
 
 def _unlink_all(paths: Iterable[Path]) -> None:

@@ -1,8 +1,9 @@
 """The state of a machine as files: the memory of its guest, and the rest as one stream.
 
 Memory that QEMU holds in a memfd is copied from there, holes left out; the stream then has only
-vCPUs and devices in it. A clone maps the copy privately, so that it costs what it writes. Memory
-that is mapped privately already goes into the stream as a whole.
+vCPUs and devices in it. A clone maps the copy privately, so that it costs what it writes; what it
+wrote is put over another copy when the clone is copied (`private_memory`). Where that is not
+possible the stream has the whole memory in it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +23,18 @@ from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu import vmstate
 from vmlab.hypervisors.qemu.disks import qemu_img
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.threads import in_thread
-from vmlab.hypervisors.qmp import EventListener, QmpEvent, QmpLost
+from vmlab.hypervisors.qemu.private_memory import (
+    PrivateMemory,
+    SmallBlocks,
+    Unusual,
+    memfds,
+    private_memory,
+    save_devices,
+    small_blocks,
+)
+from vmlab.hypervisors.qemu.threads import done_in_thread, in_thread
+from vmlab.hypervisors.qmp import EventListener, QmpError, QmpEvent, QmpLost
+from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import OperationFailed
 
 STREAM: Final = "state"
@@ -114,8 +126,7 @@ def _digest_part(digest: Any, offset: int, data: bytes) -> None:
 
 def shared_memory(emulator: Emulator) -> list[Path]:
     """The memfds of a process's guest memory, in the order of its memory objects."""
-    folder = Path(f"/proc/{emulator.process.pid}/fd")
-    found = [entry for entry in folder.iterdir() if str(entry.readlink()).startswith(_SHARED)]
+    found = memfds(emulator.process.pid, *_SHARED)
     return sorted(found, key=lambda entry: int(entry.name))
 
 
@@ -165,6 +176,70 @@ async def save_stream(emulator: Emulator, directory: Path, *, whole: bool) -> Pa
     finally:
         carrier.unlink(missing_ok=True)
     return stream
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The state of a machine that stands still, for as long as it does.
+
+    Attributes:
+        stream: File with the state of vCPUs and devices.
+        sources: Files with its memory; none if it is in the stream.
+        private: What is written over each of those, where they are templates.
+    """
+
+    stream: Path
+    sources: tuple[Path, ...]
+    private: tuple[PrivateMemory, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stream has the memory in it."""
+        return not self.sources
+
+    def copy(self, number: int, target: int, check: Callable[[], None]) -> None:
+        """Write the memory object of that number to the descriptor `target`, an empty file."""
+        copy_sparse(self.sources[number], target, check)
+        if self.private:
+            self.private[number].overlay(target, check)
+
+
+async def capture(emulator: Emulator, directory: Path, blocks: SmallBlocks | None) -> Captured:
+    """Write the state of a machine that stands still, but for its memory if that can be.
+
+    Args:
+        emulator: Its process.
+        directory: Where the stream goes.
+        blocks: Its small blocks, if they are known.
+
+    Raises:
+        OperationFailed: QEMU cannot save it, with why; nothing of the machine has changed.
+    """
+    sources = await done_in_thread(shared_memory, emulator)
+    if not sources and blocks is not None:
+        try:
+            return await _capture_private(emulator, directory, blocks)
+        except (Unusual, QmpError, OSError):
+            # Firmware or its flash changed, or this host lets nobody look into a process: QEMU
+            # saves all of it, which takes longer.
+            (directory / STREAM).unlink(missing_ok=True)
+    stream = await save_stream(emulator, directory, whole=not sources)
+    return Captured(stream, tuple(sources))
+
+
+async def _capture_private(emulator: Emulator, directory: Path, blocks: SmallBlocks) -> Captured:
+    private = await done_in_thread(private_memory, emulator.process.pid, _TEMPLATE)
+    if not private:
+        raise Unusual("its memory is not mapped from a template")
+    data = await save_devices(emulator, directory, blocks)
+    stream = directory / STREAM
+    await done_in_thread(stream.write_bytes, data)
+    return Captured(stream, tuple(part.template for part in private), tuple(private))
+
+
+async def blocks_in(stream: Path, architecture: Architecture) -> SmallBlocks | None:
+    """The small blocks in a stream that has no guest's memory in it."""
+    return await done_in_thread(lambda: small_blocks(stream.read_bytes(), architecture))
 
 
 # ------------------------------------------------------------------- loading
@@ -228,15 +303,14 @@ class Frozen:
         """The files to open; they last until `close`."""
         return tuple(Path(f"/proc/{os.getpid()}/fd/{number}") for number in self._descriptors)
 
-    def copy(self, sources: Sequence[Path], check: Callable[[], None], *, seal: bool) -> None:
-        """Take the contents of `sources`."""
-        for source in sources:
-            name = _TEMPLATE if seal else _OWN
-            descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            self._descriptors.append(descriptor)
-            copy_sparse(source, descriptor, check)
-            if seal:
-                fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
+    def add(self, write: Callable[[int], None], *, seal: bool) -> None:
+        """Make one memfd more and have `write` fill it by its descriptor."""
+        name = _TEMPLATE if seal else _OWN
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._descriptors.append(descriptor)
+        write(descriptor)
+        if seal:
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
 
     def close(self) -> None:
         """Let go of it; processes that have it keep it."""
@@ -249,9 +323,18 @@ _ALL_SEALS: Final = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 async def copied(sources: Sequence[Path], *, seal: bool) -> Frozen:
     """The contents of `sources`, in memory."""
+
+    def write(frozen: Frozen, check: Callable[[], None]) -> None:
+        for source in sources:
+            frozen.add(partial(copy_sparse, source, check=check), seal=seal)
+
+    return await _filled(write)
+
+
+async def _filled(write: Callable[[Frozen, Callable[[], None]], None]) -> Frozen:
     frozen = Frozen()
     try:
-        await in_thread(lambda check: frozen.copy(sources, check, seal=seal))
+        await in_thread(lambda check: write(frozen, check))
     except BaseException:
         frozen.close()
         raise
@@ -265,6 +348,7 @@ class Template:
     memory: Frozen
     stream: Path
     whole: bool
+    blocks: SmallBlocks | None
 
     def close(self) -> None:
         """Let go of it."""
@@ -272,13 +356,28 @@ class Template:
         self.stream.unlink(missing_ok=True)
 
 
-async def freeze(emulator: Emulator, directory: Path) -> Template:
-    """Make a template of a machine that stands still."""
-    sources = shared_memory(emulator)
-    stream = await save_stream(emulator, directory, whole=not sources)
+async def freeze(
+    emulator: Emulator, directory: Path, blocks: SmallBlocks | None, architecture: Architecture
+) -> Template:
+    """Make a template of a machine that stands still.
+
+    Args:
+        emulator: Its process.
+        directory: Where the stream goes.
+        blocks: Its small blocks, if they are known.
+        architecture: The guest's.
+    """
+    captured = await capture(emulator, directory, blocks)
+
+    def write(frozen: Frozen, check: Callable[[], None]) -> None:
+        for number in range(len(captured.sources)):
+            frozen.add(partial(captured.copy, number, check=check), seal=True)
+
     try:
-        memory = await copied(sources, seal=True)
+        memory = await _filled(write)
+        if blocks is None and not captured.whole:
+            blocks = await blocks_in(captured.stream, architecture)
     except BaseException:
-        stream.unlink()
+        captured.stream.unlink()
         raise
-    return Template(memory, stream, whole=not sources)
+    return Template(memory, captured.stream, captured.whole, blocks)
