@@ -1,15 +1,14 @@
 """Commands by a shell on the serial console, for guests that have nothing else.
 
-A shell is found by its prompt, after logging in where that is asked for. It then runs a loop that
-reads lines and evaluates them, in a raw terminal without echo; each command stands between marks
-that no echo can contain. One command runs at a time. Whatever else writes to the console (the
-kernel, a daemon) is mixed into the output: binary data mostly passes, but nothing promises it.
+A shell (`vmlab.guests.console_login` finds it) runs a loop that reads lines and evaluates them, in
+a raw terminal without echo; each command stands between marks that no echo can contain. One command
+runs at a time. Whatever else writes to the console (a daemon, the kernel's emergencies) is mixed
+into the output: binary data mostly passes, but nothing promises it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import secrets
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -17,18 +16,10 @@ from typing import ClassVar, Final
 
 from vmlab.guests.agent import LONGEST_COMMAND, safe_length
 from vmlab.guests.command import Command, CommandChannel, Sink, quote
+from vmlab.guests.console_login import Asked, Dialogue, more
 from vmlab.hypervisors.base import Console
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
 
-_ESCAPES: Final = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
-"""Colours and questions to the terminal (ECMA-48), which shells put around their prompts."""
-
-_PROMPT: Final = re.compile(rb"[#$>%] ?\Z")
-_LOGIN: Final = re.compile(rb"login: ?\Z")
-_PASSWORD: Final = re.compile(rb"[Pp]assword: ?\Z")
-_REFUSED: Final = re.compile(rb"[Ll]ogin incorrect")
-
-_ENTER_EVERY: Final = 2.0
 _KILL_AFTER: Final = 5.0
 
 _PIECE: Final = 300
@@ -37,13 +28,16 @@ bytes that a terminal holds for a slow reader (N_TTY_BUF_SIZE in Linux's n_tty.c
 
 # One line of less than 1024 bytes, which is what busybox's line editor takes. `set -m` gives each
 # command a process group and leaves SIGINT alone; without a controlling terminal setsid has to do.
-# The first answer tells the directory for files.
+# The kernel's messages but emergencies are kept off the console (proc(5), printk) until the end.
+# The first answer tells the directory for files; an empty line is answered for those who look.
 _LOOP: Final = (
-    "o=$(stty -g);stty raw -echo;dmesg -n 1;set -m;x=;case $- in *m*);;*)x=setsid;;esac;"
+    "o=$(stty -g);K=/proc/sys/kernel/printk;k=$(cat $K);echo 1 >$K;"
+    """trap 'stty $o;[ "$k" ]&&echo "$k" >$K' 0;stty raw -echo;"""
+    "set -m;x=;case $- in *m*);;*)x=setsid;;esac;"
     "V=loop;p=;n=$(printf '\\nx');n=${n%x};d=;"
     "for t in /dev/shm /tmp /run;do [ -d $t ]&&[ -w $t ]&&d=$t&&break;done;"
     'echo "$V"-TOKEN "$d";'
-    'while IFS= read -r l;do eval "$l";done;stty $o'
+    'while IFS= read -r l;do [ "$l" ]||echo "vmlab-$V-here";eval "$l";done'
 )
 
 # The group's first process outlives what ends the command, to tell of it. Text for str.replace.
@@ -51,6 +45,9 @@ _RUNNER: Final = (
     "trap : INT TERM HUP QUIT USR1 USR2 ALRM PIPE; echo bTOKEN $$; "
     'sh -c "$1" <"$2" 2>ERR; r=$?; echo mTOKEN; SHOW echo eTOKEN $r'
 )
+
+# A process that is waited for is gone; its id may be another's from then on.
+_FORGET: Final = '[ "$p" ] && wait $p; p='
 
 OpenConsole = Callable[[], Awaitable[Console]]
 
@@ -79,6 +76,7 @@ class ConsoleChannel(CommandChannel):
         self._lock = asyncio.Lock()
         self._held = b""
         self._directory = ""
+        self._refused = False
 
     async def connect(self, *, timeout: float) -> None:
         """Find a shell, log in if need be.
@@ -91,12 +89,15 @@ class ConsoleChannel(CommandChannel):
         try:
             async with asyncio.timeout(timeout), self._lock:
                 await self._drop()
+                self._refused = False
                 await self._shell()
         except TimeoutError:
             raise DeadlineExceeded(
                 "waiting for a shell on the console",
                 seconds=timeout,
-                hint="the guest has to run a shell or a login on its serial console",
+                hint=f"it refused the login of {self._user!r}: check user and password"
+                if self._refused
+                else "the guest has to run a shell or a login on its serial console",
             ) from None
 
     async def _shell(self) -> Console:
@@ -113,87 +114,41 @@ class ConsoleChannel(CommandChannel):
         return console
 
     async def _start(self, console: Console) -> None:
-        """Press Enter, answer what is asked, until a shell runs the loop."""
-        while True:
-            await console.write(b"\n")
-            seen = b""
+        """Find a shell and have it run the loop, or find the loop of a host before us."""
+        dialogue = Dialogue(console, user=self._user, password=self._password)
+        answer = None
+        while answer is None:
             try:
-                async with asyncio.timeout(_ENTER_EVERY):
-                    while True:
-                        seen += await self._more(console)
-                        shown = _ESCAPES.sub(b"", seen)
-                        if _REFUSED.search(shown):
-                            raise OperationFailed(
-                                f"the console refuses the login of {self._user!r}",
-                                hint="check the user and the password that the image declares",
-                                operation="connect",
-                            )
-                        if _LOGIN.search(shown):
-                            await console.write(self._user.encode() + b"\n")
-                            seen = b""
-                        elif _PASSWORD.search(shown):
-                            await console.write((self._password or "").encode() + b"\n")
-                            seen = b""
-                        elif _PROMPT.search(shown):
-                            break
-            except TimeoutError:
-                # Nothing at all: perhaps the loop of a host before us, in a restored guest.
-                if seen.strip() or not await self._loops(console):
-                    continue
-                return
-            if await self._agree(console):
-                return
-
-    async def _agree(self, console: Console) -> bool:
-        """Start the loop; whether it answered."""
-        token = secrets.token_hex(8)
-        loop = _LOOP.replace("TOKEN", f'{token[:8]}""{token[8:]}')
-        await console.write(f"sh -c {quote(loop)} 2>/dev/null\n".encode())
-        return await self._answered(console, token)
-
-    async def _loops(self, console: Console) -> bool:
-        """Whether the loop runs already."""
-        token = secrets.token_hex(8)
-        await console.write(f'echo "$V"-{token[:8]}""{token[8:]} "$d"\n'.encode())
-        return await self._answered(console, token)
-
-    async def _answered(self, console: Console, token: str) -> bool:
+                standing = await dialogue.shell()
+            finally:
+                self._refused = dialogue.refused
+            token = secrets.token_hex(8)
+            # The mark is not in the line itself, which may be echoed.
+            split = f'{token[:8]}""{token[8:]}'
+            if standing is Asked.LOOP:
+                line = f'{_kill("KILL", "$p")}; {_FORGET}; echo "$V"-{split} "$d"'
+            else:
+                line = f"sh -c {quote(_LOOP.replace('TOKEN', split))} 2>/dev/null"
+            answer = await dialogue.ask(line, f"loop-{token}".encode())
         self._held = b""
-        try:
-            # Long enough for an emulated guest under load to start a shell and a few programs.
-            async with asyncio.timeout(5 * _ENTER_EVERY):
-                self._directory = (await self._until(console, f"loop-{token}".encode())).decode()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _more(self, console: Console) -> bytes:
-        data = await console.read()
-        if not data:
-            raise ChannelClosed(
-                "the console ended: the guest died or was stopped",
-                hint="its log tells what happened last",
-            )
-        return data
+        self._directory = answer.decode()
 
     async def _until(self, console: Console, mark: bytes, sink: Sink | None = None) -> bytes:
         """Give what comes before `mark` to `sink`; returns the rest of the mark's line."""
-        held, self._held = self._held, b""
         while True:
+            held = self._held
             position = held.find(mark)
-            if position >= 0:
+            if position < 0:
+                position = safe_length(held, mark)
+            elif b"\n" in held[position:]:
+                line, _, self._held = held[position + len(mark) :].partition(b"\n")
                 if sink is not None and position:
                     await sink(held[:position])
-                held = held[position:]
-                line, newline, after = held[len(mark) :].partition(b"\n")
-                if newline:
-                    self._held = after
-                    return line.strip()
-            elif safe := safe_length(held, mark):
-                if sink is not None:
-                    await sink(held[:safe])
-                held = held[safe:]
-            held += await self._more(console)
+                return line.strip()
+            self._held = held[position:]
+            if sink is not None and position:
+                await sink(held[:position])
+            self._held += await more(console)
 
     async def _do(self, console: Console, line: bytes) -> bytes:
         """Have the loop evaluate a line and wait until it has; returns the line's status."""
@@ -227,8 +182,10 @@ class ConsoleChannel(CommandChannel):
             running = _Running(self._directory)
             try:
                 await self._prepare(console, running, text, command.input)
+                running.started = True
                 await console.write(running.line())
                 process = await self._until(console, f"b{running.token}".encode())
+                running.begun = True
                 if started is not None:
                     started(int(process))
                 await self._until(console, f"m{running.token}".encode(), stdout)
@@ -274,28 +231,36 @@ class ConsoleChannel(CommandChannel):
         """
         try:
             async with asyncio.timeout(4 * _KILL_AFTER):
-                await console.write(running.kill("TERM") + b"\n")
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_KILL_AFTER):
-                        await self._until(console, f"e{running.token}".encode())
-                await self._do(console, running.kill("KILL") + b"; " + running.cleaning())
+                        await self._terminate(console, running)
+                await self._do(console, f"{_kill('KILL', '$p')}; ".encode() + running.cleaning())
         except (VmlabError, TimeoutError):
             await self._drop()
         except BaseException:
             await self._drop()
             raise
 
+    async def _terminate(self, console: Console, running: _Running) -> None:
+        if not running.started:
+            return
+        if not running.begun:
+            # Before it has a process group and its traps a signal would end what tells of it.
+            await self._until(console, f"b{running.token}".encode())
+        await console.write(_kill("TERM", "$p").encode() + b"\n")
+        await self._until(console, f"e{running.token}".encode())
+
     async def signal(self, process: int, number: int) -> None:
         if self._console is None:
             raise ChannelClosed("the console is closed", operation="signal")
-        await self._console.write(_kill(str(int(number)), str(int(process))) + b"\n")
+        await self._console.write(_kill(str(int(number)), str(int(process))).encode() + b"\n")
 
     async def close(self) -> None:
         """Leave the shell at its prompt and let go of the console."""
         async with self._lock:
             if self._console is not None:
                 with suppress(VmlabError):
-                    await self._console.write(b"stty $o; exit\n")
+                    await self._console.write(b"exit\n")
             await self._drop()
 
     async def _drop(self) -> None:
@@ -312,6 +277,10 @@ class _Running:
         self.token = secrets.token_hex(8)
         self.files = f"{directory}/.vmlab-{self.token}" if directory else ""
         self.input = "/dev/null"
+        self.started = False
+        """Whether the loop was told to start it."""
+        self.begun = False
+        """Whether it told its process id."""
 
     def line(self) -> bytes:
         """What starts the script that is in $s; the begin mark carries its process id."""
@@ -323,21 +292,18 @@ class _Running:
         )
         private = f"(umask 77; : >{errors}); " if errors else ""
         return (
-            f'[ "$p" ] && wait $p; {private}'
-            f'$x sh -c {quote(runner)} sh "$s" {self.input} </dev/null & p=$!\n'
+            f'{private}$x sh -c {quote(runner)} sh "$s" {self.input} </dev/null & p=$!\n'
         ).encode()
 
-    def kill(self, signal: str) -> bytes:
-        """A line that signals the command."""
-        return _kill(signal, "$p")
-
     def cleaning(self) -> bytes:
-        """A line that takes the command's files away."""
-        return f"rm -f {self.files}.in {self.files}.err; s=".encode() if self.files else b"s="
+        """A line that forgets the command and takes its files away."""
+        files = f"rm -f {self.files}.in {self.files}.err; " if self.files else ""
+        return f"{_FORGET}; {files}s=".encode()
 
 
-def _kill(signal: str, process: str) -> bytes:
-    return f"kill -{signal} -{process} || kill -{signal} {process}".encode()
+def _kill(signal: str, process: str) -> str:
+    """A line that signals a command's process group; `process` may be empty in the end."""
+    return f'[ "{process}" ] && {{ kill -{signal} -{process} || kill -{signal} {process}; }}'
 
 
 _PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ./:,=+_")

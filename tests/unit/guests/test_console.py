@@ -18,11 +18,15 @@ from vmlab.guests.console import ConsoleChannel
 from vmlab.hypervisors.base import Console
 from vmlab.machine.errors import DeadlineExceeded, OperationFailed
 
+# More than any of this takes on a slow host.
+TIMEOUT = 300.0
+pytestmark = pytest.mark.timeout(TIMEOUT + 60)
+
 # A stand-in for login(1); the shell after it is the real thing.
 LOGIN = (
-    'while printf "vm login: "; do read -r u; [ "$u" ] || continue; '
-    'printf "Password: "; read -r p; [ "$u$p" = rootsecret ] && break; '
-    'echo "Login incorrect"; done; '
+    'while $nap; printf "vm login: "; do read -r u; $nap; [ "$u" ] || continue; '
+    'printf "Password: "; $nap; read -r p; $nap; [ "$u$p" = rootsecret ] && break; '
+    'echo "Login incorrect"; done; $nap; '
 )
 SHELL = "PS1='vm:~# ' exec /bin/dash -i"
 
@@ -57,7 +61,7 @@ def drive() -> Iterator[Drive]:
 
             channel = ConsoleChannel(opened, password="secret")
             try:
-                async with asyncio.timeout(100):
+                async with asyncio.timeout(TIMEOUT):
                     await body(channel)
             finally:
                 await channel.close()
@@ -104,13 +108,14 @@ PROGRAMS = {
     "busybox": "PS1='~ # ' exec /bin/busybox sh -i",
     "bash": "PS1='root@vm:~# ' exec /bin/bash --norc --noprofile -i",
     "login": LOGIN + SHELL,
+    "slow login": 'nap="sleep 0.4"; ' + LOGIN + SHELL,
 }
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_commands_run_with_status_and_nothing_of_echo_or_prompt(drive: Drive, program: str) -> None:
     async def body(channel: ConsoleChannel) -> None:
-        await channel.connect(timeout=30)
+        await channel.connect(timeout=TIMEOUT)
         assert await run(channel, 'echo a; echo "it\'s" >&2; exit 3') == (3, b"a\n", b"it's\n")
         assert await run(channel, "printf 'no newline'") == (0, b"no newline", b"")
         assert await run(channel, "echo a\necho b\n") == (0, b"a\nb\n", b"")
@@ -131,7 +136,7 @@ def test_input_of_any_bytes_arrives(drive: Drive) -> None:
         yield payload[100:]
 
     async def body(channel: ConsoleChannel) -> None:
-        await channel.connect(timeout=30)
+        await channel.connect(timeout=TIMEOUT)
         assert (await run(channel, Command("cat", input=payload)))[1] == payload
         assert (await run(channel, Command("cat", input=pieces())))[1] == payload
         assert (await run(channel, Command("cat", input=b"")))[1] == b""
@@ -141,7 +146,7 @@ def test_input_of_any_bytes_arrives(drive: Drive) -> None:
 
 def test_a_command_too_long_is_refused_with_advice(drive: Drive) -> None:
     async def body(channel: ConsoleChannel) -> None:
-        await channel.connect(timeout=30)
+        await channel.connect(timeout=TIMEOUT)
         with pytest.raises(OperationFailed, match="at most") as caught:
             await run(channel, "x" * 200_000)
         assert "file" in (caught.value.hint or "")
@@ -157,7 +162,7 @@ def test_a_cancelled_command_is_ended_and_the_next_one_works(
     number = tmp_path / "pid"
 
     async def body(channel: ConsoleChannel) -> None:
-        await channel.connect(timeout=30)
+        await channel.connect(timeout=TIMEOUT)
         task = asyncio.ensure_future(
             run(channel, f"{trap}echo $$ >{number}.new; mv {number}.new {number}; sleep 1000; :")
         )
@@ -171,9 +176,35 @@ def test_a_cancelled_command_is_ended_and_the_next_one_works(
     drive(SHELL, body)
 
 
+def test_a_command_cancelled_before_it_began_signals_nothing_of_the_one_before(
+    drive: Drive,
+) -> None:
+    async def endless(first: asyncio.Event) -> AsyncIterator[bytes]:
+        yield b"begun"
+        first.set()
+        await asyncio.Event().wait()
+
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=TIMEOUT)
+        left = int((await run(channel, "sleep 1000 >/dev/null 2>&1 & echo $!"))[1])
+        try:
+            waiting = asyncio.Event()
+            task = asyncio.ensure_future(run(channel, Command("cat", input=endless(waiting))))
+            await waiting.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await run(channel, "echo next"))[1] == b"next\n"
+            assert not ended(left)
+        finally:
+            os.kill(left, 9)
+
+    drive(SHELL, body)
+
+
 def test_a_signal_reaches_the_command(drive: Drive) -> None:
     async def body(channel: ConsoleChannel) -> None:
-        await channel.connect(timeout=30)
+        await channel.connect(timeout=TIMEOUT)
         begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         ready = asyncio.Event()
         seen = bytearray()
@@ -202,7 +233,7 @@ def test_a_signal_reaches_the_command(drive: Drive) -> None:
 def test_a_console_is_left_at_its_prompt_and_found_again(drive: Drive) -> None:
     async def body(channel: ConsoleChannel) -> None:
         for _ in range(2):
-            await channel.connect(timeout=30)
+            await channel.connect(timeout=TIMEOUT)
             assert (await run(channel, "echo hello"))[1] == b"hello\n"
             await channel.close()
 
@@ -213,18 +244,18 @@ def test_a_loop_that_runs_already_is_taken_over(drive: Drive) -> None:
     async def body(channel: ConsoleChannel) -> None:
         for _ in range(2):
             # Connecting again lets go of the console without leaving the loop.
-            await channel.connect(timeout=30)
+            await channel.connect(timeout=TIMEOUT)
             assert (await run(channel, "echo hello"))[1] == b"hello\n"
 
     drive(SHELL, body)
 
 
-def test_a_refused_login_is_told_at_once(drive: Drive) -> None:
+def test_a_refused_login_is_told(drive: Drive) -> None:
     async def body(channel: ConsoleChannel) -> None:
         with pytest.raises(OperationFailed, match="refuses the login of 'root'"):
-            await channel.connect(timeout=30)
+            await channel.connect(timeout=TIMEOUT)
 
-    drive('printf "vm login: "; read -r u; echo; echo "Login incorrect"; read -r x', body)
+    drive(LOGIN.replace("secret", "another") + SHELL, body)
 
 
 def test_a_console_without_a_shell_is_a_deadline_with_advice(drive: Drive) -> None:
