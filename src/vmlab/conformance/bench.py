@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from vmlab.conformance.probe import GuestProbe
 from vmlab.conformance.profiles import ConformanceProfile
@@ -95,10 +95,24 @@ class Bench:
 
     def another(self, **options: str) -> Hypervisor:
         """Another hypervisor of the same kind, for an owner of its own."""
+        return self._open(self._owner("run"), **options)
+
+    def store(self) -> Hypervisor:
+        """A hypervisor of the same kind for a store, whose machines outlive it."""
+        return self._open(self._owner("store"))
+
+    async def reopened(self, hypervisor: Hypervisor) -> Hypervisor:
+        """Close a hypervisor and open one for the same owner, as the next process would."""
+        await self.close(hypervisor)
+        return self._open(hypervisor.owner)
+
+    def _owner(self, kind: Literal["run", "store"]) -> Owner:
         number = len(self.opened)
         directory = self._directory / f"o{number}"
         directory.mkdir(parents=True)
-        owner = Owner("run", f"conformance-{number}", directory)
+        return Owner(kind, f"conformance-{number}", directory)
+
+    def _open(self, owner: Owner, **options: str) -> Hypervisor:
         hypervisor = self._opener(owner, {**self.profile.options, **options})
         self.opened.append(hypervisor)
         return hypervisor
@@ -198,11 +212,11 @@ class Bench:
         await asyncio.sleep(self.profile.settle if seconds is None else seconds)
 
     async def until(self, condition: Callable[[], Awaitable[bool]], what: str) -> None:
-        """Wait for `condition`, which has to hold within a minute."""
-        end = self.now() + 60
+        """Wait for `condition`, which has to hold within the profile's slack."""
+        end = self.now() + self.profile.slack
         while not await condition():
             if self.now() > end:
-                self._record(what, False, "so within 60 s", "not so")
+                self._record(what, False, f"so within {self.profile.slack:g} s", "not so")
             await asyncio.sleep(0.1)
         self._record(what, True)
 
@@ -294,10 +308,13 @@ async def of_type(hypervisor: Hypervisor, kind: EventType, machine: Machine) -> 
 
 
 def shape(info: MachineInfo) -> dict[str, object]:
-    """What a machine is made of, without what changes by itself."""
-    return info.model_dump(
+    """What a machine is made of, without what changes by itself and where its files are."""
+    made_of = info.model_dump(
         mode="json", include={"name", "vcpus", "memory", "disks", "nics", "nodes", "pinning"}
     )
+    for disk in made_of["disks"]:
+        del disk["path"]
+    return made_of
 
 
 def _words(value: object) -> str:

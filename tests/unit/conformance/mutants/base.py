@@ -78,6 +78,7 @@ class BrokenProvider(HypervisorProvider):
             owner,
             SimulationProfile.load(chosen.get("profile", "standard")),
             seed=int(chosen.get("seed", "0")),
+            store=owner.directory / self.name if owner.kind == "store" else None,
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from mutants.base import BrokenHypervisor, BrokenMachine, mutant, wipe
 from vmlab.hypervisors.base import MachineStatus
 from vmlab.hypervisors.operation import Operation
+from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.simulated.profile import SimulationProfile
 from vmlab.machine.errors import DeadlineExceeded, InvalidState, OperationFailed, VmlabError
 from vmlab.machine.events import EventType
 from vmlab.machine.states import MachineState
@@ -364,6 +366,14 @@ class LeavesPaused(BrokenHypervisor):
         for machine in [each for each in self._machines.values() if each.state is S.PAUSED]:
             super().forget(machine)
         await super().close()
+
+
+@mutant("owner.store")
+class ForgetsItsStore(BrokenHypervisor):
+    """Keeps the machines of a store in memory alone."""
+
+    def __init__(self, owner: Owner, profile: SimulationProfile, **options: Any) -> None:
+        super().__init__(owner, profile, **{**options, "store": None})
 
 
 @mutant("pause.stands-still")
