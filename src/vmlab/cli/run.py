@@ -56,6 +56,9 @@ DiskOption = Annotated[
 NetworkOption = Annotated[
     bool, typer.Option("--network", "-n", help="Give the guest a network (NAT, no root needed).")
 ]
+GdbOption = Annotated[
+    bool, typer.Option("--gdb", help="Wait for gdb before the first instruction; says how.")
+]
 
 
 def run(
@@ -74,6 +77,7 @@ def run(
     share: ShareOption = None,
     disk: DiskOption = None,
     network: NetworkOption = False,
+    gdb: GdbOption = False,
     copy_out: Annotated[
         list[str] | None,
         typer.Option(
@@ -88,6 +92,9 @@ def run(
     timeline: Annotated[
         bool, typer.Option("--timeline", help="Print where the time went, on stderr.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print it as one line of JSON, the last on stderr.")
+    ] = False,
 ) -> int:
     """Boot a machine, run a command in it as if it ran here, and clear the machine away.
 
@@ -99,14 +106,15 @@ def run(
 
     wish = Wish(
         image=image, kernel=kernel, initrd=initrd, modules=modules, append=append, memory=memory,
-        cpus=cpus, shares=tuple(share or ()), disks=tuple(disk or ()), network=network,
+        cpus=cpus, shares=tuple(share or ()), disks=tuple(disk or ()), network=network, gdb=gdb,
     )  # fmt: skip
     errand = Errand(
         words=tuple(command),
         copies=tuple(parse_copy_out(text) for text in copy_out or ()),
-        detailed=timeline,
+        detailed=timeline or as_json,
     )
-    return perform(wish, errand.run, hypervisor=hypervisor, keep=keep, timeline=timeline)
+    show = print_timeline_as_json if as_json else print_timeline if timeline else None
+    return perform(wish, errand.run, hypervisor=hypervisor, keep=keep, show_timeline=show)
 
 
 def perform(
@@ -115,7 +123,7 @@ def perform(
     *,
     hypervisor: str,
     keep: bool = False,
-    timeline: bool = False,
+    show_timeline: Callable[[Timeline], None] | None = None,
 ) -> int:
     """Fetch, boot, do, clear away: what `run` and `shell` share; returns the exit status."""
     from dataclasses import replace
@@ -133,13 +141,18 @@ def perform(
         image = boot.find_image(wish, ImageStore(), progress=progress)
     try:
         status = run_session(
-            boot.booted_by(wish, image), body, hypervisor=hypervisor, keep=keep, timeline=steps
+            boot.booted_by(wish, image),
+            body,
+            hypervisor=hypervisor,
+            keep=keep,
+            timeline=steps,
+            tell=output.note,
         )
     except Interrupted as interrupted:
         return 128 + interrupted.number
     finally:
-        if timeline:
-            print_timeline(steps)
+        if show_timeline is not None:
+            show_timeline(steps)
     if keep:
         output.note(f"{wish.name} runs on: `vmlab shell {wish.name}`")
     return status
@@ -193,3 +206,11 @@ def print_timeline(steps: Timeline) -> None:
     for step in steps.steps:
         output.note(f"{step.seconds:8.3f} s  {step.name}")
     output.note(f"{steps.seconds:8.3f} s  in all")
+
+
+def print_timeline_as_json(steps: Timeline) -> None:
+    """Print the same as one line of JSON, for programs that take the last line of stderr."""
+    import json
+
+    rows = [{"step": step.name, "seconds": round(step.seconds, 6)} for step in steps.steps]
+    output.note(json.dumps({"timeline": rows, "seconds": round(steps.seconds, 6)}))

@@ -10,6 +10,7 @@ from vmlab.cli.run import (
     AppendOption,
     CpusOption,
     DiskOption,
+    GdbOption,
     HypervisorOption,
     ImageOption,
     InitrdOption,
@@ -44,6 +45,7 @@ def shell(
     share: ShareOption = None,
     disk: DiskOption = None,
     network: NetworkOption = False,
+    gdb: GdbOption = False,
 ) -> int:
     """Open a shell in a machine; a fresh machine goes when the shell ends.
 
@@ -57,7 +59,7 @@ def shell(
         wish = Wish(
             image=image, kernel=kernel, initrd=initrd, modules=modules, append=append,
             memory=memory, cpus=cpus, shares=tuple(share or ()), disks=tuple(disk or ()),
-            network=network,
+            network=network, gdb=gdb,
         )  # fmt: skip
         return perform(wish, errand.run, hypervisor=hypervisor)
 

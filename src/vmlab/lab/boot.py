@@ -14,6 +14,7 @@ from vmlab.guests.agent import CHANNELS
 from vmlab.guests.shares import parse_share
 from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
+from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
 from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.spec import MachineSpec, ShareKind
@@ -45,6 +46,7 @@ class Wish:
         disks: Sizes of empty disks, such as "1G".
         terminal: Whether there is a terminal to be passed on.
         network: Whether the guest has a network (NAT, without root).
+        gdb: Whether it waits for a debugger before its first instruction.
     """
 
     image: str | None = None
@@ -58,6 +60,7 @@ class Wish:
     disks: tuple[str, ...] = ()
     terminal: bool = False
     network: bool = False
+    gdb: bool = False
     name: str = field(default_factory=lambda: f"vm-{secrets.token_hex(3)}")
 
 
@@ -69,6 +72,10 @@ class Bootable:
     image: Image
     copies: MachineSpec
     """The same with the shares that are copied instead of mounted."""
+    debugged: bool = False
+    """Whether it waits for a debugger before its first instruction."""
+    symbols: Path | None = None
+    """The kernel's vmlinux, for the debugger."""
 
 
 def check(wish: Wish) -> None:
@@ -108,13 +115,22 @@ def find_image(wish: Wish, store: ImageStore, *, progress: Progress = silent) ->
         ImageError: of the kind that says why it cannot be had.
     """
     if wish.kernel is not None:
-        from vmlab.images.importing import with_kernel
-
-        return with_kernel(
-            store, wish.kernel, modules=wish.modules, initrd=wish.initrd, progress=progress
-        )
+        return _with_own_kernel(wish, wish.kernel, store, progress)
     host = host_architecture() or Architecture.X86_64
     return store.ensure(wish.image or _TINY[host], progress=progress)
+
+
+def _with_own_kernel(wish: Wish, kernel: Path, store: ImageStore, progress: Progress) -> Image:
+    from vmlab.images.importing import with_kernel
+    from vmlab.lab.own_kernel import check_modules, check_virtio
+
+    if wish.modules is not None:
+        check_modules(kernel, wish.modules)
+    image = with_kernel(store, kernel, modules=wish.modules, initrd=wish.initrd, progress=progress)
+    # What another initramfs brings, and how its guest is talked to, is its owner's business.
+    if wish.initrd is None:
+        check_virtio(kernel, image, wish.modules)
+    return image
 
 
 def booted_by(wish: Wish, image: Image) -> Bootable:
@@ -122,7 +138,13 @@ def booted_by(wish: Wish, image: Image) -> Bootable:
     whole = specification(wish, image.cmdline, image)
     mounted = tuple(share for share in whole.shares if share.kind is not ShareKind.COPY)
     copied = tuple(share for share in whole.shares if share.kind is ShareKind.COPY)
-    return Bootable(whole.with_changes(shares=mounted), image, whole.with_changes(shares=copied))
+    return Bootable(
+        whole.with_changes(shares=mounted),
+        image,
+        whole.with_changes(shares=copied),
+        debugged=wish.gdb,
+        symbols=symbols_of(wish.kernel) if wish.gdb and wish.kernel is not None else None,
+    )
 
 
 def specification(wish: Wish, cmdline: str, image: Image | None = None) -> MachineSpec:
@@ -145,6 +167,8 @@ def specification(wish: Wish, cmdline: str, image: Image | None = None) -> Machi
     words = [cmdline, f"vmlab.hostname={wish.name}" if image is not None else ""]
     if wish.network:
         words.append("vmlab.net=dhcp")
+    if wish.gdb:
+        words.append(KERNEL_OPTION)
     if image is None or image.kernel is not None:
         boot["cmdline"] = " ".join(filter(None, [*words, wish.append]))
     disks += [{"name": f"disk{number}", "size": size} for number, size in enumerate(wish.disks)]

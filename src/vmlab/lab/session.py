@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from vmlab.guests.agent import AgentChannel
-from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
-from vmlab.guests.shares import mount_shares
+from vmlab.guests.guest import Guest
 from vmlab.hypervisors import registry
-from vmlab.hypervisors.base import Hypervisor, Machine
-from vmlab.hypervisors.ownership import Run, Store
+from vmlab.hypervisors.base import Hypervisor, HypervisorProvider, Machine
+from vmlab.hypervisors.ownership import Owner, Run, Store
 from vmlab.lab.boot import Bootable
+from vmlab.lab.bringup import booted, last_words
+from vmlab.lab.debugger import gdb_command
 from vmlab.lab.timeline import Timeline
-from vmlab.machine.errors import MachineCrashed, VmlabError
+from vmlab.machine.errors import InvalidSpec, MachineCrashed, UnsupportedOperation, VmlabError
 
 T = TypeVar("T")
 
@@ -93,6 +95,7 @@ def run_session(
     hypervisor: str = DEFAULT_HYPERVISOR,
     keep: bool = False,
     timeline: Timeline | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> T:
     """Boot a machine, call `body` with it, and clear it away; the machinery of `vmlab run`.
 
@@ -102,8 +105,10 @@ def run_session(
         hypervisor: The name of the one that runs it.
         keep: Leave it running, in the default store.
         timeline: Where to note how long each step took.
+        tell: Takes what the user has to know while the machine waits: how to debug it.
 
     Raises:
+        UnsupportedOperation: a debugger is wanted, and the hypervisor has no place for one.
         VmlabError: it does not boot, or what `body` raised.
         Interrupted: a signal ended it; everything is cleared away.
     """
@@ -111,13 +116,44 @@ def run_session(
     provider = registry.provider(hypervisor)
     owned: AbstractContextManager[Run | Store] = nullcontext(Store.open()) if keep else Run.begin()
     with wanted.image.hold(), owned as owner:
-        opened = provider.open(owner.owner)
+        started = None
+        options: dict[str, str] = {}
+        if wanted.debugged:
+            socket = owner.owner.socket(f"gdb-{wanted.spec.name}.sock")
+            options["gdb"] = str(socket)
+            command = gdb_command(wanted.spec.architecture, socket, wanted.symbols)
+
+            started = partial(_tell_of_gdb, tell, wanted.spec.name, command)
+
+        opened = _opened(provider, owner.owner, options)
         return _drive(
             opened,
             lambda interrupts: _with_machine(
-                opened, wanted, body, keep=keep, timeline=timeline, interrupts=interrupts
+                opened,
+                wanted,
+                body,
+                keep=keep,
+                timeline=timeline,
+                interrupts=interrupts,
+                started=started,
             ),
         )
+
+
+def _tell_of_gdb(tell: Callable[[str], None] | None, machine: str, command: str) -> None:
+    if tell is not None:
+        tell(f"{machine} waits for gdb, and runs when you say `continue` there:\n  {command}")
+
+
+def _opened(provider: HypervisorProvider, owner: Owner, options: Mapping[str, str]) -> Hypervisor:
+    try:
+        return provider.open(owner, options)
+    except InvalidSpec as error:
+        if "gdb" not in options:
+            raise
+        raise UnsupportedOperation(
+            "gdb", hypervisor=provider.name, operation="start", hint="--hypervisor qemu has it"
+        ) from error
 
 
 def with_kept(
@@ -196,53 +232,19 @@ async def _with_machine(
     keep: bool,
     timeline: Timeline,
     interrupts: Interrupts,
+    started: Callable[[], None] | None,
 ) -> T:
     with timeline.step("hypervisor"):
         machine = await hypervisor.create(wanted.spec)
     done = False
     try:
-        async with booted(machine, wanted, timeline) as guest:
+        async with booted(machine, wanted, timeline, started) as guest:
             result = await body(Session(machine, guest, timeline), interrupts)
             done = True
             return result
     finally:
         if not (keep and done):
             await machine.delete(force=True)
-
-
-@asynccontextmanager
-async def booted(machine: Machine, wanted: Bootable, timeline: Timeline) -> AsyncIterator[Guest]:
-    """Start a machine and wait until its guest answers and has its shares."""
-    with timeline.step("start"):
-        await machine.start()
-    guest = Guest(machine, AgentChannel(machine.channel))
-    try:
-        with timeline.step("boot"):
-            try:
-                await guest.connect(timeout=CONNECT_TIMEOUT)
-            except VmlabError as error:
-                error.add_note(await last_words(machine))
-                raise
-        shares = (*machine.spec.shares, *wanted.copies.shares)
-        if shares:
-            with timeline.step("shares"):
-                await mount_shares(guest, shares)
-        yield guest
-    finally:
-        await guest.close()
-
-
-async def last_words(machine: Machine, lines: int = 25) -> str:
-    """The end of what the machine printed on its console, from its kernel's panic on if it did."""
-    try:
-        async with await machine.console() as console:
-            text = (await console.log()).decode("utf-8", "replace")
-    except VmlabError as error:
-        return f"its console cannot be read: {error}"
-    printed = [line.rstrip() for line in text.splitlines() if line.strip()]
-    panics = [number for number, line in enumerate(printed) if "Kernel panic" in line]
-    kept = printed[panics[-1] :][: 2 * lines] if panics else printed[-lines:]
-    return "the console's last lines:\n" + "\n".join(f"  {line}" for line in kept)
 
 
 async def split_boot(session: Session) -> None:

@@ -1,0 +1,110 @@
+"""A guest that will not answer is given up with what its console printed, and not waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmlab.images.image import Image
+from vmlab.lab import bringup
+from vmlab.lab.boot import Bootable
+from vmlab.lab.timeline import Timeline
+from vmlab.machine.architecture import Architecture
+from vmlab.machine.errors import ChannelClosed, MachineCrashed
+from vmlab.machine.spec import MachineSpec
+
+PANIC = b"[ 1.0] Kernel panic - not syncing: VFS: Unable to mount root fs\n[ 1.0] Call Trace:\n"
+
+
+class PrintingConsole:
+    """A console that prints what it is given, a piece at a time, and then stands still or ends."""
+
+    def __init__(self, pieces: list[bytes], ends: bool) -> None:
+        self._pieces = list(pieces)
+        self._all = b"".join(pieces)
+        self._ends = ends
+
+    async def read(self) -> bytes:
+        if not self._pieces and not self._ends:
+            await asyncio.Event().wait()
+        return self._pieces.pop(0) if self._pieces else b""
+
+    async def log(self) -> bytes:
+        return self._all
+
+    async def __aenter__(self) -> PrintingConsole:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+class MuteMachine:
+    """A machine whose agent never answers."""
+
+    name = "mute"
+
+    def __init__(self, *pieces: bytes, ends: bool = False, **fields: Any) -> None:
+        self.spec = MachineSpec.of(name="mute", architecture="x86_64", **fields)
+        self._pieces = list(pieces)
+        self._ends = ends
+
+    async def start(self) -> None:
+        pass
+
+    async def console(self, name: str = "serial") -> PrintingConsole:
+        assert name == "serial"
+        return PrintingConsole(self._pieces, self._ends)
+
+    async def channel(self, name: str) -> None:
+        if self._ends:
+            raise ChannelClosed("the guest is gone")
+        await asyncio.Event().wait()
+
+
+def bring_up(machine: MuteMachine, started: Any = None) -> None:
+    async def main() -> None:
+        image = Image("0" * 64, "i", Architecture.X86_64, Path("/"), {})
+        wanted = Bootable(machine.spec, image, machine.spec)
+        async with bringup.booted(machine, wanted, Timeline(), started):  # type: ignore[arg-type]
+            raise AssertionError("it does not answer")
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("cut", [1, 20, 40, len(PANIC)])
+def test_a_panic_ends_the_wait_with_its_lines_wherever_they_are_cut(cut: int) -> None:
+    machine = MuteMachine(b"booting\n" + PANIC[:cut], PANIC[cut:], b"---[ end Kernel panic ]---\n")
+    with pytest.raises(MachineCrashed, match="panicked while it booted") as caught:
+        bring_up(machine)
+    assert "Unable to mount root fs" in str(caught.value)
+    assert "Call Trace" in str(caught.value) and "booting" not in str(caught.value)
+
+
+def test_a_kernel_that_restarts_without_a_last_line_is_given_up_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bringup, "_REST_OF_PANIC", 0.01)
+    with pytest.raises(MachineCrashed, match="panicked"):
+        bring_up(MuteMachine(PANIC))
+
+
+def test_a_machine_that_ends_is_told_with_its_console() -> None:
+    with pytest.raises(ChannelClosed, match="the guest is gone") as caught:
+        bring_up(MuteMachine(b"No bootable device.\n", ends=True))
+    assert "No bootable device" in str(caught.value)
+
+
+def test_a_machine_that_printed_nothing_is_told_so() -> None:
+    with pytest.raises(ChannelClosed, match="printed nothing"):
+        bring_up(MuteMachine(ends=True))
+
+
+def test_whoever_wants_to_know_is_told_that_it_has_started() -> None:
+    told: list[str] = []
+    with pytest.raises(ChannelClosed):
+        bring_up(MuteMachine(ends=True), lambda: told.append("started"))
+    assert told == ["started"]
