@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt tools/make-venv
 	@tools/make-venv $(VENV)
 	@touch $@
 
-demo: $(STAMP) ## a few minutes in the life of a simulated data centre, with a report
-	@$(VENV)/bin/vmlab demo
+demo: ## boot Debian and run a command in it, from a fresh clone on; the time of each step, a report
+	@tools/demo $(VENV) .build/demo/report.json
 
 test: $(STAMP) ## every test but the soak tests, and the coverage that [tool.vmlab.coverage-gate] asks for
 	@tools/debian-packages test

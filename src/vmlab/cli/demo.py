@@ -1,149 +1,200 @@
-"""`vmlab demo`: a day in a simulated data centre, in seconds, with a report."""
+"""`vmlab demo`: boots Debian and runs a command in it, with the time of each step and a report.
+
+With ``--simulated`` it is a day in a simulated data centre instead, which needs nothing installed.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import secrets
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmlab.cli import output
 from vmlab.cli.exit_codes import ExitCode
+from vmlab.cli.run import HypervisorOption, drawn_progress, timeline_text
 
 if TYPE_CHECKING:
-    from vmlab.hypervisors.simulated.datacentre import Day
-    from vmlab.report import Run
+    from vmlab.lab.demonstration import Shown
+    from vmlab.lab.timeline import Step
+    from vmlab.report import Recorder, Run
 
-_COLUMNS = (
-    output.Column("name", "HOST"),
-    output.Column("machines", "MACHINES", justify="right"),
-    output.Column("operations", "OPERATIONS", justify="right"),
-    output.Column("failures", "FAILED", justify="right"),
-    output.Column("crashes", "CRASHES", justify="right"),
-    output.Column("arrivals", "ARRIVED", justify="right"),
-    output.Column("departures", "LEFT", justify="right"),
-)
+__all__ = ["demo"]
+
+_COMMAND = "uname -a"
 
 
 def demo(
     *,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Source of all that happens; drawn if left out.")
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image", "-i", help="Image to boot; this host's tiny Debian if left out; repeatable."
+        ),
     ] = None,
-    machines: Annotated[int, typer.Option(min=1, max=240, help="Machines on all hosts.")] = 60,
-    hosts: Annotated[int, typer.Option(min=2, max=16, help="Hosts that they run on.")] = 3,
-    hours: Annotated[float, typer.Option(min=0.1, max=720, help="Hours of virtual time.")] = 24,
+    hypervisor: HypervisorOption = "qemu",
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="Tests to run afterwards; ./examples if there are any, else none."),
+    ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="Where the JSON report goes; the user's state directory if left out."),
+        typer.Option(
+            help="Where the JSON report goes, with .xml (JUnit) and .txt beside it; "
+            "the user's state directory if left out."
+        ),
     ] = None,
     as_json: output.JsonFlag = False,
-) -> ExitCode:
-    """Live through a day in a simulated data centre, and report.
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="A day in a simulated data centre instead.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Simulated: source of all that happens.")
+    ] = None,
+    machines: Annotated[
+        int | None,
+        typer.Option(min=1, max=240, help="Simulated: machines on all hosts; 60 if left out."),
+    ] = None,
+    hosts: Annotated[
+        int | None,
+        typer.Option(min=2, max=16, help="Simulated: hosts that they run on; 3 if left out."),
+    ] = None,
+    hours: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=720, help="Simulated: hours of virtual time; 24 if left out."),
+    ] = None,
+) -> int:
+    """Boot Debian and run a command in it, twice, with the time of each step and a report.
 
-    Hosts crash, operations fail and hang, machines are killed, moved, saved and brought back; each
-    one is checked all the while for whether its disk holds what it wrote.
+    The first time, an image is made of Debian's signed packages; the second time it is there.
+    Nothing is left running. The examples run afterwards, if there are any.
     """
-    from vmlab.hypervisors.simulated.datacentre import DataCentre
-
-    seed = secrets.randbits(32) if seed is None else seed
-    began = time.monotonic()
-    with _progress(f"{hours:g} hours") as on_progress:
-        centre = DataCentre(hosts=hosts, machines=machines, seed=seed, on_progress=on_progress)
-        day = centre.run(hours * 3600)
-    took = time.monotonic() - began
-    path = _path(report, seed)
-    run = _recorded(day, path)
-    if as_json:
-        output.print_json(_summary(day) | {"hosts": day.hosts, "report": str(path)})
-    else:
-        output.print_table(
-            _COLUMNS,
-            [{column.key: getattr(host, column.key) for column in _COLUMNS} for host in day.hosts],
-            as_json=False,
-        )
-        _print_summary(day, took)
-        print(f"report: {path}")
-        print(f"again:  vmlab demo --seed {seed} --machines {machines} --hosts {hosts}")
-    return ExitCode.OK if run.outcome.ok else ExitCode.FAILED
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[float], None] | None]:
-    """A bar on the terminal, if there is one."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=output.console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.update(task, completed=share)
-
-
-def _summary(day: Day) -> dict[str, Any]:
-    visits = sum(machine.visits for machine in day.machines)
-    return {
-        "seed": day.seed,
-        "hours": day.seconds / 3600,
-        "machines": len(day.machines),
-        "running_at_end": sum(machine.runs_at_end for machine in day.machines),
-        "availability": sum(machine.answered for machine in day.machines) / max(1, visits),
-        "mended": sum(machine.mended for machine in day.machines),
-        "mixed_up": sum(machine.mixed_up for machine in day.machines),
-        "migrations": sum(machine.done["migrate"] for machine in day.machines),
-        "snapshots": sum(machine.done["snapshot"] for machine in day.machines),
-        "restores": sum(machine.done["restore"] for machine in day.machines),
-        "events": day.events,
+    days: dict[str, object] = {
+        "--seed": seed,
+        "--machines": machines,
+        "--hosts": hosts,
+        "--hours": hours,
     }
+    boots: dict[str, object] = {"--image": image, "--examples": examples}
+    _refuse(boots if simulated else days, simulated)
+    if simulated:
+        from vmlab.cli.demo_simulated import simulated_day
 
-
-def _print_summary(day: Day, took: float) -> None:
-    facts = _summary(day)
-    print(
-        f"\n{facts['machines']} machines lived {facts['hours']:g} hours in {took:.1f} s: "
-        f"{facts['migrations']} migrations, {facts['snapshots']} snapshots, "
-        f"{facts['restores']} restores, {facts['events']:,} events"
-    )
-    print(
-        f"{facts['availability']:.1%} available, {facts['mended']} times mended, "
-        f"{facts['running_at_end']} run at the end, "
-        f"{facts['mixed_up'] or 'none'} had a wrong byte on its disk"
-    )
-
-
-def _path(report: Path | None, seed: int) -> Path:
-    if report is not None:
-        return report
-    from platformdirs import user_state_path
-
-    return user_state_path("vmlab") / f"demo-{seed}.json"
-
-
-def _recorded(day: Day, path: Path) -> Run:
-    """The day as a report: each machine is a test."""
-    from vmlab.report import Recorder, write
-
-    with tempfile.TemporaryDirectory(prefix="vmlab-demo-") as folder:
-        command = ["vmlab", "demo", "--seed", str(day.seed), "--machines", str(len(day.machines))]
-        recorder = Recorder.create(
-            Path(folder) / "run", tool="vmlab demo", seed=day.seed, command=command
+        return simulated_day(
+            seed=seed,
+            machines=machines or 60,
+            hosts=hosts or 3,
+            hours=hours or 24,
+            report=report,
+            as_json=as_json,
         )
-        for machine in day.machines:
-            attempt = recorder.start("data centre", machine.name, hypervisor="simulated")
-            attempt.check("its disk holds what it wrote", machine.mixed_up == 0)
-            attempt.check("it runs at the end of the day", machine.runs_at_end)
-            attempt.metric("availability", machine.availability, unit="1")
-            attempt.metric("mended", machine.mended, unit="1")
-            attempt.finish()
-        run = recorder.close()
-        assert run is not None, "the owner of a run closes it once"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(run, path, "json")
-    return run
+    from vmlab.lab.session import Interrupted
+
+    try:
+        return _real(image or [], hypervisor, examples, report, as_json)
+    except Interrupted as interrupted:
+        return 128 + interrupted.number
+
+
+def _refuse(options: Mapping[str, object], simulated: bool) -> None:
+    from vmlab.machine.errors import InvalidSpec, SpecProblem
+
+    expected = "leave it out: nothing boots in --simulated" if simulated else "needs --simulated"
+    wrong = [
+        SpecProblem(name, value if isinstance(value, int | float) else None, expected)
+        for name, value in options.items()
+        if value is not None
+    ]
+    if wrong:
+        raise InvalidSpec(
+            wrong, what="command line", hint="`vmlab demo --help` shows what it takes"
+        )
+
+
+def _real(
+    images: list[str], hypervisor: str, examples: Path | None, report: Path | None, as_json: bool
+) -> ExitCode:
+    from vmlab.lab.boot import tiny_image
+    from vmlab.lab.demonstration import as_rows, find_examples
+    from vmlab.report import Recorder
+
+    suite = find_examples(examples)
+    names = images or [tiny_image()]
+    shown: list[Shown] = []
+    with tempfile.TemporaryDirectory(prefix="vmlab-demo-") as folder:
+        scratch = Path(folder)
+        command = ["vmlab", "demo", *(word for name in names for word in ("--image", name))]
+        recorder = Recorder.create(scratch / "run", tool="vmlab demo", command=command)
+        try:
+            for name in names:
+                for label in ("the first time", "with the image in the store"):
+                    shown.append(_show(name, label, hypervisor, recorder, as_json))
+            well = suite is None or _examples(suite, scratch, recorder, as_json)
+        finally:
+            run = recorder.close()
+            assert run is not None, "the owner of a run closes it once"
+            path = _written(run, report)
+            if not as_json:
+                print(f"\nreport: {path}, {path.with_suffix('.xml')}, {path.with_suffix('.txt')}")
+    if as_json:
+        output.print_json({
+            "runs": as_rows(shown),
+            "examples": None if suite is None else {"path": str(suite), "passed": well},
+            "report": str(path),
+        })  # fmt: skip
+    return ExitCode.OK if well and run.outcome.ok else ExitCode.FAILED
+
+
+def _show(name: str, label: str, hypervisor: str, recorder: Recorder, as_json: bool) -> Shown:
+    """One boot; with the time of each step as it ends, unless JSON is wanted."""
+    from vmlab.lab.demonstration import boot_and_run
+
+    def tell(step: Step, size: int) -> None:
+        if not as_json:
+            amount = f" ({size / 1e6:.1f} MB)" if size else ""
+            print(f"{step.seconds:8.3f} s    {step.name}{amount}", flush=True)
+
+    if not as_json:
+        print(f"\n$ vmlab run --image {name} -- {_COMMAND}     # {label}", flush=True)
+    with drawn_progress() as progress:
+        shown = boot_and_run(
+            name,
+            _COMMAND,
+            hypervisor=hypervisor,
+            recorder=recorder,
+            label=f"{name} boots and runs a command, {label}",
+            progress=progress,
+            tell=tell,
+        )
+    if not as_json:
+        print(timeline_text(shown.steps))
+        print(shown.output, end="", flush=True)
+        print(
+            f"({shown.image.architecture.value}, {hypervisor} with {shown.accelerator}; "
+            "the machine is gone again)",
+            flush=True,
+        )
+    return shown
+
+
+def _examples(suite: Path, scratch: Path, recorder: Recorder, as_json: bool) -> bool:
+    from vmlab.lab.demonstration import run_examples
+
+    if not as_json:
+        print(f"\n$ pytest {suite}", flush=True)
+    return run_examples(suite, scratch, recorder, quiet=as_json)
+
+
+def _written(run: Run, report: Path | None) -> Path:
+    """Write the report in three formats; returns the path of the first."""
+    from vmlab.report import write
+
+    if report is None:
+        from platformdirs import user_state_path
+
+        report = user_state_path("vmlab") / "demo.json"
+    for path in (report, report.with_suffix(".xml"), report.with_suffix(".txt")):
+        write(run, path, "json" if path == report else None)
+    return report

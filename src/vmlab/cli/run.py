@@ -201,11 +201,17 @@ def drawn_progress() -> Iterator[Progress]:
         yield draw
 
 
+def timeline_text(steps: Timeline) -> str:
+    """The steps and their seconds, one to a line, and what they add up to."""
+    rows = [(step.seconds, step.name) for step in steps.steps]
+    return "\n".join(
+        f"{seconds:8.3f} s  {name}" for seconds, name in [*rows, (steps.seconds, "in all")]
+    )
+
+
 def print_timeline(steps: Timeline) -> None:
     """Print the steps and their seconds on stderr."""
-    for step in steps.steps:
-        output.note(f"{step.seconds:8.3f} s  {step.name}")
-    output.note(f"{steps.seconds:8.3f} s  in all")
+    output.note(timeline_text(steps))
 
 
 def print_timeline_as_json(steps: Timeline) -> None:

@@ -116,8 +116,12 @@ def find_image(wish: Wish, store: ImageStore, *, progress: Progress = silent) ->
     """
     if wish.kernel is not None:
         return _with_own_kernel(wish, wish.kernel, store, progress)
-    host = host_architecture() or Architecture.X86_64
-    return store.ensure(wish.image or _TINY[host], progress=progress)
+    return store.ensure(wish.image or tiny_image(), progress=progress)
+
+
+def tiny_image() -> str:
+    """The name of the tiny image of this host's architecture."""
+    return _TINY[host_architecture() or Architecture.X86_64]
 
 
 def _with_own_kernel(wish: Wish, kernel: Path, store: ImageStore, progress: Progress) -> Image:
