@@ -1,0 +1,1 @@
+"""What block devices read and write: raw images and overlays on them."""

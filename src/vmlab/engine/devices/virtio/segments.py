@@ -1,0 +1,316 @@
+"""Networks between machines: unix sockets as QEMU's `-netdev stream` and `dgram`, and taps.
+
+A stream carries each frame behind its length in four bytes, big-endian (QEMU's net/stream.c); a
+datagram is a frame. So a machine here and one on QEMU can share a segment.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from vmlab.engine.devices.channel import listen
+from vmlab.engine.devices.reactor import Reactor, Watch
+from vmlab.engine.devices.virtio.net import MAX_FRAME, VirtioNet
+from vmlab.machine.errors import ResourceNotFound, VmlabError
+
+_LENGTH: Final = struct.Struct(">I")
+_PIECE: Final = 1 << 17
+_BUFFER: Final = 1 << 20
+"""Bytes on their way out before the guest has to wait."""
+_TUNSETIFF: Final = 0x400454CA
+_IFF_TAP: Final = 0x0002
+_IFF_NO_PI: Final = 0x1000
+
+
+class StreamSegment:
+    """Frames over a connected stream. The link is up while somebody is at the other end.
+
+    Args:
+        reactor: Who waits for the sockets.
+        path: A unix socket.
+        server: Make the socket and wait for the other machine; else connect to it.
+
+    Raises:
+        VmlabError: the socket cannot be made, or nobody listens there.
+    """
+
+    def __init__(self, reactor: Reactor, path: Path, *, server: bool) -> None:
+        self._reactor = reactor
+        self._device: VirtioNet | None = None
+        self._lock = threading.RLock()
+        self._peer: socket.socket | None = None
+        self._watch: Watch | None = None
+        self._incoming = bytearray()
+        self._outgoing = bytearray()
+        self._refused = False
+        self._server: socket.socket | None = None
+        self._server_watch: Watch | None = None
+        self._path = path
+        if server:
+            self._server = listen(path)
+            self._server_watch = reactor.watch(self._server, self._accept)
+        else:
+            peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                peer.connect(str(path))
+            except OSError as error:
+                peer.close()
+                raise ResourceNotFound(
+                    f"nobody listens at the network segment {str(path)!r}: {error.strerror}",
+                    hint="start the machine that is the segment's server first",
+                ) from None
+            self._join(peer)
+
+    def _join(self, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        self._peer = peer
+        self._incoming.clear()
+        self._outgoing.clear()
+        self._watch = self._reactor.watch(peer, self._readable, self._writable)
+
+    def _accept(self) -> None:
+        with self._lock:
+            if self._server is None or self._server_watch is None:
+                return
+            try:
+                peer, _ = self._server.accept()
+            except OSError:  # it has left already
+                return
+            self._join(peer)
+            self._server_watch.want(reading=False)
+        if self._device is not None:
+            self._device.set_link(True)
+
+    def attach(self, device: VirtioNet) -> None:
+        """The device on this end."""
+        self._device = device
+        device.own.link_up = self._peer is not None
+
+    def send(self, frame: bytes) -> bool:
+        """Put a frame on the wire; nobody there: it is lost, as on a real one."""
+        with self._lock:
+            if self._peer is None:
+                return True
+            if len(self._outgoing) > _BUFFER:
+                self._refused = True
+                return False
+            self._outgoing += _LENGTH.pack(len(frame)) + frame
+            self._flush()
+            return True
+
+    def _flush(self) -> None:
+        if self._peer is None or self._watch is None:
+            return
+        try:
+            while self._outgoing:
+                del self._outgoing[: self._peer.send(self._outgoing[:_PIECE])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._outgoing.clear()  # gone; reading will notice
+        self._watch.want(writing=bool(self._outgoing))
+
+    def _writable(self) -> None:
+        with self._lock:
+            self._flush()
+            resume = self._refused and len(self._outgoing) <= _BUFFER // 2
+            self._refused = self._refused and not resume
+        if resume and self._device is not None:
+            self._device.resume()
+
+    def _readable(self) -> None:
+        with self._lock:
+            if self._peer is None:
+                return
+            try:
+                data = self._peer.recv(_PIECE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            self._incoming += data
+        if not data or not self._hand_over():
+            self._leave()
+
+    def _hand_over(self) -> bool:
+        """Give whole frames to the device as long as it takes them; False: that is no frame."""
+        while self._device is not None:
+            with self._lock:
+                if len(self._incoming) < _LENGTH.size:
+                    break
+                (size,) = _LENGTH.unpack_from(self._incoming)
+                if size > MAX_FRAME:
+                    return False
+                if len(self._incoming) < _LENGTH.size + size:
+                    break
+                if self._device.full and self._device.running:
+                    if self._watch is not None:
+                        self._watch.want(reading=False)
+                    return True
+                frame = bytes(self._incoming[_LENGTH.size : _LENGTH.size + size])
+                del self._incoming[: _LENGTH.size + size]
+            self._device.arrived(frame)
+        return True
+
+    def resume(self) -> None:
+        """The device takes frames again."""
+        if not self._hand_over():
+            self._leave()
+        elif self._watch is not None and self._device is not None and not self._device.full:
+            self._watch.want(reading=True)
+
+    def _leave(self) -> None:
+        with self._lock:
+            peer, watch = self._peer, self._watch
+            self._peer = self._watch = None
+            if peer is None or watch is None:
+                return
+            watch.close()
+            peer.close()
+            resume, self._refused = self._refused, False
+            if self._server_watch is not None:
+                self._server_watch.want(reading=True)
+        if self._device is not None:
+            self._device.set_link(False)
+            if resume:
+                self._device.resume()
+
+    def close(self) -> None:
+        """Leave the segment, and remove its socket if it was made here."""
+        with self._lock:
+            self._device = None
+            self._leave()
+            if self._server is not None and self._server_watch is not None:
+                self._server_watch.close()
+                self._server.close()
+                self._server = None
+                with suppress(FileNotFoundError):
+                    self._path.unlink()
+
+
+class DatagramSegment:
+    """A frame is a datagram from the socket at `local` to the one at `remote`.
+
+    Raises:
+        VmlabError: the local socket cannot be made.
+    """
+
+    def __init__(self, reactor: Reactor, local: Path, remote: Path) -> None:
+        self._local = local
+        self._remote = str(remote)
+        self._device: VirtioNet | None = None
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self._socket.setblocking(False)
+            self._socket.bind(str(local))
+            local.chmod(0o600)
+        except OSError as error:
+            self._socket.close()
+            raise VmlabError(
+                f"the network socket {str(local)!r} cannot be opened: {error.strerror or error}",
+                hint="a socket's path is new, in a folder that can be written, below 108 bytes",
+            ) from None
+        self._watch = reactor.watch(self._socket, self._readable)
+
+    def attach(self, device: VirtioNet) -> None:
+        """The device on this end."""
+        self._device = device
+
+    def send(self, frame: bytes) -> bool:
+        """Put a frame on the wire; a full or missing other end loses it, as on a real one."""
+        with suppress(OSError):
+            self._socket.sendto(frame, self._remote)
+        return True
+
+    def _readable(self) -> None:
+        try:
+            frame = self._socket.recv(MAX_FRAME + 1)
+        except OSError:
+            return
+        if self._device is not None:
+            self._device.arrived(frame)
+
+    def resume(self) -> None:
+        """Datagrams do not wait: what was too much is lost."""
+
+    def close(self) -> None:
+        """Leave the segment and remove the socket."""
+        self._device = None
+        self._watch.close()
+        self._socket.close()
+        with suppress(FileNotFoundError):
+            self._local.unlink()
+
+
+class _Descriptor:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+class TapSegment:
+    """A tap interface of the host's, which exists or which this user may make.
+
+    Raises:
+        VmlabError: it cannot be opened.
+    """
+
+    def __init__(self, reactor: Reactor, interface: str) -> None:
+        self._device: VirtioNet | None = None
+        name = interface.encode()
+        if not 0 < len(name) < 16:
+            raise VmlabError(
+                f"{interface!r} is no name of a network interface", hint="1 to 15 bytes"
+            )
+        self._fd = -1
+        try:
+            self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH22x", name, _IFF_TAP | _IFF_NO_PI))
+        except OSError as error:
+            if self._fd >= 0:
+                os.close(self._fd)
+            raise VmlabError(
+                f"the tap interface {interface!r} cannot be opened: {error.strerror}",
+                hint=f"make it once as root: ip tuntap add {interface} mode tap user $USER",
+            ) from None
+        self._watch = reactor.watch(_Descriptor(self._fd), self._readable)
+
+    def attach(self, device: VirtioNet) -> None:
+        """The device on this end."""
+        self._device = device
+
+    def send(self, frame: bytes) -> bool:
+        """Hand a frame to the host; if its queue is full, or it is down, it is lost."""
+        try:
+            os.write(self._fd, frame)
+        except OSError as error:
+            if error.errno not in {errno.EAGAIN, errno.EIO, errno.EINVAL, errno.ENOBUFS}:
+                raise
+        return True
+
+    def _readable(self) -> None:
+        try:
+            frame = os.read(self._fd, MAX_FRAME + 1)
+        except OSError:
+            return
+        if self._device is not None:
+            self._device.arrived(frame)
+
+    def resume(self) -> None:
+        """A tap does not wait: what was too much is lost."""
+
+    def close(self) -> None:
+        """Let go of the interface."""
+        self._device = None
+        self._watch.close()
+        os.close(self._fd)
