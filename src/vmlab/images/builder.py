@@ -15,17 +15,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vmlab.images.debian.archive import Archive
 from vmlab.images.debian.index import Package, PackageIndex
-from vmlab.images.debian.release import Release
-from vmlab.images.errors import ImageNotFound, RecipeError
+from vmlab.images.debian.suite import Readable, Snapshot, Suite
+from vmlab.images.errors import RecipeError
 from vmlab.images.formats.kernel import direct_boot
 from vmlab.images.progress import Progress, ProgressEvent
 from vmlab.images.recipe import Recipe
 from vmlab.images.tiny import build as tiny
 
 # Raised whenever the same recipe and index would give other bytes than before.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 _KERNEL_PREFIX = "linux-image-"
 # A developer's modules go into the initramfs whole, if they are not more bytes than this.
 _MODULES_BYTES_FOR_ALL = 64 << 20
@@ -121,8 +120,8 @@ def check_host(recipe: Recipe) -> None:
 
 def build(
     recipe: Recipe,
-    archive: Archive,
-    release: Release,
+    suite: Suite,
+    snapshot: Snapshot,
     given: Inputs,
     directory: Path,
     *,
@@ -134,38 +133,71 @@ def build(
     Raises:
         ImageError: of the kind that says what went wrong.
     """
-    indexes = [
-        archive.index(
-            release,
-            component=component,
-            architecture=recipe.architecture.debian,
-            progress=progress,
-        )
-        for component in recipe.components
-    ]
-    kernel = _kernel_package(recipe, indexes)
-    kernel_deb = archive.package(kernel, progress=progress)
+    index = package_index(recipe, suite, snapshot, progress=progress)
+    kernel = _kernel_package(recipe, index)
+    kernel_deb = suite.package(kernel, progress=progress)
     if not recipe.tiny:
         from vmlab.images.roots.build import build_root
 
         return build_root(
-            recipe, archive, release, given, directory,
-            kernel=kernel, kernel_deb=kernel_deb, indexes=indexes, digest=digest,
+            recipe, suite, snapshot, given, directory,
+            kernel=kernel, kernel_deb=kernel_deb, index=index, digest=digest,
             progress=progress,
         )  # fmt: skip
-    packages = _closure(recipe, indexes)
-    debs = [archive.package(package, progress=progress) for package in packages]
+    packages = index.closure(recipe.packages, without=recipe.without)
+    debs = [suite.package(package, progress=progress) for package in packages]
     scratch = directory / "unpacked"
     scratch.mkdir()
     files = tiny.unpack_kernel(kernel_deb, scratch, progress=progress)
     build_initramfs(
-        recipe, files, debs, given, directory / "initrd", mtime=release.date, progress=progress
+        recipe, files, debs, given, directory / "initrd", mtime=snapshot.date, progress=progress
     )
     return Built(
         files={**kernel_files(files.image, directory), "initrd": directory / "initrd"},
         kernel_release=files.release,
         packages={package.name: package.version for package in [kernel, *packages]},
     )
+
+
+def readable(recipe: Recipe) -> Readable:
+    """What a recipe reads of its suite."""
+    return Readable(recipe.components, recipe.architecture.debian)
+
+
+def package_index(
+    recipe: Recipe, suite: Suite, snapshot: Snapshot, *, progress: Progress
+) -> PackageIndex:
+    """All packages that a recipe can have."""
+    return suite.index(
+        snapshot,
+        components=recipe.components,
+        architecture=recipe.architecture.debian,
+        progress=progress,
+    )
+
+
+def lend_initramfs(
+    recipe: Recipe,
+    suite: Suite,
+    snapshot: Snapshot,
+    output: Path,
+    *,
+    kernel: tiny.KernelFiles,
+    given: Inputs,
+    progress: Progress,
+) -> None:
+    """Write the initramfs of a tiny image's recipe for a kernel that is not the recipe's.
+
+    Raises:
+        ImageError: of the kind that says what went wrong.
+    """
+    index = package_index(recipe, suite, snapshot, progress=progress)
+    packages = index.closure(recipe.packages, without=recipe.without)
+    debs = [suite.package(package, progress=progress) for package in packages]
+    build_initramfs(
+        recipe, kernel, debs, given, output,
+        mtime=snapshot.date, foreign=True, progress=progress,
+    )  # fmt: skip
 
 
 def kernel_files(kernel: Path, directory: Path) -> dict[str, Path]:
@@ -237,9 +269,9 @@ def _optional(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name.removesuffix('?')}?" for name in names)
 
 
-def _kernel_package(recipe: Recipe, indexes: list[PackageIndex]) -> Package:
+def _kernel_package(recipe: Recipe, index: PackageIndex) -> Package:
     """The package that holds the kernel: `linux-image-amd64` only depends on it."""
-    package = _get(recipe.kernel, indexes)
+    package = index.get(recipe.kernel)
     for _ in range(4):
         real = next(
             (
@@ -252,36 +284,8 @@ def _kernel_package(recipe: Recipe, indexes: list[PackageIndex]) -> Package:
         )
         if real is None:
             return package
-        package = _get(real, indexes)
+        package = index.get(real)
     return package
-
-
-def _get(name: str, indexes: list[PackageIndex]) -> Package:
-    for index in indexes[:-1]:
-        found = index.find(name)
-        if found is not None:
-            return found
-    return indexes[-1].get(name)
-
-
-def _closure(recipe: Recipe, indexes: list[PackageIndex]) -> list[Package]:
-    """The recipe's packages and their dependencies, each from the first component that has it."""
-    if len(indexes) == 1:
-        return indexes[0].closure(recipe.packages, without=recipe.without)
-    found: dict[str, Package] = {}
-    for name in recipe.packages:
-        for index in indexes:
-            if index.find(name) is not None:
-                chosen = index.closure([name], without=recipe.without)
-                found.update({package.name: package for package in chosen})
-                break
-        else:
-            raise ImageNotFound(
-                f"recipe {recipe.name!r}: packages has {name!r}, which the suite "
-                f"{recipe.suite!r} does not have",
-                hint="check its spelling and the recipe's components",
-            )
-    return [found[name] for name in sorted(found)]
 
 
 def _sha256(data: bytes) -> str:

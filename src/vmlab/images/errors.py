@@ -38,6 +38,14 @@ class PackageGone(MirrorError):
     """The index names a file that the mirror no longer has: the index is out of date."""
 
 
+class OutOfStep(PackageGone):
+    """The mirror has the file that the index names, but another version of it."""
+
+
+class SuiteMissing(MirrorError):
+    """The mirrors can be reached, and none of them has the suite."""
+
+
 class UntrustedArchive(ImageError):
     """An archive's signature, date or name is not what it has to be; nothing of it was used."""
 

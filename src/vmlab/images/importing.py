@@ -17,11 +17,11 @@ from typing import Any
 
 from vmlab.images import recipe as recipes
 from vmlab.images.builder import (
-    Inputs,
-    build_initramfs,
     guest_agent,
     inputs,
     kernel_files,
+    lend_initramfs,
+    readable,
 )
 from vmlab.images.errors import FormatError, ImageError, ImageNotFound, RecipeError
 from vmlab.images.formats import disk as disks
@@ -211,15 +211,17 @@ def with_kernel(
     recipe = base_recipe(store, base, info.architecture)
     directory = None if modules is None else _modules_directory(modules)
     given = inputs(recipe, guest_agent())
-    archive = store.archive(recipe.distribution, recipe.suite)
-    release = archive.snapshot(store.settings.pins.get(recipe.suite), progress=progress)
+    suite = store.suite(recipe.distribution, recipe.suite)
+    snapshot = suite.snapshot(
+        store.settings.pins.get(recipe.suite), readable=readable(recipe), progress=progress
+    )
     sources: dict[str, Any] = {
         "kernel": sha256(kernel),
         "modules": None if directory is None else _tree_digest(directory),
         "initrd": None if initrd is None else sha256(initrd),
     }
     digest = _digest({
-        "base": recipe.canonical(), "index": release.digest, "inputs": given.digests(), **sources
+        "base": recipe.canonical(), "index": snapshot.digest, "inputs": given.digests(), **sources
     })  # fmt: skip
     name = f"{recipe.name}+{info.release or 'kernel'}"
     with lock(store.root / "locks" / f"{digest}.lock", what=f"building {name}", progress=progress):
@@ -232,7 +234,10 @@ def with_kernel(
                 shutil.copyfile(initrd, scratch / "initrd")
             else:
                 own = KernelFiles(kernel, _release(info.release, directory), directory)
-                _initramfs(store, recipe, own, given, scratch / "initrd", progress=progress)
+                lend_initramfs(
+                    recipe, suite, snapshot, scratch / "initrd",
+                    kernel=own, given=given, progress=progress,
+                )  # fmt: skip
             files["initrd"] = scratch / "initrd"
             return store.add(
                 Image(
@@ -245,35 +250,11 @@ def with_kernel(
                     channels=("console",) if initrd is not None else recipe.channels,
                     kernel_release=info.release,
                     origin="kernel",
-                    source={**sources, "base": recipe.name, "index": release.digest},
+                    source={**sources, "base": recipe.name, "index": snapshot.digest},
                 ),
                 files,
                 progress=progress,
             )
-
-
-def _initramfs(
-    store: ImageStore,
-    recipe: Recipe,
-    kernel: KernelFiles,
-    given: Inputs,
-    output: Path,
-    *,
-    progress: Progress,
-) -> None:
-    archive = store.archive(recipe.distribution, recipe.suite)
-    release = archive.snapshot(store.settings.pins.get(recipe.suite), progress=progress)
-    index = archive.index(
-        release, component=recipe.components[0], architecture=recipe.architecture.debian,
-        progress=progress,
-    )  # fmt: skip
-    debs = [
-        archive.package(package, progress=progress) for package in index.closure(recipe.packages)
-    ]
-    build_initramfs(
-        recipe, kernel, debs, given, output,
-        mtime=release.date, foreign=True, progress=progress,
-    )  # fmt: skip
 
 
 def check_initrd(path: Path) -> None:

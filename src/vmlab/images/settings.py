@@ -10,7 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +34,13 @@ class ImageSettings(BaseModel):
     store: Path | None = Field(None, description="directory of the store")
     limit: Size = Field(20 * GIB, description="the store is pruned when it is larger than this")
     debian_mirror: str | None = Field(None, description="URL of a mirror, the part before /dists")
+    debian_security_mirror: str | None = Field(
+        None, description="URL of a mirror of the security archive"
+    )
+    pockets: tuple[Literal["updates", "security"], ...] | None = Field(
+        None,
+        description="suites to read besides, such as bookworm-updates; what apt uses if not given",
+    )
     debian_keyring: Path | None = Field(None, description="trusted keys instead of Debian's own")
     check_date: bool | None = Field(None, description="refuse an index from the future")
     check_valid_until: bool | None = Field(None, description="refuse an index that has expired")

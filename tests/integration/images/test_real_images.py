@@ -231,7 +231,7 @@ def test_tiny_image_is_the_same_when_it_is_built_again(store: ImageStore) -> Non
 
 def test_snapshot_in_use_is_signed_by_debians_keys(store: ImageStore) -> None:
     ensured(store, "debian-13-riscv64-tiny")
-    release = store.archive("debian", "trixie").snapshot()
+    release = store.suite("debian", "trixie").snapshot().main
     assert (release.codename, release.origin) == ("trixie", "Debian")
     assert set(release.signers) & set(openpgp.ARCHIVE_KEYS.values())
 

@@ -143,6 +143,7 @@ class SmallArchive:
     suite: str = "stable"
     date: float = 1_700_000_000.0
     valid_until: float | None = None
+    version: str = "1.0"
     by_hash: bool = True
     packages: dict[str, tuple[str, bytes]] = field(default_factory=dict)
 
@@ -155,12 +156,12 @@ class SmallArchive:
         name: str,
         entries: list[tuple[str, bytes | str | None, int]],
         *,
-        version: str = "1.0",
+        version: str | None = None,
         depends: str = "",
         more: str = "",
         suffix: str = ".xz",
     ) -> None:
-        control = f"Package: {name}\nVersion: {version}\nArchitecture: riscv64\n"
+        control = f"Package: {name}\nVersion: {version or self.version}\nArchitecture: riscv64\n"
         control += f"Depends: {depends}\n" if depends else ""
         control += more
         self.packages[name] = (control, deb_package(control, entries, suffix=suffix))
@@ -188,7 +189,7 @@ class SmallArchive:
         ], depends="kmod, initramfs-tools | linux-initramfs-tool")  # fmt: skip
 
     def path(self, name: str) -> Path:
-        return self.root / "pool" / f"{name}_1.0_riscv64.deb"
+        return self.root / "pool" / f"{name}_{self.version}_riscv64.deb"
 
     def publish(self, *, resign: bool = True) -> None:
         stanzas = []

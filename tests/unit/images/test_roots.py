@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from vmlab.images import ImageStore
-from vmlab.images.debian.archive import Archive
 from vmlab.images.errors import BuildFailed, FormatError, ImageError, ToolMissing
 from vmlab.images.formats import tarball
 from vmlab.images.importing import Parts, import_image
@@ -253,22 +252,25 @@ def test_local_mirror_serves_the_snapshot_and_nothing_else(
     import urllib.request
 
     store = make_store()
-    suite: Archive = store.archive("debian", "trixie")
-    release = suite.snapshot()
+    suite = store.suite("debian", "trixie")
+    snapshot = suite.snapshot()
     archive.date += 1000  # type: ignore[attr-defined]  # the mirror moves on
     archive.publish()  # type: ignore[attr-defined]
-    with serving(suite, release, components=("main",), architecture="riscv64",
-                 progress=lambda event: None) as (url, failures):  # fmt: skip
+    with serving(suite, snapshot, components=("main",), architecture="riscv64",
+                 progress=lambda event: None) as (sources, failures):  # fmt: skip
+        (only,) = sources
+        assert (only.suite, only.components) == ("trixie", ("main",))
 
         def get(path: str) -> bytes:
-            with urllib.request.urlopen(f"{url}/{path}", timeout=10) as answer:
+            with urllib.request.urlopen(f"{only.url}/{path}", timeout=10) as answer:
                 data: bytes = answer.read()
                 return data
 
         assert b"Suite: stable" in get("dists/trixie/InRelease")
         name = "pool/busybox-static_1.0_riscv64.deb"
         assert get(name) == archive.path("busybox-static").read_bytes()  # type: ignore[attr-defined]
-        for path in ("etc/passwd", "../../etc/passwd", "pool/none.deb", ""):
+        for path in ("etc/passwd", "../../etc/passwd", "pool/none.deb", "",
+                     "../trixie-updates/dists/trixie-updates/InRelease"):  # fmt: skip
             with pytest.raises(urllib.error.HTTPError) as caught:
                 get(path)
             assert caught.value.code == 404

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from vmlab.images import recipe as recipes
 from vmlab.images.debian import apt, mirrors, openpgp, versions
 from vmlab.images.debian.apt import AptConfiguration, Source
 from vmlab.images.debian.index import PackageIndex
+from vmlab.images.debian.mirrors import Given
 from vmlab.images.errors import (
     ImageError,
     ImageNotFound,
@@ -32,6 +34,8 @@ from vmlab.machine.errors import InvalidSpec, VmlabError
 
 # ---------------------------------------------------------------------- mirrors
 
+NOTHING = Given()
+
 
 def source(uri: str, suite: str, components: str = "main", file: str = "x.list") -> Source:
     return Source(uri, suite, tuple(components.split()), Path(file))
@@ -41,11 +45,11 @@ def test_setting_comes_before_environment_before_apt() -> None:
     configuration = AptConfiguration(sources=(source("http://c.test/debian", "trixie"),))
     find = functools.partial(mirrors.mirrors, "trixie", apt=configuration)
     environment = {"VMLAB_DEBIAN_MIRROR": "http://b.test/debian/"}
-    (first,) = find(setting="http://a.test/debian", environment=environment)
+    (first,) = find(setting=Given("http://a.test/debian"), environment=environment)
     assert (first.url, first.origin) == ("http://a.test/debian", "setting")
-    (second,) = find(setting=None, environment=environment)
+    (second,) = find(setting=NOTHING, environment=environment)
     assert (second.url, second.origin) == ("http://b.test/debian", "VMLAB_DEBIAN_MIRROR")
-    (third,) = find(setting=None, environment={})
+    (third,) = find(setting=NOTHING, environment={})
     assert (third.url, third.origin) == ("http://c.test/debian", "apt: x.list")
 
 
@@ -61,22 +65,79 @@ def test_of_apts_archives_only_debians_own_are_mirrors_and_the_same_suite_comes_
             source("http://d.test/debian/", "trixie"),
         )
     )
-    found = mirrors.mirrors("trixie", setting=None, environment={}, apt=configuration)
+    found = mirrors.mirrors("trixie", setting=NOTHING, environment={}, apt=configuration)
     assert [mirror.url for mirror in found] == [
         "http://d.test/debian", "http://a.test/debian", "http://b.test/debian",
     ]  # fmt: skip
 
 
+APT = AptConfiguration(
+    sources=(
+        source("http://a.test/debian", "bookworm"),
+        source("http://a.test/debian", "bookworm-updates"),
+        source("http://a.test/debian-security", "bookworm-security"),
+        source("http://a.test/other-security", "focal-security"),
+        source("http://a.test/no-main", "bookworm-security", "contrib"),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "apt", "pockets"),
+    [
+        ({}, {}, APT, ["trixie-updates", "trixie-security"]),
+        ({}, {}, AptConfiguration(sources=APT.sources[:1]), []),
+        ({}, {}, AptConfiguration(sources=APT.sources[:2]), ["trixie-updates"]),
+        ({"wanted": ()}, {}, APT, []),
+        ({"wanted": ("security",)}, {}, AptConfiguration(), ["trixie-security"]),
+        # Whoever names a mirror wants nothing from elsewhere.
+        ({"setting": Given("http://b.test/debian")}, {}, APT, ["trixie-updates"]),
+        ({}, {"VMLAB_DEBIAN_MIRROR": "http://b.test/debian"}, APT, ["trixie-updates"]),
+        (
+            {},
+            {"VMLAB_DEBIAN_MIRROR": "http://b.test/debian",
+             "VMLAB_DEBIAN_SECURITY_MIRROR": "http://b.test/security"},
+            AptConfiguration(),
+            ["trixie-updates", "trixie-security"],
+        ),
+    ],
+)  # fmt: skip
+def test_pockets_are_those_that_apt_uses_or_that_the_given_mirrors_can_have(
+    settings: dict[str, Any],
+    environment: dict[str, str],
+    apt: AptConfiguration,
+    pockets: list[str],
+) -> None:
+    given = {"wanted": None, "setting": NOTHING, **settings}
+    assert mirrors.pockets("trixie", environment=environment, apt=apt, **given) == pockets
+
+
+def test_security_has_an_archive_of_its_own() -> None:
+    find = functools.partial(mirrors.mirrors, "trixie-security")
+    (found,) = find(setting=NOTHING, environment={}, apt=APT)
+    assert found.url == "http://a.test/debian-security"
+    variables = {"VMLAB_DEBIAN_SECURITY_MIRROR": "http://c.test/security/"}
+    (found,) = find(setting=NOTHING, environment=variables, apt=APT)
+    assert (found.url, found.origin) == ("http://c.test/security", "VMLAB_DEBIAN_SECURITY_MIRROR")
+    (found,) = find(setting=Given(None, "file:///s"), environment=variables, apt=APT)
+    assert (found.url, found.origin) == ("file:///s", "setting")
+    with pytest.raises(MirrorError) as caught:
+        find(setting=Given("http://b.test/debian"), environment={}, apt=APT)
+    assert "VMLAB_DEBIAN_SECURITY_MIRROR" in (caught.value.hint or "")
+    with pytest.raises(MirrorError, match="VMLAB_DEBIAN_SECURITY_MIRROR = 'nowhere'"):
+        find(setting=NOTHING, environment={"VMLAB_DEBIAN_SECURITY_MIRROR": "nowhere"}, apt=APT)
+
+
 def test_host_without_a_mirror_is_told_what_to_set() -> None:
     with pytest.raises(MirrorError) as caught:
-        mirrors.mirrors("trixie", setting=None, environment={}, apt=AptConfiguration())
+        mirrors.mirrors("trixie", setting=NOTHING, environment={}, apt=AptConfiguration())
     assert "VMLAB_DEBIAN_MIRROR" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("url", ["ftp://a.test/debian", "debian", "http:", "", " "])
 def test_mirror_that_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(MirrorError):
-        mirrors.mirrors("trixie", setting=url, environment={}, apt=AptConfiguration())
+        mirrors.mirrors("trixie", setting=Given(url), environment={}, apt=AptConfiguration())
 
 
 def test_password_in_a_mirrors_url_is_not_shown() -> None:
@@ -162,7 +223,7 @@ def test_any_source_file_can_be_read(text: str) -> None:
 
 
 def test_shipped_keys_are_the_published_ones() -> None:
-    assert len(openpgp.archive_keys()) == 4
+    assert len(openpgp.archive_keys()) == 6
 
 
 def test_exchanged_key_file_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +295,31 @@ def test_closure_follows_dependencies_in_circles_and_alternatives() -> None:
     assert [package.name for package in found] == ["libc6", "postman", "tool"]
     with pytest.raises(ImageNotFound, match="'awk'"):
         index.closure(["tool"], without=("dpkg",))
+
+
+def test_newest_version_is_found_in_whichever_suite_has_it() -> None:
+    def package(name: str, version: str) -> bytes:
+        return (f"Package: {name}\nVersion: {version}\nFilename: pool/{name}_{version}.deb\n"
+                f"Size: 1\nSHA256: {'0' * 64}\n").encode()  # fmt: skip
+
+    index = PackageIndex.merged([
+        PackageIndex(package("aa", "1") + b"\n" + package("bb", "2"), source="main", suite="x"),
+        PackageIndex(b"", source="updates", suite="x-updates"),
+        PackageIndex(package("aa", "1.1") + b"\n" + package("bb", "2") + b"\n" + package("cc", "3"),
+                     source="security", suite="x-security"),
+    ])  # fmt: skip
+    found = {name: (index.get(name).version, index.get(name).suite) for name in ("aa", "bb", "cc")}
+    assert found == {"aa": ("1.1", "x-security"), "bb": ("2", "x"), "cc": ("3", "x-security")}
+    older = index.by_filename("pool/aa_1.deb")
+    assert older is not None
+    assert (older.version, older.suite) == ("1", "x")
+    with pytest.raises(ImageNotFound, match=r"main \(and updates, security\) has no package 'dd'"):
+        index.get("dd")
+    with pytest.raises(ImageError, match="security has a broken entry"):
+        PackageIndex.merged([
+            PackageIndex(b"", source="main"),
+            PackageIndex(package("aa", "1").replace(b"0" * 64, b"0"), source="security"),
+        ]).get("aa")  # fmt: skip
 
 
 def test_path_that_leads_out_of_the_archive_is_refused() -> None:

@@ -166,7 +166,7 @@ def test_text_around_the_signed_part_is_not_believed(
         inrelease.write_bytes(forged)
         store = make_store()
         try:
-            release = store.archive("debian", "trixie").snapshot()
+            release = store.suite("debian", "trixie").snapshot().main
         except ImageError:
             continue
         assert release.suite == "stable"
@@ -225,13 +225,13 @@ def test_older_index_does_not_replace_a_newer_one(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
     store = make_store()
-    newer = store.archive("debian", "trixie").snapshot()
+    newer = store.suite("debian", "trixie").snapshot()
     archive.date -= 86_400  # type: ignore[attr-defined]
     archive.publish()  # type: ignore[attr-defined]
-    assert store.archive("debian", "trixie").snapshot(refresh=True).digest == newer.digest
+    assert store.suite("debian", "trixie").snapshot(refresh=True).digest == newer.digest
     archive.date += 2 * 86_400  # type: ignore[attr-defined]
     archive.publish()  # type: ignore[attr-defined]
-    assert store.archive("debian", "trixie").snapshot(refresh=True).date > newer.date
+    assert store.suite("debian", "trixie").snapshot(refresh=True).date > newer.date
 
 
 def test_tampered_package_is_refused_by_name_and_the_right_one_fetched_afterwards(
@@ -444,7 +444,7 @@ def test_package_that_a_point_release_dropped_renews_the_index(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
     store = make_store()
-    old = store.archive("debian", "trixie").snapshot()
+    old = store.suite("debian", "trixie").snapshot()
     archive.path("busybox-static").unlink()  # type: ignore[attr-defined]
     busybox = archive.packages.pop("busybox-static")  # type: ignore[attr-defined]
     control, data = busybox
@@ -452,7 +452,7 @@ def test_package_that_a_point_release_dropped_renews_the_index(
         control.replace("Version: 1.0", "Version: 1.1"), data + b"\n" * (len(data) % 2),
     )  # fmt: skip
     archive.date += 86_400  # type: ignore[attr-defined]
-    store.archive("debian", "trixie").index(old, component="main", architecture="riscv64")
+    store.suite("debian", "trixie").index(old, components=["main"], architecture="riscv64")
     with pytest.raises(PackageGone):
         store.ensure(recipe_file, index=old.digest)
     archive.publish()  # type: ignore[attr-defined]

@@ -1,13 +1,14 @@
-"""A Debian archive seen from a store: snapshots of its index, and the packages in them.
+"""One suite of a Debian archive seen from a store: its Release files, and the packages in it.
 
-A snapshot is an `InRelease` that was verified once and kept, so that a warm store needs no
-network and the same snapshot gives the same packages. It is verified again whenever it is read.
+An `InRelease` that was verified once is kept, so that a warm store needs no network and the same
+index gives the same packages. It is verified again whenever it is read. Which one is in use, and
+which suites belong together, is for `vmlab.images.debian.suite` to say.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from vmlab.images.errors import (
     ImageNotFound,
     MirrorError,
     PackageGone,
+    SuiteMissing,
     TamperedFile,
     UntrustedArchive,
 )
 from vmlab.images.formats.compression import decompressed
 from vmlab.images.progress import Progress, ProgressEvent, silent
 from vmlab.images.store.blobs import BlobCache, Wanted
-from vmlab.images.store.disk import lock, replacing
+from vmlab.images.store.disk import replacing
 
 _INRELEASE_BYTES_AT_MOST = 16 << 20
 _INDEX_BYTES_AT_MOST = 1 << 30
@@ -48,12 +50,12 @@ class Archive:
     Args:
         distribution: For naming: "debian".
         suite: The suite or codename.
-        root: The directory in which snapshots are kept.
+        root: The directory in which the suites' Release files are kept.
         blobs: Where fetched files are kept.
         downloader: How they are fetched.
-        mirrors: Told when the network is needed; the mirrors to try, the best first.
+        mirrors: Called when the network is needed; the mirrors to try, the best first.
         keys: The keyrings whose signature counts; None for Debian's own.
-        date_checks: Told when an index was fetched; what to check of it.
+        date_checks: Called when an index was fetched; what to check of it.
     """
 
     def __init__(
@@ -69,63 +71,30 @@ class Archive:
         date_checks: Callable[[], DateChecks] = DateChecks,
     ) -> None:
         self.suite = suite
-        self._root = root / f"{distribution}-{suite}"
+        self.root = root / f"{distribution}-{suite}"
         self._blobs = blobs
         self._downloader = downloader
         self._mirrors = mirrors
         self.keys = keys
         self._date_checks = date_checks
 
-    def pinned(self) -> str | None:
-        """The digest of the snapshot that is in use, or None before the first one."""
-        try:
-            digest = (self._root / "current").read_text(encoding="ascii").strip()
-        except (FileNotFoundError, UnicodeDecodeError):
-            return None
-        return digest if self._file(digest).is_file() else None
+    def _file(self, digest: str) -> Path:
+        return self.root / f"{digest}.InRelease"
 
-    def snapshots(self) -> list[str]:
-        """The digests of all snapshots that are kept."""
-        return sorted(path.name for path in self._root.glob("*.InRelease"))
-
-    def snapshot(
-        self, digest: str | None = None, *, refresh: bool = False, progress: Progress = silent
-    ) -> Release:
-        """A snapshot of the suite's index.
-
-        Args:
-            digest: The snapshot wanted; None for the one in use, or a new one where there is none.
-            refresh: Ask the mirror for a newer one first, and use that from now on.
-            progress: Told what is fetched.
+    def kept(self, digest: str) -> Release:
+        """The Release file of that digest, verified again.
 
         Raises:
-            MirrorError: the mirror cannot be reached.
-            UntrustedArchive: what it serves is not to be believed.
-            ImageNotFound: there is no snapshot of that digest.
+            ImageNotFound: it was never fetched.
+            TamperedFile, UntrustedArchive: it is not what it was.
         """
-        if digest is not None:
-            return self._kept(digest)
-        with lock(self._root / "lock", what=f"the index of {self.suite}", progress=progress):
-            current = self.pinned()
-            if current is not None and not refresh:
-                try:
-                    return self._kept(current)
-                except (TamperedFile, UntrustedArchive):
-                    self._file(current).unlink(missing_ok=True)
-                    current = None
-            return self._fetch(current, progress)
-
-    def _file(self, digest: str) -> Path:
-        return self._root / f"{digest}.InRelease"
-
-    def _kept(self, digest: str) -> Release:
         path = self._file(digest)
         try:
             message = path.read_bytes()
         except OSError:
             raise ImageNotFound(
-                f"there is no snapshot {digest!r} of {self.suite} in the store",
-                hint="there are " + (", ".join(self.snapshots()) or "none"),
+                f"there is no index {digest!r} of {self.suite} in the store",
+                hint="fetch the index again with `vmlab image build --update`",
             ) from None
         if hashlib.sha256(message).hexdigest() != digest:
             raise TamperedFile(
@@ -146,74 +115,90 @@ class Archive:
             check_valid_until=checks.valid_until,
         )
 
-    def _fetch(self, current: str | None, progress: Progress) -> Release:
+    def fetch(self, previous: Release | None, *, progress: Progress = silent) -> Release:
+        """What the first of the mirrors that can be believed has now; it is kept.
+
+        Args:
+            previous: The one in use, which stays if the mirror's is older (a mirror that lags, or
+                replays the past: apt ignores it as well).
+            progress: Told what is fetched.
+
+        Raises:
+            SuiteMissing: the mirrors do not have the suite.
+            MirrorError: none can be reached.
+            UntrustedArchive: what they serve is not to be believed.
+        """
         failures: list[MirrorError | UntrustedArchive] = []
         mirrors = self._mirrors(self.suite)
         for mirror in mirrors:
-            step = f"fetching the index of {self.suite}"
-            progress(ProgressEvent(step))
-            url = f"{mirror.url}/dists/{self.suite}/InRelease"
             try:
-                message = self._downloader.read(url, limit=_INRELEASE_BYTES_AT_MOST)
-                release = self._read(
-                    message, f"{mirror.shown}/dists/{self.suite}/InRelease", fresh=True
-                )
+                return self._from(mirror, previous, progress)
             except PackageGone:
                 failures.append(
-                    MirrorError(
+                    SuiteMissing(
                         f"the mirror {mirror.shown} has no suite {self.suite!r}",
                         hint=f"it was found in: {mirror.origin}; try another mirror "
                         "(VMLAB_DEBIAN_MIRROR)",
                     )
                 )
-                continue
             except (MirrorError, UntrustedArchive) as error:
                 failures.append(error)
-                continue
-            finally:
-                progress(ProgressEvent(step, finished=True))
-            return self._keep(message, release, current)
-        first = next(
-            (error for error in failures if isinstance(error, UntrustedArchive)), failures[0]
+        # What is not to be believed tells more than who cannot be reached, and that more than
+        # who does not have it.
+        first = max(
+            failures,
+            key=lambda error: (
+                2 * isinstance(error, UntrustedArchive) + (not isinstance(error, SuiteMissing))
+            ),
         )
         if len(failures) > 1:
             first.message += f" (and {len(failures) - 1} more of {len(mirrors)} mirrors failed)"
         raise first
 
-    def _keep(self, message: bytes, release: Release, current: str | None) -> Release:
-        if current is not None and current != release.digest:
-            previous = self._kept(current)
-            if previous.date > release.date:
-                return previous  # a mirror that lags, or replays the past: apt ignores it as well
+    def _from(self, mirror: Mirror, previous: Release | None, progress: Progress) -> Release:
+        step = f"fetching the index of {self.suite}"
+        progress(ProgressEvent(step))
+        try:
+            message = self._downloader.read(
+                f"{mirror.url}/dists/{self.suite}/InRelease", limit=_INRELEASE_BYTES_AT_MOST
+            )
+            release = self._read(
+                message, f"{mirror.shown}/dists/{self.suite}/InRelease", fresh=True
+            )
+        finally:
+            progress(ProgressEvent(step, finished=True))
+        if previous is not None and previous.date > release.date:
+            return previous
         with replacing(self._file(release.digest)) as file:
             file.write(message)
-        with replacing(self._root / "current") as file:
-            file.write(release.digest.encode("ascii") + b"\n")
         return release
 
     def index(
         self,
         release: Release,
         *,
-        component: str,
+        components: Iterable[str],
         architecture: str,
         progress: Progress = silent,
     ) -> PackageIndex:
-        """The packages of one component and (Debian) architecture.
+        """The packages of some components for one (Debian) architecture.
 
         Raises:
             ImageNotFound: the suite has no such component or architecture.
             MirrorError, TamperedFile: as in `BlobCache.fetch`.
         """
-        found = self.index_file(release, component=component, architecture=architecture)
-        path = self.fetch_index(release, found, progress=progress)
-        with path.open("rb") as stream:
-            name = f"{self.suite} {found.path}"
-            text = decompressed(stream, source=name).read(_INDEX_BYTES_AT_MOST)
-        return PackageIndex(text, source=name)
+        indexes = []
+        for component in components:
+            found = self.index_file(release, component=component, architecture=architecture)
+            path = self.fetch_index(release, found, progress=progress)
+            with path.open("rb") as stream:
+                name = f"{self.suite} {found.path}"
+                text = decompressed(stream, source=name).read(_INDEX_BYTES_AT_MOST)
+            indexes.append(PackageIndex(text, source=name, suite=self.suite))
+        return PackageIndex.merged(indexes)
 
     def file_of(self, release: Release) -> Path:
-        """The `InRelease` of a snapshot."""
+        """Where the `InRelease` that was kept is."""
         return self._file(release.digest)
 
     def index_file(self, release: Release, *, component: str, architecture: str) -> IndexFile:
@@ -222,15 +207,17 @@ class Archive:
         Raises:
             ImageNotFound: the suite has no such component or architecture.
         """
-        base = f"{component}/binary-{architecture}/Packages"
-        for end in _COMPRESSIONS:
-            found = release.find(base + end)
-            if found is not None:
-                return found
+        found = _index_file(release, component, architecture)
+        if found is not None:
+            return found
         raise ImageNotFound(
             f"the suite {self.suite!r} has no packages of {architecture!r} in {component!r}",
             hint="check the recipe's suite, architecture and components",
         )
+
+    def has_index(self, release: Release, *, component: str, architecture: str) -> bool:
+        """Whether the suite has packages of a component for a (Debian) architecture."""
+        return _index_file(release, component, architecture) is not None
 
     def fetch_index(
         self, release: Release, file: IndexFile, *, progress: Progress = silent
@@ -274,3 +261,9 @@ class Archive:
         urls = tuple(f"{mirror.url}/{package.filename}" for mirror in self._mirrors(self.suite))
         wanted = Wanted(name, package.size, package.sha256, urls)
         return self._blobs.fetch(wanted, self._downloader, progress=progress)
+
+
+def _index_file(release: Release, component: str, architecture: str) -> IndexFile | None:
+    base = f"{component}/binary-{architecture}/Packages"
+    found = (release.find(base + end) for end in _COMPRESSIONS)
+    return next((file for file in found if file is not None), None)

@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from vmlab import __version__
 from vmlab.images.debian.apt import AptConfiguration
 from vmlab.images.debian.mirrors import proxy_for, without_password
-from vmlab.images.errors import MirrorError, PackageGone
+from vmlab.images.errors import MirrorError, OutOfStep, PackageGone
 from vmlab.images.progress import Progress, ProgressEvent, silent
 from vmlab.images.store.disk import storing
 
@@ -203,7 +203,7 @@ def _offset(answer: IO[bytes], start: int, size: int, url: str) -> int:
     """Where in the file the answer's bytes begin.
 
     Raises:
-        MirrorError: the answer is about a file of another size.
+        OutOfStep: the answer is about a file of another size.
     """
     status = getattr(answer, "status", None) or 200  # None for a file: URL
     headers = getattr(answer, "headers", None) or {}
@@ -214,7 +214,7 @@ def _offset(answer: IO[bytes], start: int, size: int, url: str) -> int:
     length = headers.get("Content-Length")
     if status == 200 and (length is None or length == str(size)):
         return 0
-    raise MirrorError(
+    raise OutOfStep(
         f"{without_password(url)} has {length} bytes, but the index promises {size}",
         hint="the mirror is out of step with its own index; try again later, or another mirror",
     )

@@ -1,14 +1,16 @@
-"""A suite's package index: finding packages and what they depend on.
+"""Package indexes: finding packages and what they depend on.
 
-Not a solver: the newest version of a name wins, and of alternatives the first that exists. The
-index is searched as bytes, since parsing its 60,000 paragraphs would cost seconds.
+Not a solver: the newest version of a name wins, whichever suite has it, and of alternatives the
+first that exists. The index is searched as bytes, since parsing its 60,000 paragraphs would cost
+seconds.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmlab.images.debian import versions
@@ -22,7 +24,7 @@ _ALTERNATIVE = re.compile(r"^\s*([a-z0-9][a-z0-9+.-]*)(?::[a-z0-9-]+)?\s*(?:\(([
 
 @dataclass(frozen=True)
 class Package:
-    """One package of an index; `size` in bytes, `sha256` in hexadecimal."""
+    """One package of an index; `size` in bytes, `sha256` in hexadecimal, `suite` that has it."""
 
     name: str
     version: str
@@ -30,14 +32,48 @@ class Package:
     size: int
     sha256: str
     depends: tuple[tuple[str, ...], ...] = ()
+    suite: str = ""
 
 
 class PackageIndex:
-    """The text of a `Packages` file, ready to be searched."""
+    """The text of a `Packages` file, or of several, ready to be searched.
 
-    def __init__(self, text: bytes, *, source: str) -> None:
+    Args:
+        text: The file's contents.
+        source: Its name, for errors.
+        suite: The suite that it is of.
+    """
+
+    def __init__(self, text: bytes, *, source: str, suite: str = "") -> None:
         self._text = b"\n" + text
-        self._source = source
+        self._starts = [0]
+        self._parts = [(source, suite)]
+
+    @classmethod
+    def merged(cls, indexes: Sequence[PackageIndex]) -> PackageIndex:
+        """Several indexes as one; of packages with the same version the first one's is taken.
+
+        Raises:
+            ValueError: there are none.
+        """
+        first, *others = indexes
+        if not others:
+            return first
+        result = cls(b"", source="")
+        result._text = b"\n".join(index._text for index in indexes)
+        result._starts, result._parts = [], []
+        start = 0
+        for index in indexes:
+            result._starts += [start + position for position in index._starts]
+            result._parts += index._parts
+            start += len(index._text) + 1
+        return result
+
+    @property
+    def source(self) -> str:
+        """What the index is called in errors."""
+        names = [source for source, _ in self._parts]
+        return names[0] if len(names) == 1 else f"{names[0]} (and {', '.join(names[1:])})"
 
     def find(self, name: str) -> Package | None:
         """The newest package called `name`, or None."""
@@ -53,7 +89,7 @@ class PackageIndex:
         package = self.find(name) or self._provider(name)
         if package is None:
             raise ImageNotFound(
-                f"{self._source} has no package {name!r}",
+                f"{self.source} has no package {name!r}",
                 hint="check the recipe's packages, its suite and its architecture",
             )
         return package
@@ -121,7 +157,8 @@ class PackageIndex:
     def _package(self, start: int) -> Package:
         end = self._text.find(b"\n\n", start)
         text = self._text[start : end if end >= 0 else len(self._text)]
-        fields = paragraph(text.decode("utf-8", "replace"), source=self._source)
+        source, suite = self._parts[bisect.bisect_right(self._starts, start) - 1]
+        fields = paragraph(text.decode("utf-8", "replace"), source=source)
         try:
             size = int(fields["Size"])
             sha256 = fields["SHA256"].lower()
@@ -132,11 +169,12 @@ class PackageIndex:
                 size=size,
                 sha256=sha256,
                 depends=_dependencies(fields),
+                suite=suite,
             )
         except (KeyError, ValueError) as error:
-            raise FormatError(f"{self._source} has a package without a proper {error}") from error
+            raise FormatError(f"{source} has a package without a proper {error}") from error
         if len(sha256) != 64 or size < 0 or ".." in package.filename.split("/"):
-            raise FormatError(f"{self._source} has a broken entry for {package.name!r}")
+            raise FormatError(f"{source} has a broken entry for {package.name!r}")
         return package
 
 

@@ -6,7 +6,7 @@ In order: the setting, `VMLAB_DEBIAN_MIRROR`, the archives that the host's apt u
 from __future__ import annotations
 
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
@@ -14,6 +14,7 @@ from vmlab.images.debian.apt import AptConfiguration
 from vmlab.images.errors import MirrorError
 
 VARIABLE = "VMLAB_DEBIAN_MIRROR"
+SECURITY_VARIABLE = "VMLAB_DEBIAN_SECURITY_MIRROR"
 _SCHEMES = ("http", "https", "file", "copy")
 _CODENAMES = ("bullseye", "bookworm", "trixie", "forky", "duke", "sid")
 _CLASSES = ("stable", "testing", "unstable", "oldstable", "oldoldstable", "experimental")
@@ -42,33 +43,109 @@ def without_password(url: str) -> str:
     return urlunsplit(parts._replace(netloc=f"{parts.username}:***@{place}"))
 
 
+@dataclass(frozen=True)
+class Given:
+    """The mirrors that settings name: of the archive, and of the security archive."""
+
+    archive: str | None = None
+    security: str | None = None
+
+
 def mirrors(
     suite: str,
     *,
-    setting: str | None,
+    setting: Given,
     environment: Mapping[str, str],
     apt: AptConfiguration,
 ) -> list[Mirror]:
-    """The mirrors to try for a Debian suite, the best first.
+    """The mirrors to try for a Debian suite or pocket, the best first.
 
     Raises:
         MirrorError: there is none, or one that was given is not a URL that can be fetched.
     """
-    for url, origin in ((setting, "setting"), (environment.get(VARIABLE), VARIABLE)):
-        if url:
-            return [_given(url, origin)]
-    found = [
-        Mirror(_plain(source.uri), f"apt: {source.file}")
-        for source in sorted(apt.sources, key=lambda source: source.suite != suite)
-        if _is_debian(source.suite, source.components) and _scheme(source.uri) in _SCHEMES
-    ]
-    unique = {mirror.url: mirror for mirror in reversed(found)}
-    if not unique:
+    if is_security(suite):
+        found = _security(suite, setting=setting, environment=environment, apt=apt)
+        if found:
+            return found
+        raise MirrorError(
+            f"there is no mirror to fetch Debian's {suite!r} from: this host's apt names none",
+            hint=f"set {SECURITY_VARIABLE} to the URL of a mirror of the security archive, or "
+            "leave it out with images.pockets",
+        )
+    given = _first_given((setting.archive, "setting"), (environment.get(VARIABLE), VARIABLE))
+    if given is not None:
+        return [given]
+    found = _of_apt(suite, apt, _is_debian)
+    if not found:
         raise MirrorError(
             f"there is no mirror to fetch Debian's {suite!r} from: this host's apt names none",
             hint=f"set {VARIABLE} to a mirror's URL (the part before /dists), or give it in the "
             "configuration file as images.debian_mirror",
         )
+    return found
+
+
+def pockets(
+    suite: str,
+    *,
+    wanted: Sequence[str] | None,
+    setting: Given,
+    environment: Mapping[str, str],
+    apt: AptConfiguration,
+) -> list[str]:
+    """The names of a suite's pockets to read besides: "bookworm-updates", "bookworm-security".
+
+    Args:
+        suite: The suite or codename.
+        wanted: Their kinds, "updates" and "security"; None for what the host's apt uses of any
+            suite of Debian's, or for what the mirrors that were given can have.
+        setting: The mirrors that settings name.
+        environment: Names others.
+        apt: The host's apt configuration.
+    """
+    if wanted is not None:
+        return [f"{suite}-{kind}" for kind in wanted]
+    found = []
+    given = setting.archive or environment.get(VARIABLE)
+    updates = any(
+        _is_debian(source.suite, source.components) and source.suite.endswith("-updates")
+        for source in apt.sources
+    )
+    if given or updates:
+        found.append(f"{suite}-updates")
+    security = f"{suite}-security"
+    if _security(security, setting=setting, environment=environment, apt=apt):
+        found.append(security)
+    return found
+
+
+def _security(
+    suite: str, *, setting: Given, environment: Mapping[str, str], apt: AptConfiguration
+) -> list[Mirror]:
+    given = _first_given(
+        (setting.security, "setting"), (environment.get(SECURITY_VARIABLE), SECURITY_VARIABLE)
+    )
+    if given is not None:
+        return [given]
+    if setting.archive or environment.get(VARIABLE):
+        return []  # whoever names a mirror wants nothing from elsewhere
+    return _of_apt(suite, apt, _is_debian_security)
+
+
+def _first_given(*candidates: tuple[str | None, str]) -> Mirror | None:
+    return next((_given(url, origin) for url, origin in candidates if url), None)
+
+
+def _of_apt(
+    suite: str, apt: AptConfiguration, right: Callable[[str, tuple[str, ...]], bool]
+) -> list[Mirror]:
+    """The archives of the right kind that apt uses, those of the same suite first; each once."""
+    found = [
+        Mirror(_plain(source.uri), f"apt: {source.file}")
+        for source in sorted(apt.sources, key=lambda source: source.suite != suite)
+        if right(source.suite, source.components) and _scheme(source.uri) in _SCHEMES
+    ]
+    unique = {mirror.url: mirror for mirror in reversed(found)}
     return sorted(unique.values(), key=found.index)
 
 
@@ -101,6 +178,17 @@ def _is_debian(suite: str, components: tuple[str, ...]) -> bool:
     base, _, rest = suite.partition("-")
     pocket = rest in ("", "updates", "backports", "proposed-updates")
     return "main" in components and pocket and base in (*_CODENAMES, *_CLASSES)
+
+
+def is_security(suite: str) -> bool:
+    """Whether a suite is of the security archive, by its name."""
+    return suite.endswith("-security")
+
+
+def _is_debian_security(suite: str, components: tuple[str, ...]) -> bool:
+    """Whether an archive that apt uses is a mirror of Debian's security archive."""
+    base = suite.removesuffix("-security")
+    return is_security(suite) and "main" in components and base in (*_CODENAMES, *_CLASSES)
 
 
 def proxy_for(url: str, *, apt: AptConfiguration) -> str | None:

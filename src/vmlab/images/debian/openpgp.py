@@ -16,8 +16,10 @@ _MESSAGE_BYTES_AT_MOST = 16 << 20
 # Fingerprints of the certificates in keys/, where README.md says whence they come.
 ARCHIVE_KEYS = {
     "debian-12-automatic.asc": "b8b80b5b623eab6ad8775c45b7c5d7d6350947f8",
+    "debian-12-security.asc": "05ab90340c0c5e797f44a8c8254cf3b5aec0a8f0",
     "debian-12-stable.asc": "4d64fec119c2029067d6e791f8d2585b8783d481",
     "debian-13-automatic.asc": "04b54c3cdca79751b16bc6b5225629df75b188bd",
+    "debian-13-security.asc": "5e04a1e3223a19a20706e20f9904613d4cce68c6",
     "debian-13-stable.asc": "41587f7db8c774bccf131416762f67a0b2c39de4",
 }
 

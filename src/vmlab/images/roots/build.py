@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vmlab.images.builder import Built, Inputs, build_initramfs, kernel_files
-from vmlab.images.debian.archive import Archive
 from vmlab.images.debian.index import Package, PackageIndex
 from vmlab.images.debian.openpgp import archive_keys, binary_keyring
-from vmlab.images.debian.release import Release
+from vmlab.images.debian.suite import Snapshot, Suite
 from vmlab.images.errors import BuildFailed
 from vmlab.images.formats import tarball
 from vmlab.images.formats.tarball import TarEntry
@@ -25,7 +24,7 @@ from vmlab.images.recipe import Form, Modules, Recipe
 from vmlab.images.roots import ext4, tools
 from vmlab.images.roots.emulation import Wrapped, wrapped
 from vmlab.images.roots.mirror import serving
-from vmlab.images.tiny.build import unpack_kernel
+from vmlab.images.tiny.build import KernelFiles, unpack_kernel
 from vmlab.images.tiny.tree import merged
 from vmlab.machine.architecture import host_architecture
 
@@ -48,14 +47,14 @@ def check_tools(recipe: Recipe) -> dict[str, str]:
 
 def build_root(
     recipe: Recipe,
-    archive: Archive,
-    release: Release,
+    suite: Suite,
+    snapshot: Snapshot,
     given: Inputs,
     directory: Path,
     *,
     kernel: Package,
     kernel_deb: Path,
-    indexes: list[PackageIndex],
+    index: PackageIndex,
     digest: str,
     progress: Progress,
 ) -> Built:
@@ -69,16 +68,16 @@ def build_root(
     scratch = directory / "unpacked"
     scratch.mkdir()
     files = unpack_kernel(kernel_deb, scratch, progress=progress)
-    busybox = archive.package(indexes[0].get("busybox-static"), progress=progress)
+    busybox = suite.package(index.get("busybox-static"), progress=progress)
     tiny = recipe.model_copy(update={"scripts": (), "modules": Modules()})
     initramfs_inputs = Inputs(given.agent)
     build_initramfs(
         tiny, files, [busybox], initramfs_inputs, directory / "initrd",
-        mtime=release.date, progress=progress,
+        mtime=snapshot.date, progress=progress,
     )  # fmt: skip
     tarred = directory / "root.tar"
     _install(
-        recipe, archive, release, directory,
+        recipe, suite, snapshot, directory,
         output=tarred, mmdebstrap=found["mmdebstrap"], progress=progress,
     )  # fmt: skip
     root = directory / "root"
@@ -89,16 +88,17 @@ def build_root(
         entries = tarball.extract(stream, root, source="root.tar")
     tarred.unlink()
     packages = dict(_installed(root))
-    entries += _add_files(root, given, release.date)
+    entries += _add_files(root, given, snapshot.date)
+    entries += _add_kernel(root, files, snapshot.date)
     if files.modules is not None:
-        entries += _add_modules(root, files.modules, found["depmod"], directory, release.date)
+        entries += _add_modules(root, files.modules, found["depmod"], directory, snapshot.date)
     progress(ProgressEvent(step, finished=True))
     step = f"writing the disk of {recipe.name}"
     progress(ProgressEvent(step))
     disk = directory / "disk"
     raw = disk if recipe.format is Form.RAW else directory / "disk.raw"
     ext4.make(
-        root, entries, raw, size=recipe.size or 0, seed=digest, epoch=release.date,
+        root, entries, raw, size=recipe.size or 0, seed=digest, epoch=snapshot.date,
         scratch=directory,
     )  # fmt: skip
     if recipe.format is Form.QCOW2:
@@ -122,8 +122,8 @@ def build_root(
 
 def _install(
     recipe: Recipe,
-    archive: Archive,
-    release: Release,
+    suite: Suite,
+    snapshot: Snapshot,
     directory: Path,
     *,
     output: Path,
@@ -132,15 +132,14 @@ def _install(
 ) -> None:
     """Let mmdebstrap(1) install the recipe's packages into a tar archive."""
     keyring = directory / "keyring.gpg"
-    keyring.write_bytes(binary_keyring(archive.keys or archive_keys()))
+    keyring.write_bytes(binary_keyring(suite.keys or archive_keys()))
     architecture = recipe.architecture
     step = f"installing {len(recipe.packages)} packages and what they need"
     progress(ProgressEvent(step))
     with serving(
-        archive, release, components=recipe.components, architecture=architecture.debian,
+        suite, snapshot, components=recipe.components, architecture=architecture.debian,
         progress=progress,
-    ) as (url, failures):  # fmt: skip
-        source = f"deb [signed-by={keyring}] {url} {archive.suite} {' '.join(recipe.components)}"
+    ) as (sources, failures):  # fmt: skip
         command = [
             mmdebstrap,
             "--mode=root" if os.geteuid() == 0 else "--mode=unshare",
@@ -160,9 +159,13 @@ def _install(
             "--dpkgopt=path-exclude=/usr/share/doc/*",
             "--dpkgopt=path-include=/usr/share/doc/*/copyright",
             *(f"--customize-hook={hook}" for hook in _hooks(recipe)),
-            archive.suite,
+            suite.name,
             str(output),
-            source,
+            *(
+                f"deb [signed-by={keyring}] {source.url} {source.suite} "
+                f"{' '.join(source.components)}"
+                for source in sources
+            ),
         ]
         foreign = architecture is not host_architecture()
         if foreign:
@@ -173,7 +176,7 @@ def _install(
                 ready.command,
                 what=f"installing the packages of {recipe.name}",
                 log=directory / "mmdebstrap.log",
-                environment={"SOURCE_DATE_EPOCH": str(release.date), "TMPDIR": str(directory)},
+                environment={"SOURCE_DATE_EPOCH": str(snapshot.date), "TMPDIR": str(directory)},
                 admit=ready.admit,
             )
         except BuildFailed:
@@ -239,6 +242,18 @@ def _resolved(root: Path, path: str) -> str:
                 hint="give the path that the symlink leads to",
             )
     return path
+
+
+def _add_kernel(root: Path, kernel: KernelFiles, epoch: int) -> list[TarEntry]:
+    """Put the kernel and its configuration where kexec, criu and perf look for them."""
+    entries = [TarEntry("boot", "directory", 0o755, 0, 0, epoch)]
+    (root / "boot").mkdir(exist_ok=True)
+    for source in (kernel.image, kernel.config):
+        if source is not None:
+            shutil.copyfile(source, root / "boot" / source.name)
+            size = source.stat().st_size
+            entries.append(TarEntry(f"boot/{source.name}", "file", 0o644, 0, 0, epoch, size=size))
+    return entries
 
 
 def _add_modules(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vmlab.images.builder import Inputs, build_initramfs, guest_agent, kernel_files
+from vmlab.images.builder import Inputs, guest_agent, kernel_files, lend_initramfs, readable
 from vmlab.images.errors import FormatError, ImageError
 from vmlab.images.formats import kernel as kernels
 from vmlab.images.formats import tarball
@@ -122,14 +122,10 @@ def _initramfs(
 ) -> None:
     """vmlab's initramfs with the modules that the root has for the kernel."""
     recipe = base_recipe(store, None, info.architecture)
-    archive = store.archive(recipe.distribution, recipe.suite)
-    release = archive.snapshot(store.settings.pins.get(recipe.suite), progress=progress)
-    index = archive.index(
-        release, component=recipe.components[0], architecture=recipe.architecture.debian,
-        progress=progress,
-    )  # fmt: skip
-    packages = index.closure(recipe.packages)
-    debs = [archive.package(package, progress=progress) for package in packages]
+    suite = store.suite(recipe.distribution, recipe.suite)
+    snapshot = suite.snapshot(
+        store.settings.pins.get(recipe.suite), readable=readable(recipe), progress=progress
+    )
     modules = next(
         (
             folder
@@ -138,9 +134,9 @@ def _initramfs(
         ),
         None,
     )
-    build_initramfs(
-        recipe, KernelFiles(kernel, info.release, modules), debs, Inputs(guest_agent()), output,
-        mtime=release.date, foreign=True, progress=progress,
+    lend_initramfs(
+        recipe, suite, snapshot, output, kernel=KernelFiles(kernel, info.release, modules),
+        given=Inputs(guest_agent()), progress=progress,
     )  # fmt: skip
 
 

@@ -11,13 +11,22 @@ import http.server
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from vmlab.images.debian.archive import Archive
 from vmlab.images.debian.index import PackageIndex
-from vmlab.images.debian.release import Release
+from vmlab.images.debian.suite import Snapshot, Suite
 from vmlab.images.progress import Progress
 from vmlab.machine.errors import VmlabError
+
+
+@dataclass(frozen=True)
+class ServedSource:
+    """What a line of sources.list(5) says of a suite that is served: below a path of its own."""
+
+    url: str
+    suite: str
+    components: tuple[str, ...]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -49,12 +58,16 @@ class _Mirror(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, archive: Archive, release: Release, files: dict[str, Path], *, progress: Progress
+        self,
+        suite: Suite,
+        files: dict[str, Path],
+        indexes: dict[str, PackageIndex],
+        *,
+        progress: Progress,
     ) -> None:
-        self.archive = archive
-        self.release = release
+        self.suite = suite
         self.files = files
-        self.indexes: list[PackageIndex] = []
+        self.indexes = indexes
         self.failures: list[VmlabError] = []
         self.progress = progress
         self._one_at_a_time = threading.Lock()
@@ -68,51 +81,65 @@ class _Mirror(http.server.ThreadingHTTPServer):
         known = self.files.get(name)
         if known is not None:
             return known
-        found = (index.by_filename(name) for index in self.indexes)
-        package = next((package for package in found if package is not None), None)
+        place, _, filename = name.partition("/")
+        index = self.indexes.get(place)
+        package = None if index is None else index.by_filename(filename)
         if package is None:
             return None
         with self._one_at_a_time:
-            return self.archive.package(package, progress=self.progress)
+            return self.suite.package(package, progress=self.progress)
 
 
 @contextmanager
 def serving(
-    archive: Archive,
-    release: Release,
+    suite: Suite,
+    snapshot: Snapshot,
     *,
     components: tuple[str, ...],
     architecture: str,
     progress: Progress,
-) -> Iterator[tuple[str, list[VmlabError]]]:
+) -> Iterator[tuple[list[ServedSource], list[VmlabError]]]:
     """Serve a snapshot while the block runs.
 
     Args:
-        archive: The suite.
-        release: The snapshot.
+        suite: The suite with its pockets.
+        snapshot: The snapshot.
         components: Those of its components that are served.
         architecture: Debian's name of the one architecture that is served.
         progress: Told of what is fetched; called from other threads.
 
     Yields:
-        The mirror's URL, and a list that collects why packages could not be fetched.
+        What is served, the suite itself first, and a list that collects why packages could not be
+        fetched.
     """
-    suite = f"dists/{archive.suite}"
-    files = {f"{suite}/InRelease": archive.file_of(release)}
-    indexes = []
-    for component in components:
-        found = archive.index_file(release, component=component, architecture=architecture)
-        path = archive.fetch_index(release, found, progress=progress)
-        folder = found.path.rpartition("/")[0]
-        files[f"{suite}/{found.path}"] = path
-        files[f"{suite}/{folder}/by-hash/SHA256/{found.sha256}"] = path
-        indexes.append(archive.index(release, component=component, architecture=architecture))
-    server = _Mirror(archive, release, files, progress=progress)
-    server.indexes = indexes
+    indexes = suite.indexes(
+        snapshot, components=components, architecture=architecture, progress=progress
+    )
+    files = {}
+    served = []
+    for name in indexes:
+        archive = suite.archive(name)
+        release = snapshot.main if name == suite.name else snapshot.pockets[name]
+        base = f"{name}/dists/{name}"
+        files[f"{base}/InRelease"] = archive.file_of(release)
+        has = tuple(
+            component
+            for component in components
+            if archive.has_index(release, component=component, architecture=architecture)
+        )
+        for component in has:
+            found = archive.index_file(release, component=component, architecture=architecture)
+            path = archive.fetch_index(release, found, progress=progress)
+            folder = found.path.rpartition("/")[0]
+            files[f"{base}/{found.path}"] = path
+            files[f"{base}/{folder}/by-hash/SHA256/{found.sha256}"] = path
+        served.append((name, has))
+    server = _Mirror(suite, files, indexes, progress=progress)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
     thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", server.failures
+        yield [ServedSource(f"{url}/{name}", name, has) for name, has in served], server.failures
     finally:
         server.shutdown()
         server.server_close()

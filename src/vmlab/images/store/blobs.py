@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vmlab.images.debian.download import Downloader
 from vmlab.images.debian.mirrors import without_password
-from vmlab.images.errors import MirrorError, PackageGone, TamperedFile
+from vmlab.images.errors import MirrorError, OutOfStep, PackageGone, TamperedFile
 from vmlab.images.progress import Progress, silent
 from vmlab.images.store.disk import lock, sha256, storing
 
@@ -129,10 +129,12 @@ class BlobCache:
 def _worst(
     failures: Sequence[MirrorError | TamperedFile], wanted: Wanted
 ) -> MirrorError | TamperedFile:
-    """The failure to report: tampering before an unreachable mirror before a missing file."""
+    """The failure to report: tampering, an unreachable mirror, another file, a missing file."""
 
     def weight(error: MirrorError | TamperedFile) -> int:
-        return 2 if isinstance(error, TamperedFile) else int(not isinstance(error, PackageGone))
+        if not isinstance(error, PackageGone):
+            return 3 if isinstance(error, TamperedFile) else 2
+        return int(isinstance(error, OutOfStep))
 
     if not failures:
         return MirrorError(

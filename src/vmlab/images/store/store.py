@@ -29,11 +29,13 @@ from vmlab.images.builder import (
     guest_agent,
     image_digest,
     inputs,
+    readable,
 )
 from vmlab.images.debian.apt import AptConfiguration, host_configuration
 from vmlab.images.debian.archive import Archive, DateChecks
 from vmlab.images.debian.download import Downloader
-from vmlab.images.debian.mirrors import Mirror, mirrors
+from vmlab.images.debian.mirrors import Given, Mirror, mirrors, pockets
+from vmlab.images.debian.suite import Suite
 from vmlab.images.errors import (
     ImageError,
     ImageNotFound,
@@ -149,10 +151,10 @@ class ImageStore:
         progress: Progress = silent,
     ) -> Image:
         """The image of a recipe, from the store or built now. See `ensure`."""
-        archive = self.archive(recipe.distribution, recipe.suite)
+        suite = self.suite(recipe.distribution, recipe.suite)
         given = inputs(recipe, agent())
         pinned = index or self.settings.pins.get(recipe.suite)
-        snapshot = pinned or (None if refresh else archive.pinned())
+        snapshot = pinned or (None if refresh else suite.pinned())
         if snapshot is not None:
             image = self.ready(image_digest(recipe, snapshot, given), progress=progress)
             if image is not None:
@@ -160,16 +162,29 @@ class ImageStore:
         check_host(recipe)
         try:
             return self._build(
-                recipe, archive, given, index=pinned, refresh=refresh, progress=progress
+                recipe, suite, given, index=pinned, refresh=refresh, progress=progress
             )
         except PackageGone:
             if pinned or refresh:
                 raise
             # The index is older than the mirror, which dropped a package in a point release.
-            return self._build(recipe, archive, given, index=None, refresh=True, progress=progress)
+            return self._build(recipe, suite, given, index=None, refresh=True, progress=progress)
 
-    def archive(self, distribution: str, suite: str) -> Archive:
-        """A suite of a distribution, as this store sees it."""
+    def suite(self, distribution: str, name: str) -> Suite:
+        """A suite of a distribution with its pockets, as this store sees it."""
+        return Suite(
+            name,
+            functools.partial(self._archive, distribution),
+            lambda: pockets(
+                name,
+                wanted=self.settings.pockets,
+                setting=self._given_mirrors,
+                environment=self._environment,
+                apt=self.apt,
+            ),
+        )
+
+    def _archive(self, distribution: str, suite: str) -> Archive:
         settings = self.settings
         keys = None
         if settings.debian_keyring is not None:
@@ -203,10 +218,14 @@ class ImageStore:
     def _mirrors(self, suite: str) -> list[Mirror]:
         return mirrors(
             suite,
-            setting=self.settings.debian_mirror,
+            setting=self._given_mirrors,
             environment=self._environment,
             apt=self.apt,
         )
+
+    @property
+    def _given_mirrors(self) -> Given:
+        return Given(self.settings.debian_mirror, self.settings.debian_security_mirror)
 
     def _date_checks(self) -> DateChecks:
         """What settings say, else what apt does on this host."""
@@ -236,15 +255,17 @@ class ImageStore:
     def _build(
         self,
         recipe: Recipe,
-        archive: Archive,
+        suite: Suite,
         given: Inputs,
         *,
         index: str | None,
         refresh: bool,
         progress: Progress,
     ) -> Image:
-        release = archive.snapshot(index, refresh=refresh, progress=progress)
-        digest = image_digest(recipe, release.digest, given)
+        snapshot = suite.snapshot(
+            index, refresh=refresh, readable=readable(recipe), progress=progress
+        )
+        digest = image_digest(recipe, snapshot.digest, given)
         guard = self.root / "locks" / f"{digest}.lock"
         with lock(guard, what=f"building {recipe.name}", progress=progress):
             ready = self.ready(
@@ -254,7 +275,7 @@ class ImageStore:
                 return ready
             with self.working(recipe.name) as directory:
                 built = build(
-                    recipe, archive, release, given, directory, digest=digest, progress=progress
+                    recipe, suite, snapshot, given, directory, digest=digest, progress=progress
                 )
                 image = Image(
                     digest=digest,
@@ -269,9 +290,10 @@ class ImageStore:
                     source={
                         "distribution": recipe.distribution,
                         "suite": recipe.suite,
-                        "version": release.version,
-                        "index": release.digest,
-                        "index_date": release.date,
+                        "version": snapshot.main.version,
+                        "index": snapshot.digest,
+                        "index_date": snapshot.date,
+                        "suites": [recipe.suite, *snapshot.pockets],
                         "packages": dict(sorted(built.packages.items())),
                         "inputs": given.digests(),
                     },
@@ -289,12 +311,12 @@ class ImageStore:
             The stored image, and for each file that differs its two SHA-256s (stored, new).
         """
         image = self.build(recipe, progress=progress)
-        archive = self.archive(recipe.distribution, recipe.suite)
-        release = archive.snapshot(str(image.source["index"]), progress=progress)
+        suite = self.suite(recipe.distribution, recipe.suite)
+        snapshot = suite.snapshot(str(image.source["index"]), progress=progress)
         given = inputs(recipe, guest_agent())
         with self.working(recipe.name) as directory:
             built = build(
-                recipe, archive, release, given, directory, digest=image.digest, progress=progress
+                recipe, suite, snapshot, given, directory, digest=image.digest, progress=progress
             )
             differences = {
                 role: (image.files[role].sha256, found)
@@ -422,8 +444,8 @@ class ImageStore:
                 return self._stored(str(reference))
             except ImageNotFound:
                 return None
-        archive = self.archive(recipe.distribution, recipe.suite)
-        snapshot = self.settings.pins.get(recipe.suite) or archive.pinned()
+        suite = self.suite(recipe.distribution, recipe.suite)
+        snapshot = self.settings.pins.get(recipe.suite) or suite.pinned()
         if snapshot is None:
             return None
         digest = image_digest(recipe, snapshot, inputs(recipe, guest_agent()))

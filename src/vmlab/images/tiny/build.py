@@ -21,6 +21,7 @@ from vmlab.images.tiny.tree import Tree, merged
 
 _MODULES_ROOT = re.compile(r"(?:usr/)?lib/modules/([^/]+)/(.+)")
 _KERNEL = re.compile(r"boot/vmlinu[xz]-(.+)")
+_CONFIG = re.compile(r"boot/config-(.+)")
 # What a guest of a few megabytes has no use for.
 _LEFT_OUT = ("usr/share/doc/", "usr/share/man/", "usr/share/info/", "usr/share/locale/",
              "usr/share/lintian/", "usr/share/bug/", "usr/share/initramfs-tools/")  # fmt: skip
@@ -47,11 +48,15 @@ _TEXTS = {
 
 @dataclass(frozen=True)
 class KernelFiles:
-    """A kernel and its modules, unpacked: `modules` is the directory RELEASE, if there is one."""
+    """A kernel, its modules and its configuration, unpacked, as far as they are there.
+
+    `modules` is the directory RELEASE.
+    """
 
     image: Path
     release: str
     modules: Path | None
+    config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,9 @@ def unpack_kernel(package: Path, directory: Path, *, progress: Progress = silent
             stream,
             directory,
             source=package.name,
-            select=lambda path: bool(_KERNEL.fullmatch(path) or _MODULES_ROOT.fullmatch(path)),
+            select=lambda path: any(
+                pattern.fullmatch(path) for pattern in (_KERNEL, _CONFIG, _MODULES_ROOT)
+            ),
         )
     progress(ProgressEvent(step, finished=True))
     for entry in entries:
@@ -94,7 +101,10 @@ def unpack_kernel(package: Path, directory: Path, *, progress: Progress = silent
         if match is not None and entry.kind == "file":
             folders = [directory / base / match[1] for base in ("lib/modules", "usr/lib/modules")]
             modules = next((folder for folder in folders if folder.is_dir()), None)
-            return KernelFiles(directory / entry.path, match[1], modules)
+            config = directory / "boot" / f"config-{match[1]}"
+            return KernelFiles(
+                directory / entry.path, match[1], modules, config if config.is_file() else None
+            )
     raise FormatError(f"{package.name} holds no kernel (no boot/vmlinuz-* or boot/vmlinux-*)")
 
 
