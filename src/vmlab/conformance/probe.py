@@ -58,6 +58,9 @@ class GuestProbe(Protocol):
     async def memory(self) -> int:
         """Bytes of memory that the guest was given."""
 
+    async def memory_left(self) -> int:
+        """Bytes of memory that the guest can use now; less than it was given under pressure."""
+
     async def architecture(self) -> str:
         """What `uname -m` says."""
 
@@ -109,8 +112,11 @@ class GuestProbe(Protocol):
     async def read_file(self, path: str) -> bytes:
         """The contents of a file in the guest."""
 
+    async def mount_shares(self) -> None:
+        """Have the machine's shares at their places, where the guest does not do so by itself."""
+
     async def panic(self, message: str) -> None:
-        """Die, as a kernel does."""
+        """Die, as a kernel does, with the message on the console."""
 
     async def poweroff(self) -> None:
         """Power down by itself."""
@@ -181,6 +187,9 @@ class ChannelProbe:
     async def memory(self) -> int:
         return int(await self.ask("memory"))
 
+    async def memory_left(self) -> int:
+        return await self.memory()
+
     async def architecture(self) -> str:
         return str(await self.ask("architecture"))
 
@@ -235,6 +244,9 @@ class ChannelProbe:
 
     async def read_file(self, path: str) -> bytes:
         return bytes.fromhex(await self.ask("read_file", path=path))
+
+    async def mount_shares(self) -> None:
+        """They are there."""
 
     async def panic(self, message: str) -> None:
         await self._end("panic", message=message)

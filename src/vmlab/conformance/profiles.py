@@ -75,6 +75,9 @@ class ConformanceProfile:
         cancel_points: At which shares of an operation's usual time it is cancelled.
         settle: Seconds that a guest is left alone to see whether something moves.
         stall: Seconds that a guest may stand still during a hot-plug.
+        slack: Seconds that something may take which waits for nothing, and that what happens
+            beside an operation may take to be seen; on a busy host a multiple of the usual.
+        triggers: Triggers of faults that have to work; another one may be refused by its name.
         patience: Seconds that one check may take, on the hypervisor's clock.
         processes: Whether machines are processes of this host.
         reliable: Whether operations, events and answers can be relied on with given options.
@@ -96,6 +99,8 @@ class ConformanceProfile:
     cancel_points: tuple[float, ...] = (0.0, 0.35, 0.8)
     settle: float = 2.0
     stall: float = 1.0
+    slack: float = 60.0
+    triggers: frozenset[str] = frozenset({"time"})
     patience: float = 3600.0
     processes: bool = True
     reliable: Callable[[Mapping[str, str]], bool] = lambda options: True

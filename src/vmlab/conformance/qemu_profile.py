@@ -6,19 +6,23 @@ skipped and reported as skipped.
 
 from __future__ import annotations
 
+import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from vmlab.conformance.probe import GuestCannotTell, GuestDisk, GuestNic, GuestNode
 from vmlab.conformance.profiles import ConformanceProfile
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import Guest
+from vmlab.guests.shares import mount_shares
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
 from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import ChannelClosed, OperationFailed
-from vmlab.machine.sizes import GIB, MIB
+from vmlab.machine.sizes import GIB, KIB, MIB
 from vmlab.machine.spec import Boot, Disk, MachineSpec, Nic
 
 _IMAGES: Final = {
@@ -27,15 +31,15 @@ _IMAGES: Final = {
     Architecture.AARCH64: "debian-13-arm64-tiny",
     Architecture.PPC64LE: "debian-13-ppc64el-tiny",
 }
-_CONNECT: Final = 120.0
+_CONNECT: Final = 300.0
 """Seconds that a guest has to boot, several at once on a slow host."""
 _MEMORY_FILE: Final = "/dev/shm/conformance"
 _MEMORY_DEVICE: Final = 17
 """The SMBIOS structure of a memory module (SMBIOS 3.0, 7.18)."""
 _MODULE_SIZE: Final = 0x0C
 _NOT_IN_MIB: Final = 0x8000
-_PANIC: Final = "printf '\\001' | dd of=/dev/port bs=1 count=1 seek=1285"
-"""What the pvpanic driver does (QEMU's docs/specs/pvpanic.txt: bit 0 of port 0x505)."""
+_VCPU_THREAD: Final = re.compile(r"CPU (\d+)/")
+"""The name of a vCPU's thread, given debug-threads=on (QEMU's accel/*/*-accel-ops.c)."""
 
 
 class AgentProbe:
@@ -79,6 +83,10 @@ class AgentProbe:
             await self.ask("cat /sys/firmware/dmi/tables/DMI 2>/dev/null || true")
         )
 
+    async def memory_left(self) -> int:
+        found = await self._text("grep MemTotal: /proc/meminfo")
+        return int(found.split()[1]) * KIB
+
     async def architecture(self) -> str:
         return await self._text("uname -m")
 
@@ -116,10 +124,25 @@ class AgentProbe:
         return found
 
     async def nodes(self) -> Sequence[GuestNode]:
-        raise GuestCannotTell
+        # MemTotal is less than what there is by what the kernel has reserved: blocks are counted.
+        rows = await self._text(
+            "cat /sys/devices/system/memory/block_size_bytes 2>/dev/null || echo 0; "
+            "for n in /sys/devices/system/node/node[0-9]*; do "
+            "echo $(ls -d $n/memory[0-9]* 2>/dev/null | wc -l) $(cat $n/cpulist); done"
+        )
+        block, *nodes = rows.splitlines()
+        if int(block, 16) == 0:
+            raise GuestCannotTell("its kernel has no memory blocks")
+        found = [row.partition(" ") for row in nodes]
+        return [
+            GuestNode(int(count) * int(block, 16), parse_cpus(cpus)) for count, _, cpus in found
+        ]
 
     async def pinning(self) -> Mapping[int, tuple[int, ...]]:
-        raise GuestCannotTell
+        # What the host's kernel says of the threads, whose names QEMU gives them.
+        pid = (await self._machine.info()).pid
+        assert pid is not None
+        return _bound(pid)
 
     async def read_memory(self, offset: int, length: int) -> bytes:
         found = await self.ask(
@@ -177,12 +200,17 @@ class AgentProbe:
     async def read_file(self, path: str) -> bytes:
         return await self.ask(f"cat '{path}'")
 
+    async def mount_shares(self) -> None:
+        guest = Guest(self._machine, AgentChannel(self._machine.channel))
+        try:
+            await guest.connect(timeout=_CONNECT)
+            await mount_shares(guest, self._machine.spec.shares)
+        finally:
+            await guest.close()
+
     async def panic(self, message: str) -> None:
-        if self._machine.spec.architecture is not Architecture.X86_64:
-            raise GuestCannotTell
-        # What the kernel prints, and what the pvpanic driver does then.
-        await self.print(f"Kernel panic - not syncing: {message}")
-        await self._end(_PANIC)
+        await self.print(message)
+        await self._end("echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")
 
     async def poweroff(self) -> None:
         await self._end("poweroff -f")
@@ -204,6 +232,25 @@ class AgentProbe:
 
     async def received(self, nic: str) -> Sequence[bytes]:
         raise GuestCannotTell
+
+
+def _bound(pid: int) -> dict[int, tuple[int, ...]]:
+    """vCPU -> CPUs of the host that its thread may run on."""
+    found = {}
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        vcpu = _VCPU_THREAD.match((thread / "comm").read_text("utf-8", "replace"))
+        if vcpu:
+            found[int(vcpu[1])] = tuple(sorted(os.sched_getaffinity(int(thread.name))))
+    return found
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """The numbers in a list like "0-2,5" (cpuset(7), "List format")."""
+    found: list[int] = []
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
 
 
 def memory_of_smbios(table: bytes) -> int:
@@ -284,7 +331,8 @@ def make_profile(architecture: Architecture) -> ConformanceProfile:
         many=8,
         cancel_points=(0.0, 0.5),
         settle=1.0,
-        patience=600.0,
+        slack=300.0,
+        patience=1800.0,
     )
 
 

@@ -56,6 +56,7 @@ profile = ConformanceProfile(
     corrupt=corrupt,
     must_declare=frozenset(set(Capability) - _NEVER),
     seed_option="seed",
+    triggers=frozenset({"time", "nth", "chance", "console"}),
     processes=False,
     reliable=reliable,
 )

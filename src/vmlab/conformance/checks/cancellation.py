@@ -178,7 +178,7 @@ async def deadline(lab: Bench) -> None:
         else:
             lab.true(lab.now() - begun <= limit, f"{what}: late, and nothing was said")
             lab.note(f"{name} was done in a quarter of the time that it took before")
-        lab.true(lab.now() - begun <= limit + 35, f"{what}: undone soon")
+        lab.true(lab.now() - begun <= limit + lab.profile.slack, f"{what}: undone soon")
         await lab.is_in(ready.machine, ready.machine.state, what)
         lab.true(ready.machine.state.is_stable, f"{what}: {ready.machine.state.value} lasts")
         await _whole(lab, drill, ready, f"{name} after it was late")

@@ -32,6 +32,7 @@ async def seen(lab: Bench) -> None:
     for kind in kinds:
         share = Share(tag="conformance", source=source, target="/mnt/conformance", kind=kind)
         machine = await lab.run(shares=[share])
+        await lab.guest(machine).mount_shares()
         for name, data in contents.items():
             found = await lab.guest(machine).read_file(f"{share.target}/{name}")
             lab.equal(found, data, f"{name} by {kind.value}")

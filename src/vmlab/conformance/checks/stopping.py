@@ -44,7 +44,7 @@ async def then_kill(lab: Bench) -> None:
     took = lab.now() - begun
     await lab.is_in(machine, MachineState.STOPPED, "a machine that had to be killed")
     lab.true(took >= grace, f"the guest was given its {grace:g} s ({took:g} s)")
-    lab.true(took < grace + 30, f"it was killed when they were over ({took:g} s)")
+    lab.true(took < grace + lab.profile.slack, f"it was killed when they were over ({took:g} s)")
 
 
 @check(
@@ -84,9 +84,9 @@ async def ungraceful(lab: Bench) -> None:
     machine = await lab.run()
     await lab.guest(machine).ignore_powerdown(True)
     begun = lab.now()
-    await machine.stop(graceful=False, timeout=1000 * lab.profile.settle)
+    await machine.stop(graceful=False, timeout=100 * lab.profile.slack)
     lab.true(
-        lab.now() - begun < 100 * lab.profile.settle,
+        lab.now() - begun < lab.profile.slack,
         f"a guest that ignores requests was not waited for ({lab.now() - begun:g} s)",
     )
     await lab.is_in(machine, MachineState.STOPPED, "after a stop that does not ask")
@@ -100,7 +100,7 @@ async def ungraceful(lab: Bench) -> None:
 async def kill_interrupts(lab: Bench) -> None:
     machine = await lab.run()
     await lab.guest(machine).ignore_powerdown(True)
-    stopping = lab.spawn(machine.stop(timeout=1000 * lab.profile.settle))
+    stopping = lab.spawn(machine.stop(timeout=100 * lab.profile.slack))
     await lab.wait()
     lab.equal(machine.state.value, MachineState.STOPPING.value, "the state during a long stop")
     status = await machine.status()
@@ -110,7 +110,8 @@ async def kill_interrupts(lab: Bench) -> None:
     )
     begun = lab.now()
     await machine.kill()
-    lab.true(lab.now() - begun < 30, f"kill did not wait for stop ({lab.now() - begun:g} s)")
+    took = lab.now() - begun
+    lab.true(took < lab.profile.slack, f"kill did not wait for stop ({took:g} s)")
     await lab.refuses(OperationAborted, stopping, "the operation that kill interrupted")
     await lab.is_in(machine, MachineState.STOPPED, "after a kill in the middle of a stop")
 

@@ -6,7 +6,15 @@ Generated from the one table, `vmlab.machine.states`, times the states that can 
 from __future__ import annotations
 
 from vmlab.conformance.bench import Bench, Skipped
-from vmlab.conformance.drills import DRILLS, REACHABLE, Drill, Stage, allowed, stage
+from vmlab.conformance.drills import (
+    DRILLS,
+    GUEST_AGREES,
+    REACHABLE,
+    Drill,
+    Stage,
+    allowed,
+    stage,
+)
 from vmlab.conformance.registry import check
 from vmlab.machine.errors import InvalidState, ResourceNotFound
 from vmlab.machine.states import OPERATIONS, MachineState
@@ -29,7 +37,9 @@ def _reachable(lab: Bench) -> list[MachineState]:
 
 @check(
     "states.legal",
-    clause="every operation that the table allows in a state begins there and lands where it says",
+    clause="every operation that the table allows in a state begins there and lands where it "
+    "says; an unplug that the guest has to agree to may be refused while it is paused, with "
+    "InvalidState",
 )
 async def legal(lab: Bench) -> None:
     for state in _reachable(lab):
@@ -54,6 +64,14 @@ async def legal(lab: Bench) -> None:
 async def _perform(lab: Bench, drill: Drill, ready: Stage, state: MachineState) -> None:
     try:
         await drill.call(lab, ready)
+    except InvalidState as error:
+        what = f"{drill.operation} of a {state.value} machine"
+        agreed = (drill.operation in GUEST_AGREES, state)
+        lab.equal(agreed, (True, MachineState.PAUSED), f"{what} may be refused")
+        lab.equal(error.actual, state.value, f"{what}: the error's actual state")
+        rest = {fitting.value for fitting in OPERATIONS[drill.operation] - {state}}
+        lab.equal(set(error.expected), rest, f"{what}: the error's expected states")
+        lab.note(f"{what} is refused: the guest has to agree to it")
     except ResourceNotFound:
         # It began; a machine that never ran has no fault that could be cleared.
         lab.equal(
