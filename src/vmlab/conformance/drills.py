@@ -14,6 +14,7 @@ from typing import Final
 from vmlab.conformance.bench import Bench
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.capabilities import Capability
+from vmlab.machine.errors import UnsupportedOperation
 from vmlab.machine.faults import At, Fault, KillFault, NetPartition, PauseFault
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, Nic
@@ -189,6 +190,23 @@ async def _console(bench: Bench, ready: Stage) -> None:
     await console.close()
 
 
+async def _screenshot(bench: Bench, ready: Stage) -> None:
+    await _on_display(bench, ready, ready.machine.screenshot())
+
+
+async def _send_keys(bench: Bench, ready: Stage) -> None:
+    await _on_display(bench, ready, ready.machine.send_keys(["a"]))
+
+
+async def _on_display(bench: Bench, ready: Stage, call: Awaitable[object]) -> None:
+    try:
+        await call
+    except UnsupportedOperation:
+        # Where there could be a display and this machine has none, that is the right answer.
+        if ready.machine.spec.display or C.DISPLAY not in bench.capabilities:
+            raise
+
+
 _DRILLS = (
     Drill("start", lambda b, r: r.machine.start(), _always(), _goes(S.RUNNING)),
     Drill("stop", lambda b, r: r.machine.stop(), _always(), _goes(S.STOPPED)),
@@ -246,6 +264,8 @@ _DRILLS = (
         _stays,
     ),
     Drill("channel", _channel, _always(C.GUEST_CHANNELS), _stays),
+    Drill("screenshot", _screenshot, _always(C.DISPLAY), _stays),
+    Drill("send_keys", _send_keys, _always(C.DISPLAY), _stays),
     Drill("delete", lambda b, r: r.machine.delete(), _always(), _goes(S.DELETED)),
     Drill("info", lambda b, r: r.machine.info(), _always(), _stays),
     Drill("console", _console, _always(C.CONSOLE), _stays),

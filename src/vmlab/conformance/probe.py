@@ -109,6 +109,12 @@ class GuestProbe(Protocol):
     async def typed(self) -> bytes:
         """What was written into the serial console so far."""
 
+    async def show(self, text: str) -> None:
+        """Show a text on the display, instead of what is there."""
+
+    async def pressed(self) -> Sequence[str]:
+        """The keys that were pressed so far, those held together joined by a dash."""
+
     async def read_file(self, path: str) -> bytes:
         """The contents of a file in the guest."""
 
@@ -241,6 +247,12 @@ class ChannelProbe:
 
     async def typed(self) -> bytes:
         return str(await self.ask("typed")).encode()
+
+    async def show(self, text: str) -> None:
+        await self.ask("show", text=text)
+
+    async def pressed(self) -> Sequence[str]:
+        return tuple(await self.ask("pressed"))
 
     async def read_file(self, path: str) -> bytes:
         return bytes.fromhex(await self.ask("read_file", path=path))

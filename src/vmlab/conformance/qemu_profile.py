@@ -197,6 +197,15 @@ class AgentProbe:
     async def typed(self) -> bytes:
         raise GuestCannotTell
 
+    async def show(self, text: str) -> None:
+        if self._machine.spec.architecture is not Architecture.X86_64:
+            # Their kernels have the drivers of displays in modules, which the images have not.
+            raise GuestCannotTell
+        await self.ask("cat > /dev/tty1", f"\n{text}\n".encode())
+
+    async def pressed(self) -> Sequence[str]:
+        raise GuestCannotTell
+
     async def read_file(self, path: str) -> bytes:
         return await self.ask(f"cat '{path}'")
 

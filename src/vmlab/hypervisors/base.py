@@ -285,6 +285,28 @@ class Machine(ABC):
         """
 
     @abstractmethod
+    async def screenshot(self, *, timeout: float | None = None) -> bytes:
+        """What its display shows, as a PNG image; the machine has to be running or paused.
+
+        Raises:
+            UnsupportedOperation: its specification has no display.
+        """
+
+    @abstractmethod
+    async def send_keys(self, keys: Sequence[str], *, timeout: float | None = None) -> None:
+        """Press keys of its keyboard, one after the other; the machine has to be running.
+
+        Args:
+            keys: Names of `vmlab.machine.keys`, several that are held together joined by a dash:
+                `["l", "s", "ret", "ctrl-alt-f2"]`.
+            timeout: Seconds for all of them.
+
+        Raises:
+            InvalidSpec: there is no key of such a name; none was pressed.
+            UnsupportedOperation: its specification has no display.
+        """
+
+    @abstractmethod
     async def snapshot(
         self, name: str, *, memory: bool | None = None, timeout: float | None = None
     ) -> Snapshot:

@@ -4,13 +4,13 @@ A hook does its one thing and raises a VmlabError when it cannot; it knows nothi
 deadlines or events, which `serialised_machine` sees to. It may be cancelled at any await, and lets
 the cancellation out. Hooks that take an operation run one at a time on a machine; the questions
 (`_observe`, `_do_status`, `_do_info`, `_do_metrics`, `_do_console`, `_do_channel`,
-`_do_snapshots`) may come at any time.
+`_do_screenshot`, `_do_send_keys`, `_do_snapshots`) may come at any time.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vmlab.hypervisors.base import (
@@ -24,6 +24,7 @@ from vmlab.hypervisors.base import (
     Snapshot,
 )
 from vmlab.hypervisors.operation import Operation
+from vmlab.hypervisors.picture import Picture
 from vmlab.machine.faults import Fault
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, Nic
@@ -98,6 +99,14 @@ class MachineHooks(Machine):
     @abstractmethod
     async def _do_channel(self, name: str) -> Channel:
         """Open a guest channel, or ResourceNotFound."""
+
+    @abstractmethod
+    async def _do_screenshot(self) -> Picture:
+        """What the display of a machine that has one shows."""
+
+    @abstractmethod
+    async def _do_send_keys(self, keys: Sequence[tuple[str, ...]]) -> None:
+        """Press keys, each item's together, of a machine that has a display."""
 
     @abstractmethod
     async def _do_snapshots(self) -> list[Snapshot]:

@@ -53,6 +53,7 @@ from vmlab.machine.errors import (
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import Fault
 from vmlab.machine.fit import check_fit
+from vmlab.machine.keys import KEYS, KEYS_RULE
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import NAME_RULE, Disk, Nic, is_name
 from vmlab.machine.states import LIVE, OFF, OPERATIONS, MachineState
@@ -250,6 +251,31 @@ class OperatedMachine(SerialisedMachine):
         return await self._query(
             "channel", lambda: self._do_channel(name), timeout, needs=(Capability.GUEST_CHANNELS,)
         )
+
+    async def screenshot(self, *, timeout: float | None = None) -> bytes:
+        async def look() -> bytes:
+            self._require_display("screenshot")
+            return (await self._do_screenshot()).png()
+
+        return await self._query("screenshot", look, timeout, needs=(Capability.DISPLAY,))
+
+    async def send_keys(self, keys: Sequence[str], *, timeout: float | None = None) -> None:
+        async def press() -> None:
+            self._require_display("send_keys")
+            await self._do_send_keys(chords)
+
+        chords = check_keys(keys)
+        await self._query("send_keys", press, timeout, needs=(Capability.DISPLAY,))
+
+    def _require_display(self, operation: str) -> None:
+        if not self._spec.display:
+            raise UnsupportedOperation(
+                Capability.DISPLAY.value,
+                hypervisor=self._hypervisor.name,
+                machine=self.name,
+                operation=operation,
+                hint="its specification has no display: create it with display = true",
+            )
 
     async def snapshots(self, *, timeout: float | None = None) -> list[Snapshot]:
         return await self._query("snapshots", self._do_snapshots, timeout, rule="info")
@@ -711,6 +737,32 @@ def check_part_name(field: str, name: str, *, operation: str = "create") -> None
             what=operation,
             hint="choose another name",
         )
+
+
+def check_keys(keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """The keys of each item, which are pressed together.
+
+    Raises:
+        InvalidSpec: naming the first that there is not.
+    """
+    if isinstance(keys, str):
+        raise _no_keys("keys", keys, 'a list of keys such as ["l", "s", "ret"]')
+    chords = []
+    for position, item in enumerate(keys):
+        chord = tuple(item.split("-"))
+        if not set(chord) <= KEYS:
+            raise _no_keys(f"keys.{position}", item, KEYS_RULE)
+        chords.append(chord)
+    return chords
+
+
+def _no_keys(field: str, value: str, expected: str) -> InvalidSpec:
+    return InvalidSpec(
+        [SpecProblem(field, value, expected)],
+        operation="send_keys",
+        what="send_keys",
+        hint="`vmlab.machine.keys.KEYS` has all of them",
+    )
 
 
 def _always(*capabilities: Capability) -> Needs:

@@ -51,6 +51,8 @@ DEFAULT_TIMEOUTS: Mapping[str, float] = {
     "metrics": 10,
     "console": 10,
     "channel": 30,
+    "screenshot": 30,
+    "send_keys": 60,
     "snapshots": 10,
 }
 """Seconds that an operation has when its caller names no timeout."""

@@ -38,6 +38,7 @@ class Capability(StrEnum):
     NUMA = "numa"
     CONSOLE = "console"
     GUEST_CHANNELS = "guest-channels"
+    DISPLAY = "display"
     SHARE_9P = "share-9p"
     SHARE_VIRTIOFS = "share-virtiofs"
     SHARE_COPY = "share-copy"
@@ -66,6 +67,7 @@ DESCRIPTIONS: dict[Capability, str] = {
     Capability.NUMA: "show the guest several NUMA nodes",
     Capability.CONSOLE: "a serial console that can be read and written",
     Capability.GUEST_CHANNELS: "byte channels between host and guest beside the console",
+    Capability.DISPLAY: "a display that can be looked at, and a keyboard beside it",
     Capability.SHARE_9P: "share a directory of the host by 9P2000.L",
     Capability.SHARE_VIRTIOFS: "share a directory of the host by virtiofs",
     Capability.SHARE_COPY: "copy a directory of the host into the guest at start",

@@ -51,6 +51,8 @@ def needed_capabilities(spec: MachineSpec) -> list[tuple[str, Capability]]:
         needed.append(("consoles", Capability.CONSOLE))
     if spec.channels not in ((), DEFAULT_CHANNELS):
         needed.append(("channels", Capability.GUEST_CHANNELS))
+    if spec.display:
+        needed.append(("display", Capability.DISPLAY))
     for position, device in enumerate(spec.host_devices):
         needed.append((f"host_devices.{position}", _DEVICES[device.kind]))
     if spec.deterministic:

@@ -139,6 +139,8 @@ OPERATIONS: Mapping[str, frozenset[MachineState]] = MappingProxyType(
         "inject": frozenset({_S.RUNNING, _S.PAUSED}),
         "clear_fault": frozenset({_S.CREATED, _S.RUNNING, _S.PAUSED, _S.STOPPED, _S.FAILED}),
         "channel": frozenset({_S.RUNNING, _S.PAUSED}),
+        "screenshot": frozenset({_S.RUNNING, _S.PAUSED}),
+        "send_keys": frozenset({_S.RUNNING}),
         "delete": frozenset({_S.CREATED, _S.STOPPED, _S.FAILED, _S.UNKNOWN}),
         "info": frozenset(MachineState) - {_S.DELETED},
         "console": frozenset(MachineState) - {_S.DELETED},
@@ -227,7 +229,7 @@ def _advice(operation: str, actual: MachineState) -> str | None:
         return "the machine is gone: create a new one"
     if operation == "delete" and actual in LIVE:
         return "stop or kill it first, or delete it with force"
-    if operation in {"pause", "stop", "restart", "fork", "channel"} and actual in OFF:
+    if operation in {"pause", "stop", "restart", "fork", "channel", "screenshot"} and actual in OFF:
         return "start it first"
     if actual is _S.PAUSED:
         return "resume it first"

@@ -125,6 +125,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "inject": (DiskError(disk="root"),),
     "clear_fault": ("f",),
     "channel": ("c",),
+    "send_keys": (["a"],),
 }
 
 
@@ -175,6 +176,8 @@ CAPABILITIES: list[tuple[MachineState, str, tuple[Any, ...], dict[str, Any], Cap
     (RUNNING, "clear_fault", ("f",), {}, Capability.FAULTS),
     (RUNNING, "console", (), {}, Capability.CONSOLE),
     (RUNNING, "channel", ("c",), {}, Capability.GUEST_CHANNELS),
+    (RUNNING, "screenshot", (), {}, Capability.DISPLAY),
+    (RUNNING, "send_keys", (["a"],), {}, Capability.DISPLAY),
 ]
 
 

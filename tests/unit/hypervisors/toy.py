@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.picture import Picture
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
 from vmlab.machine.errors import CorruptSnapshot, OperationFailed, ResourceNotFound
@@ -199,6 +200,7 @@ class ToyMachine(OperatedMachine):
         self.guest = STOPPED if self.state is MachineState.CREATED else self.state
         self.toy: ToyHypervisor = self._hypervisor  # type: ignore[assignment]  # new_machine's
         self.saved: dict[str, Snapshot] = {}
+        self.pressed: list[tuple[str, ...]] = []
         self.memory = 0
         self.exists = False
         self.sizes = (self.spec.cpus.count, self.spec.memory.size)
@@ -346,6 +348,14 @@ class ToyMachine(OperatedMachine):
     async def _do_channel(self, name: str) -> Channel:
         async with self._hook("channel", question=True):
             raise ResourceNotFound(f"there is no channel {name!r}", machine=self.name)
+
+    async def _do_screenshot(self) -> Picture:
+        async with self._hook("screenshot", question=True):
+            return Picture(1, 1, b"toy")
+
+    async def _do_send_keys(self, keys: Sequence[tuple[str, ...]]) -> None:
+        async with self._hook("send_keys", question=True):
+            self.pressed += keys
 
     async def _do_snapshots(self) -> list[Snapshot]:
         async with self._hook("snapshots", question=True):

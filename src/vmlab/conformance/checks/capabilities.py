@@ -67,6 +67,7 @@ _OPERATIONS: Mapping[Capability, tuple[str, MachineState]] = {
     C.RESIZE_DISK: ("resize_disk", S.CREATED),
     C.PINNING: ("pin", S.CREATED),
     C.CONSOLE: ("console", S.RUNNING),
+    C.DISPLAY: ("screenshot", S.RUNNING),
     C.GUEST_CHANNELS: ("channel", S.RUNNING),
 }
 _ATTEMPTS: Mapping[Capability, tuple[MachineState, Callable[[Stage], Awaitable[object]]]] = {
@@ -144,6 +145,7 @@ _SPECS: Mapping[Capability, dict[str, object]] = {
     C.GPU_PASSTHROUGH: {"host_devices": [HostDevice(name="g", kind="gpu", address="00:02.0")]},
     C.SRIOV_PASSTHROUGH: {"host_devices": [HostDevice(name="v", kind="sriov", address="00:03.0")]},
     C.DETERMINISTIC: {"deterministic": True},
+    C.DISPLAY: {"display": True},
     C.CONSOLE: {"consoles": [{"name": "extra"}]},
     C.GUEST_CHANNELS: {"channels": ["extra"]},
 }

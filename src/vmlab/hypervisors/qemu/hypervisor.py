@@ -69,6 +69,7 @@ SUPPORTED: Final = frozenset(
         Capability.NUMA,
         Capability.CONSOLE,
         Capability.GUEST_CHANNELS,
+        Capability.DISPLAY,
         Capability.SHARE_9P,
         Capability.FAULTS,
     }

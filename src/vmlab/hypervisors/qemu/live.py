@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +17,8 @@ from vmlab.hypervisors import processes
 from vmlab.hypervisors.base import Channel, Console
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
-from vmlab.hypervisors.qemu import networks, readback
+from vmlab.hypervisors.picture import Picture
+from vmlab.hypervisors.qemu import display, networks, readback
 from vmlab.hypervisors.qemu.boards import BOARDS, Board
 from vmlab.hypervisors.qemu.command_line import (
     Launch,
@@ -609,6 +610,12 @@ class LiveMachine(OperatedMachine):
         channel = await SocketChannel.open(name, self.name, path)
         self._channels[name] = channel
         return channel
+
+    async def _do_screenshot(self) -> Picture:
+        return await display.screenshot(self.need())
+
+    async def _do_send_keys(self, keys: Sequence[tuple[str, ...]]) -> None:
+        await display.send_keys(self.need(), keys)
 
     def _missing(self, kind: str, name: str, there: tuple[str, ...]) -> ResourceNotFound:
         return ResourceNotFound(

@@ -167,6 +167,13 @@ class RemoteMachine(Machine):
         link = await self._hypervisor.link()
         return RemoteChannel(link, await self._call("channel", name=name, timeout=timeout))
 
+    async def screenshot(self, *, timeout: float | None = None) -> bytes:
+        picture: bytes = await self._call("screenshot", timeout=timeout)
+        return picture
+
+    async def send_keys(self, keys: Sequence[str], *, timeout: float | None = None) -> None:
+        await self._call("send_keys", keys=keys, timeout=timeout)
+
     async def snapshot(
         self, name: str, *, memory: bool | None = None, timeout: float | None = None
     ) -> Snapshot:

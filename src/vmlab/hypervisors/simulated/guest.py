@@ -35,12 +35,19 @@ class GuestState:
     hostname: str = ""
     ignores_powerdown: bool = False
     typed: bytearray = field(default_factory=bytearray)
+    screen: str = ""
+    pressed: list[str] = field(default_factory=list)
     clock_offset: float = 0.0
     files: dict[str, bytes] = field(default_factory=dict)
 
     def copy(self) -> GuestState:
         """The same, independent."""
-        return replace(self, typed=bytearray(self.typed), files=dict(self.files))
+        return replace(
+            self,
+            typed=bytearray(self.typed),
+            pressed=list(self.pressed),
+            files=dict(self.files),
+        )
 
 
 class Guest:
@@ -171,6 +178,15 @@ class Guest:
     def typed(self, _request: Mapping[str, Any]) -> str:
         return self.state.typed.decode("utf-8", "replace")
 
+    def show(self, request: Mapping[str, Any]) -> bool:
+        if not self.hardware.spec.display:
+            raise GuestError("the machine has no display")
+        self.state.screen = str(request["text"])
+        return True
+
+    def pressed(self, _request: Mapping[str, Any]) -> list[str]:
+        return list(self.state.pressed)
+
     def read_file(self, request: Mapping[str, Any]) -> str:
         return self.state.files[str(request["path"])].hex()
 
@@ -242,6 +258,8 @@ _DO: Final[Mapping[str, Callable[[Guest, Mapping[str, Any]], Any]]] = {
         Guest.entropy,
         Guest.print,
         Guest.typed,
+        Guest.show,
+        Guest.pressed,
         Guest.read_file,
         Guest.files,
         Guest.poweroff,
@@ -257,6 +275,7 @@ _CHANGES: Final = frozenset(
         Guest.write_disk,
         Guest.flush,
         Guest.print,
+        Guest.show,
         Guest.ignore_powerdown,
         Guest.send,
         Guest.received,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -259,6 +259,11 @@ class Hardware:
         """Somebody types; a running guest echoes it."""
         self.guest.state.typed += data
         self.print(data.decode("utf-8", "replace"), name)
+        self.world.changed(self)
+
+    def press(self, keys: Sequence[tuple[str, ...]]) -> None:
+        """Somebody presses keys of the keyboard, each item's together."""
+        self.guest.state.pressed += ["-".join(chord) for chord in keys]
         self.world.changed(self)
 
     def open_channel(self, name: str) -> SimulatedChannel:

@@ -21,8 +21,10 @@ from vmlab.hypervisors.base import (
 )
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
+from vmlab.hypervisors.picture import Picture
 from vmlab.hypervisors.serialised_machine import Action, Needs, Plan
 from vmlab.hypervisors.simulated.channels import SimulatedConsole
+from vmlab.hypervisors.simulated.display import picture_of
 from vmlab.hypervisors.simulated.hardware import Hardware, Power
 from vmlab.hypervisors.simulated.readings import (
     SEEN,
@@ -335,6 +337,14 @@ class SimulatedMachine(OperatedMachine):
                 operation="channel",
             )
         return hardware.open_channel(name)
+
+    async def _do_screenshot(self) -> Picture:
+        await self._hypervisor.conduct("screenshot", self)
+        return picture_of(self._require_power("screenshot").guest.state.screen)
+
+    async def _do_send_keys(self, keys: Sequence[tuple[str, ...]]) -> None:
+        await self._hypervisor.conduct("send_keys", self)
+        self._require_power("send_keys").press(keys)
 
     def _missing(self, kind: str, name: str, known: object) -> ResourceNotFound:
         names = ", ".join(map(str, known)) if isinstance(known, dict | tuple) else ""

@@ -55,6 +55,7 @@ class Latencies(_Part):
 
 LATENCY_OF: Final[Mapping[str, str]] = {
     **dict.fromkeys(("status", "info", "metrics", "console", "channel", "snapshots"), "status"),
+    **dict.fromkeys(("screenshot", "send_keys"), "status"),
     **dict.fromkeys(("plug_nic", "unplug_nic"), "network"),
     **dict.fromkeys(("plug_disk", "unplug_disk", "resize_disk"), "disk"),
     **dict.fromkeys(("inject", "clear_fault"), "fault"),

@@ -120,6 +120,8 @@ class GuestRecord(_Record):
     hostname: str
     ignores_powerdown: bool = False
     typed: bytes = b""
+    screen: str = ""
+    pressed: tuple[str, ...] = ()
     clock_offset: float = 0.0
     files: dict[str, bytes] = {}
 
@@ -129,6 +131,8 @@ class GuestRecord(_Record):
             hostname=state.hostname,
             ignores_powerdown=state.ignores_powerdown,
             typed=bytes(state.typed),
+            screen=state.screen,
+            pressed=tuple(state.pressed),
             clock_offset=state.clock_offset,
             files=state.files,
         )
@@ -139,6 +143,8 @@ class GuestRecord(_Record):
             hostname=self.hostname,
             ignores_powerdown=self.ignores_powerdown,
             typed=bytearray(self.typed),
+            screen=self.screen,
+            pressed=list(self.pressed),
             clock_offset=self.clock_offset,
             files=dict(self.files),
         )

@@ -19,9 +19,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Final, Literal, cast, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, cast, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
 
 from vmlab.hypervisors import base
 from vmlab.hypervisors.base import Channel, Console, Hypervisor, Machine
@@ -83,9 +93,14 @@ class Method:
 _SCALARS: Final = (int, float, bool, str)
 
 
+_BYTES: Final[TypeAdapter[bytes]] = TypeAdapter(
+    Annotated[bytes, BeforeValidator(base64.b64decode), PlainSerializer(base64.b64encode)]
+)
+
+
 def _field(annotation: Any, default: Any) -> Any:
     """A field of an arguments model; numbers and texts are not made of each other."""
-    parts = getattr(annotation, "__args__", ()) or (annotation,)
+    parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     plain = all(part in (*_SCALARS, type(None)) for part in parts)
     default = ... if default is inspect.Parameter.empty else default
     return (annotation, Field(default, strict=True) if plain else default)
@@ -107,6 +122,8 @@ def _method(owner: type, name: str, replaced: Mapping[str, Any]) -> Method:
         return Method(name, arguments, None, "machine")
     if result == Sequence[Machine]:
         return Method(name, arguments, None, "machines")
+    if result is bytes:
+        return Method(name, arguments, _BYTES, "value")
     if result in (Channel, Console):
         return Method(name, arguments, None, "stream")
     return Method(name, arguments, TypeAdapter(result), "value")
