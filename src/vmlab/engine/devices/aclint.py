@@ -48,10 +48,19 @@ class Aclint:
         harts: Number of harts.
         clock: The machine's time; `mtime` is its `ticks()` and cannot be written.
         set_pending: Called with (hart, bit of mip, level).
+        set_compare: Called with (hart, ticks) when a comparator is set, if the harts compare it
+            with the time themselves; None: MTIP is driven from here.
     """
 
-    def __init__(self, harts: int, clock: Clock, set_pending: SetPending) -> None:
+    def __init__(
+        self,
+        harts: int,
+        clock: Clock,
+        set_pending: SetPending,
+        set_compare: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.state = AclintState(harts)
+        self._set_compare = set_compare
         self._clock = clock
         self._set_pending = set_pending
         self._timers: list[Timer | None] = [None] * harts
@@ -76,6 +85,9 @@ class Aclint:
             if timer is not None:
                 timer.cancel()
             self.state.mtimecmp[hart] = ticks
+            if self._set_compare is not None:
+                self._set_compare(hart, ticks)
+                return
             due = self._clock.ticks() >= ticks
             self._set_pending(hart, MTIP, due)
             if not due and ticks < NEVER // NANOSECONDS_PER_TICK:

@@ -116,6 +116,14 @@ class Bus:
                 return place
         raise KeyError(name)
 
+    def replace(self, name: str, device: Device) -> None:
+        """Let `device` answer in the window of this name, whatever answered there before.
+
+        Raises:
+            KeyError: there is no such window.
+        """
+        self._devices[self._place(name)] = device
+
     def interpose(self, name: str, wrap: Callable[[Device], Device]) -> Callable[[], None]:
         """Let `wrap(device)` answer for the device called `name`: where faults come in.
 

@@ -67,6 +67,12 @@ class VirtioMmio:
         if device is not None:
             device.interrupt = line
 
+    def reset(self) -> None:
+        """As at power-on, the device included."""
+        self.state = MmioState()
+        if self.device is not None:
+            self.device.reset()
+
     def read(self, offset: int, size: int) -> int:
         """Registers are words; the configuration space takes any size. The rest reads as zero."""
         device = self.device
