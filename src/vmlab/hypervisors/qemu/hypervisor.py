@@ -21,7 +21,7 @@ from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
 from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
 from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT
-from vmlab.hypervisors.qemu import memory
+from vmlab.hypervisors.qemu import memory, timers
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
@@ -81,6 +81,8 @@ UNSUPPORTED: Final = {
     Capability.SHARE_VIRTIOFS: "virtiofsd is not started by this back end",
     Capability.SHARE_COPY: "a copy needs the guest's agent: see vmlab.guests",
 }
+_LOADS: Final = (Capability.MEMORY_SNAPSHOT, Capability.FORK, Capability.LIVE_MIGRATION)
+"""What a process does that loads the state of another one."""
 _NO_PCI_HOTPLUG: Final = "guests of this architecture have no PCI hot-plug"
 FAULTS: Final = frozenset(
     {
@@ -127,13 +129,20 @@ def find_program(architecture: Architecture) -> Program | None:
 
 def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
     """What can be done with guests of those architectures."""
+    fastest = accelerators.accelerators_for
     pluggable = any(BOARDS[architecture].hotplug == "port" for architecture in programs)
-    supported = SUPPORTED if pluggable else SUPPORTED - {Capability.HOTPLUG_NIC}
-    why = dict(UNSUPPORTED) | ({} if pluggable else {Capability.HOTPLUG_NIC: _NO_PCI_HOTPLUG})
-    fastest: dict[str, None] = {}
+    loadable = any(
+        timers.survive(architecture, program.version, fastest(architecture)[0])
+        for architecture, program in programs.items()
+    )
+    lacking = {} if pluggable else {Capability.HOTPLUG_NIC: _NO_PCI_HOTPLUG}
+    lacking |= {} if loadable else dict.fromkeys(_LOADS, timers.WHY_NOT)
+    supported = SUPPORTED - set(lacking)
+    why = dict(UNSUPPORTED) | lacking
+    found: dict[str, None] = {}
     for architecture in programs:
-        fastest |= dict.fromkeys(accelerators.accelerators_for(architecture))
-    names = [name for name in fastest if name != "tcg"] + ["tcg"]
+        found |= dict.fromkeys(fastest(architecture))
+    names = [name for name in found if name != "tcg"] + ["tcg"]
     return Capabilities(
         hypervisor="qemu",
         version=max((program.text for program in programs.values()), default=""),
@@ -193,6 +202,11 @@ class QemuHypervisor(OperatedHypervisor):
     def program(self, architecture: Architecture) -> str:
         """QEMU's program for guests of that architecture."""
         return (self._programs or {})[architecture].path
+
+    def loads(self, architecture: Architecture, accelerator: str) -> bool:
+        """Whether a process can go on with the state of another one's guest."""
+        version = (self._programs or {})[architecture].version
+        return timers.survive(architecture, version, accelerator)
 
     def accelerator(self, architecture: Architecture) -> str:
         """The fastest accelerator that works for guests of that architecture."""

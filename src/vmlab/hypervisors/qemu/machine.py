@@ -32,12 +32,17 @@ from vmlab.hypervisors.qemu.live import LiveMachine
 from vmlab.hypervisors.qemu.networks import backend
 from vmlab.hypervisors.qemu.threads import done_in_thread, in_thread
 from vmlab.machine.capabilities import Capability
-from vmlab.machine.errors import CorruptSnapshot, OperationFailed, UnsupportedOperation
+from vmlab.machine.errors import (
+    CorruptSnapshot,
+    InvalidState,
+    OperationFailed,
+    UnsupportedOperation,
+)
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import Fault
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
-from vmlab.machine.states import MachineState
+from vmlab.machine.states import OPERATIONS, MachineState
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.qemu.hypervisor import QemuHypervisor
@@ -95,8 +100,21 @@ class QemuMachine(LiveMachine):
     async def _do_snapshots(self) -> list[Snapshot]:
         return await done_in_thread(snapshots.all_in, self.snapshot_directory)
 
+    def _require_loading(self, capability: Capability, hint: str) -> None:
+        """Refuse what another process would have to load, where guests do not survive that."""
+        accelerator = self._spec.accelerator or self.qemu.accelerator(self._spec.architecture)
+        if not self.qemu.loads(self._spec.architecture, accelerator):
+            raise UnsupportedOperation(
+                capability.value,
+                hypervisor="qemu",
+                machine=self.name,
+                hint=f"{timers.WHY_NOT}: {hint}",
+            )
+
     async def _do_snapshot(self, operation: Operation, name: str, memory_too: bool) -> Snapshot:
         self.begin()
+        if memory_too:
+            self._require_loading(Capability.MEMORY_SNAPSHOT, "take it with memory=False")
         part = self.snapshot_directory / f".{name}.part"
         self.on_failure(lambda: done_in_thread(snapshots.remove, part))
         await done_in_thread(part.mkdir)
@@ -261,6 +279,7 @@ class QemuMachine(LiveMachine):
     async def _do_fork(self, operation: Operation, child: OperatedMachine) -> None:
         assert isinstance(child, QemuMachine)
         self.begin()
+        self._require_loading(Capability.FORK, "make a machine out of a snapshot of its disks")
         child.begin()
         emulator = self.need()
         resume = await self.hold(emulator)
@@ -295,6 +314,8 @@ class QemuMachine(LiveMachine):
     ) -> None:
         assert isinstance(arrival, QemuMachine)
         self.begin()
+        if live:
+            self._require_loading(Capability.LIVE_MIGRATION, "stop it first")
         arrival.begin()
         arrival.on_failure(arrival.remove_directory)
         late = await in_thread(lambda check: arriving.move_files(self, arrival, check))
@@ -391,12 +412,14 @@ class QemuMachine(LiveMachine):
     def _refuse_paused(self, operation: Operation) -> None:
         """Refuse what a guest has to agree to and cannot, because it stands still."""
         if operation.before is MachineState.PAUSED:
-            raise OperationFailed(
-                f"the guest of machine {self.name!r} stands still: it cannot let go of a device",
-                hint="resume it first",
+            fitting = OPERATIONS[operation.name] - {MachineState.PAUSED}
+            raise InvalidState(
+                operation.name,
+                expected=tuple(sorted(state.value for state in fitting)),
+                actual=MachineState.PAUSED.value,
                 machine=self.name,
                 hypervisor="qemu",
-                operation=operation.name,
+                hint="resume it first: its guest has to let go of the device",
             )
 
     def _unpluggable(self, capability: Capability, hint: str) -> UnsupportedOperation:

@@ -3,8 +3,13 @@
 QEMU's riscv keeps the deadlines of its timers in the state of a machine (`stimecmp` of the Sstc
 extension in each hart, `mtimecmp` in the ACLINT) but arms the QEMUTimer behind each only when the
 guest writes its deadline (target/riscv/time_helper.c, hw/intc/riscv_aclint.c). A hart that waits
-for its next timer interrupt when it is saved waits for ever when it is loaded. Later releases save
-the QEMUTimers; writing a deadline that is there already changes nothing then.
+for its next timer interrupt when it is saved waits for ever when it is loaded. QEMU 10.2 saves the
+QEMUTimers (its commits 09f89ccc9763 and b0daaa172a1c); writing a deadline that is there already
+changes nothing then.
+
+The decrementer of a ppc64le guest is lost as well, and before QEMU 8.2 (its commit 578912ad7312)
+there is no way to write it: what gdbstub stores into the SPR does not reach the timer. Such guests
+are not loaded at all.
 """
 
 from __future__ import annotations
@@ -26,6 +31,17 @@ _MTIMECMP: Final = 0x200_4000
 _SOCKET_STRIDE: Final = 0x1_0000
 """Where the first socket's mtimecmp registers are, and how far on the next one's (QEMU's
 hw/riscv/virt.c: VIRT_CLINT; each NUMA node is a socket)."""
+
+
+DECREMENTER_SAVED: Final = (8, 2)
+"""The first QEMU that saves and arms the decrementer."""
+WHY_NOT: Final = "QEMU before 8.2 loads a pseries guest without its decrementer, and it hangs"
+
+
+def survive(architecture: Architecture, version: tuple[int, ...], accelerator: str) -> bool:
+    """Whether a guest's timers go on in a process that loads its state."""
+    lost = architecture is Architecture.PPC64LE and accelerator == "tcg"
+    return not lost or version >= DECREMENTER_SAVED
 
 
 async def rearm(emulator: Emulator, architecture: Architecture) -> None:

@@ -47,6 +47,30 @@ def test_capabilities_are_those_of_the_architectures_that_are_offered(owner: Own
     assert asyncio.run(provider.open(owner).probe()).available
 
 
+@pytest.mark.parametrize(("version", "loads"), [("7.2.0", False), ("8.2.0", True)])
+def test_pseries_guest_is_loaded_by_a_qemu_that_saves_its_decrementer(
+    owner: Owner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    loads: bool,
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    fake_program(tmp_path, "qemu-system-ppc64", f"echo QEMU emulator version {version}")
+    qemu = provider.open(owner, {"architecture": "ppc64le"})
+    found = asyncio.run(qemu.capabilities())
+    assert qemu.loads(Architecture.PPC64LE, "tcg") is loads
+    assert qemu.loads(Architecture.PPC64LE, "kvm")
+    for capability in (
+        Capability.MEMORY_SNAPSHOT,
+        Capability.FORK,
+        Capability.LIVE_MIGRATION,
+    ):
+        assert (capability in found) is loads
+        assert ("decrementer" in found.unsupported.get(capability, "")) is not loads
+    assert {Capability.SNAPSHOT, Capability.RESTORE, Capability.PAUSE} <= found.supported
+
+
 def test_options_that_are_wrong_are_refused(owner: Owner) -> None:
     with pytest.raises(InvalidSpec, match="no such option"):
         provider.open(owner, {"speed": "high"})
