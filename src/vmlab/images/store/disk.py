@@ -6,14 +6,14 @@ A file appears under its name complete or not at all.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -27,7 +27,7 @@ _FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _CHUNK = 1 << 20
 _SECONDS_BEFORE_TELLING = 0.2
 _SECONDS_FOR_LOCK = 3600.0
-_SECONDS_TO_TAKE_GUARD = 5.0
+_GUARD = ".alive"
 
 
 @contextmanager
@@ -88,60 +88,95 @@ def lock(path: Path, *, what: str, progress: Progress = silent) -> Iterator[None
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A file that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Processes that write the same file do so one after the other. What a killed one leaves is
+    written over by the next one that wants the file.
+    """
+    new = path.with_name(f".new-{path.name}")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-        new = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
+        with _owned(new) as file:
+            try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            new.chmod(0o644)
-            new.replace(path)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+                os.fchmod(file.fileno(), 0o644)
+                new.replace(path)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+
+
+def _owned(path: Path) -> IO[bytes]:
+    """`path` opened, empty, and locked until it is closed; made if it is not there."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                file.truncate()
+                return file
+        except FileNotFoundError:
+            pass  # whoever had it has renamed it meanwhile
+        file.close()
 
 
 @contextmanager
 def working_directory(parent: Path, prefix: str) -> Iterator[Path]:
     """A directory for a build, gone when the block ends, however it ends.
 
-    What a killed process leaves is cleared by `clear_abandoned`.
+    What a killed process leaves is cleared by `clear_abandoned`: a directory whose guard, the
+    lock file beside it, nobody holds.
     """
     with storing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        directory = Path(tempfile.mkdtemp(prefix=f"{prefix}.{os.getpid()}.", dir=parent))
-    guard = FileLock(directory / ".alive")
-    guard.acquire()
+        with _between_making_and_guarding(parent):
+            directory = Path(tempfile.mkdtemp(prefix=f"{prefix}.{os.getpid()}.", dir=parent))
+            guard = FileLock(_guard_of(directory))
+            guard.acquire()
     try:
         with storing(directory):
             yield directory
     finally:
-        guard.release()
-        remove_tree(directory)
+        try:
+            remove_tree(directory)
+            _guard_of(directory).unlink(missing_ok=True)
+        finally:
+            guard.release()
 
 
 def clear_abandoned(parent: Path) -> list[Path]:
     """Remove the working directories whose builds are no longer alive; returns what was removed."""
     removed: list[Path] = []
-    if not parent.is_dir():
+    if not parent.is_dir() or not any(parent.iterdir()):
         return removed
-    for directory in sorted(parent.iterdir()):
-        guard = FileLock(directory / ".alive")
-        try:
-            if time.time() - directory.stat().st_mtime < _SECONDS_TO_TAKE_GUARD:
-                continue  # just made: its process may not hold its guard yet
-            guard.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        guard.release()
-        with suppress(StoreError):  # something is mounted there: the next one tries again
-            remove_tree(directory)
-            removed.append(directory)
+    with _between_making_and_guarding(parent):
+        for place in sorted(parent.iterdir()):
+            directory = place.with_suffix("") if place.suffix == _GUARD else place
+            guard = FileLock(_guard_of(directory))
+            try:
+                guard.acquire(timeout=0)
+            except (Timeout, OSError):
+                continue
+            try:
+                with suppress(StoreError):  # something is mounted there: the next one tries again
+                    if directory.exists():
+                        remove_tree(directory)
+                        removed.append(directory)
+                    _guard_of(directory).unlink(missing_ok=True)
+            finally:
+                guard.release()
     return removed
+
+
+def _guard_of(directory: Path) -> Path:
+    return directory.with_name(directory.name + _GUARD)
+
+
+def _between_making_and_guarding(parent: Path) -> AbstractContextManager[None]:
+    """So that nobody takes a directory for abandoned that is just being made."""
+    return lock(parent.parent / "locks" / f"{parent.name}.lock", what="clearing leftovers")
 
 
 def remove_tree(directory: Path) -> None:
@@ -160,8 +195,9 @@ def remove_tree(directory: Path) -> None:
     def allow(function: object, name: str, error: object) -> None:
         place = Path(name)
         for candidate in (place.parent, place):
-            if candidate.is_dir() and not candidate.is_symlink():
-                candidate.chmod(0o700)
+            with suppress(FileNotFoundError):  # another process removes the same tree
+                if candidate.is_dir() and not candidate.is_symlink():
+                    candidate.chmod(0o700)
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place, ignore_errors=True)
         else:

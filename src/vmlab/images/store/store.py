@@ -49,7 +49,6 @@ from vmlab.images.recipe import Recipe
 from vmlab.images.settings import ImageSettings
 from vmlab.images.store.blobs import BlobCache
 from vmlab.images.store.disk import (
-    clear_abandoned,
     lock,
     remove_tree,
     replacing,
@@ -57,7 +56,7 @@ from vmlab.images.store.disk import (
     storing,
     working_directory,
 )
-from vmlab.images.store.usage import Freed, prune, remove_image
+from vmlab.images.store.usage import Freed, clear_leftovers, prune, remove_image
 
 _STAMP = ".verified"
 _DIGITS = frozenset("0123456789abcdef")
@@ -123,6 +122,8 @@ class ImageStore:
             ImageNotFound: nothing is called that.
             ImageError: of the kind that says why it cannot be built.
         """
+        with suppress(StoreError):  # a store that may only be read is good enough
+            clear_leftovers(self.root)
         recipe = self.recipe(reference)
         if recipe is None:
             return self._sound(self._stored(str(reference)), progress)
@@ -336,7 +337,7 @@ class ImageStore:
 
     def working(self, name: str) -> AbstractContextManager[Path]:
         """A directory on the store's disk for a build; gone when the block ends."""
-        clear_abandoned(self.root / "work")
+        clear_leftovers(self.root)
         return working_directory(self.root / "work", name)
 
     def add(self, image: Image, files: Mapping[str, Path], *, progress: Progress = silent) -> Image:
@@ -487,7 +488,7 @@ class ImageStore:
     def _imported(self) -> dict[str, str]:
         """The digests of imported images by name."""
         found = {}
-        for path in (self.root / "names").glob("*"):
+        for path in (self.root / "names").glob("[!.]*"):
             with suppress(OSError, UnicodeDecodeError):
                 found[path.name] = path.read_text(encoding="ascii").strip()
         return found

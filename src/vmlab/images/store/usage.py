@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmlab.images.errors import StoreError
 from vmlab.images.image import MANIFEST
 from vmlab.images.store.blobs import BlobCache
 from vmlab.images.store.disk import clear_abandoned, remove_tree
@@ -75,7 +76,7 @@ def prune(
     """
     freed = Freed()
     now = time.time()
-    clear_abandoned(root / "work")
+    clear_leftovers(root)
     files = blobs.sizes()
     images = _images(root)
     total = sum(size for _, size, _ in files) + sum(size for _, size, _ in images)
@@ -98,6 +99,14 @@ def prune(
     return freed
 
 
+def clear_leftovers(root: Path) -> None:
+    """Remove what killed processes left: directories of builds, and images half removed."""
+    clear_abandoned(root / "work")
+    for gone in (root / "images").glob(".gone-*"):
+        with suppress(StoreError):  # something is mounted there
+            remove_tree(gone)
+
+
 def remove_image(directory: Path) -> bool:
     """Remove an image's directory; False if a process holds it."""
     with unused(directory) as free:
@@ -112,7 +121,7 @@ def remove_image(directory: Path) -> bool:
 
 def _images(root: Path) -> list[tuple[Path, int, float]]:
     found = []
-    for directory in (root / "images").glob("*"):
+    for directory in (root / "images").glob("[!.]*"):
         try:
             used = (directory / MANIFEST).stat().st_mtime
         except FileNotFoundError:
