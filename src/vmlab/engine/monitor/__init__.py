@@ -1,0 +1,1 @@
+"""The engine's monitor: QMP over unix sockets, as QEMU speaks it (docs/interop/qmp-spec)."""
