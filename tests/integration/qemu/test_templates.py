@@ -81,12 +81,12 @@ def test_fork_of_a_fork_with_a_display_is_taken_as_a_whole(bench: Any, make_spec
 def test_each_generation_of_copies_has_what_its_origin_wrote_and_no_more(booted: Any) -> None:
     async def test() -> None:
         first, shell = await booted.machine()
-        await shell.run("head -c 3000000 /dev/urandom > /tmp/one")
+        await shell.run("head -c 300000 /dev/urandom > /tmp/one")
         one = await shell.run("md5sum < /tmp/one")
         second = await first.fork("second")
         inside = type(shell)(second)
         assert await inside.run("md5sum < /tmp/one") == one
-        await inside.run("head -c 3000000 /dev/urandom > /tmp/two; rm /tmp/one")
+        await inside.run("head -c 300000 /dev/urandom > /tmp/two; rm /tmp/one")
         two = await inside.run("md5sum < /tmp/two")
         third = type(shell)(await second.fork("third"))
         assert await third.run("ls /tmp/one /tmp/two 2>/dev/null || true") == "/tmp/two\n"
@@ -94,6 +94,14 @@ def test_each_generation_of_copies_has_what_its_origin_wrote_and_no_more(booted:
         await third.run("echo changed > /tmp/two")
         assert await inside.run("md5sum < /tmp/two") == two
         assert await shell.run("ls /tmp/two 2>/dev/null || true") == ""
+        # So much that the next copy gets a template of its own.
+        await inside.run("dd if=/dev/zero of=/tmp/large bs=1M count=40; echo end >> /tmp/large")
+        large = await inside.run("wc -c < /tmp/large; tail -c 4 /tmp/large")
+        heir = await second.fork("heir")
+        assert await maps_a_template(heir)
+        assert await type(shell)(heir).run("wc -c < /tmp/large; tail -c 4 /tmp/large") == large
+        assert await type(shell)(heir).run("md5sum < /tmp/two") == two
+        await inside.run("rm /tmp/large")
         # A snapshot of a copy has the same in it.
         taken = await second.snapshot("copy")
         await inside.run("rm /tmp/two")

@@ -28,7 +28,12 @@ _SECTION_LENGTH: Final = 16 << 10
 
 
 def rename_macs(
-    source: Path, target: Path, before: Mapping[str, str], after: Mapping[str, str]
+    source: Path,
+    target: Path,
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    *,
+    begin: int = 0,
 ) -> int:
     """Copy a stream with other MAC addresses in the state of its NICs.
 
@@ -39,6 +44,7 @@ def rename_macs(
         target: The copy.
         before: MAC address of each NIC in the stream.
         after: MAC address of each NIC in the copy.
+        begin: Bytes at its beginning that have no devices in them.
 
     Returns:
         How many addresses were replaced.
@@ -49,7 +55,7 @@ def rename_macs(
         for nic, old in before.items()
     }
     count = 0
-    heads = [match.start() for match in _SECTION.finditer(data)]
+    heads = [match.start() for match in _SECTION.finditer(data, begin)]
     for start, end in pairwise([*heads, len(data)]):
         end = min(end, start + _SECTION_LENGTH)
         for old, new in changes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -292,12 +293,9 @@ class QemuMachine(LiveMachine):
             await child._make_copy(self.layout, tuple(self.disks.values()))
             child.cut = set(self.cut)
             stream = child.directory / memory.STREAM
+            renamed = partial(arriving.rename_macs, begin=template.before_devices)
             await done_in_thread(
-                arriving.rename_macs,
-                template.stream,
-                stream,
-                self.layout.macs,
-                child.layout.macs,
+                renamed, template.stream, stream, self.layout.macs, child.layout.macs
             )
             await resume()
             child.blocks = template.blocks

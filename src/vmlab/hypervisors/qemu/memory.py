@@ -27,6 +27,7 @@ from vmlab.hypervisors.qemu.private_memory import (
     PrivateMemory,
     SmallBlocks,
     Unusual,
+    carried,
     memfds,
     private_memory,
     save_devices,
@@ -46,8 +47,9 @@ _OWN: Final = "vmlab-memory"
 _TEMPLATE: Final = "vmlab-template"
 _SHARED: Final = ("/memfd:memory-backend-memfd", f"/memfd:{_OWN}")
 """Names of the memfds whose contents are a guest's memory at any time: QEMU's own, and ours."""
-SKIP_SHARED: Final = "x-ignore-shared"
-"""The migration capability that leaves shared memory out of the stream."""
+CARRIED: Final = 32 << 20
+"""Bytes that a copy may have written so that its copies map the same template and load the rest; of
+one that wrote more a template of its own is made, since each of its copies would hold them."""
 
 
 def _extents(source: int, size: int) -> Iterator[tuple[int, int]]:
@@ -186,11 +188,13 @@ class Captured:
         stream: File with the state of vCPUs and devices.
         sources: Files with its memory; none if it is in the stream.
         private: What is written over each of those, where they are templates.
+        devices: What QEMU wrote of its devices, where they are templates.
     """
 
     stream: Path
     sources: tuple[Path, ...]
     private: tuple[PrivateMemory, ...] = ()
+    devices: bytes = b""
 
     @property
     def whole(self) -> bool:
@@ -231,10 +235,10 @@ async def _capture_private(emulator: Emulator, directory: Path, blocks: SmallBlo
     private = await done_in_thread(private_memory, emulator.process.pid, _TEMPLATE)
     if not private:
         raise Unusual("its memory is not mapped from a template")
-    data = await save_devices(emulator, directory, blocks)
+    devices = await save_devices(emulator, directory, blocks)
     stream = directory / STREAM
-    await done_in_thread(stream.write_bytes, data)
-    return Captured(stream, tuple(part.template for part in private), tuple(private))
+    await done_in_thread(stream.write_bytes, blocks.stream(devices))
+    return Captured(stream, tuple(part.template for part in private), tuple(private), devices)
 
 
 async def blocks_in(stream: Path, architecture: Architecture) -> SmallBlocks | None:
@@ -312,6 +316,10 @@ class Frozen:
         if seal:
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _ALL_SEALS)
 
+    def share(self, template: Path) -> None:
+        """Take a memfd that is sealed already."""
+        self._descriptors.append(os.open(template, os.O_RDWR | os.O_CLOEXEC))
+
     def close(self) -> None:
         """Let go of it; processes that have it keep it."""
         while self._descriptors:
@@ -343,12 +351,21 @@ async def _filled(write: Callable[[Frozen, Callable[[], None]], None]) -> Frozen
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A machine frozen for forks, which map its memory privately, and the stream of the rest."""
+    """A machine frozen for forks, which map its memory privately, and the stream of the rest.
+
+    Attributes:
+        memory: The memory.
+        stream: The rest, and what is written over the memory.
+        whole: Whether the memory is in the stream.
+        blocks: The small blocks in the stream, if they are known.
+        before_devices: Bytes of the stream that have no devices in them, at least.
+    """
 
     memory: Frozen
     stream: Path
     whole: bool
     blocks: SmallBlocks | None
+    before_devices: int = 0
 
     def close(self) -> None:
         """Let go of it."""
@@ -369,7 +386,18 @@ async def freeze(
     """
     captured = await capture(emulator, directory, blocks)
 
+    before = 0
+
     def write(frozen: Frozen, check: Callable[[], None]) -> None:
+        nonlocal before
+        written = carried(captured.private, CARRIED) if captured.private else None
+        if written is not None and blocks is not None:
+            stream = blocks.stream(captured.devices, written)
+            before = len(stream) - len(captured.devices)
+            captured.stream.write_bytes(stream)
+            for source in captured.sources:
+                frozen.share(source)
+            return
         for number in range(len(captured.sources)):
             frozen.add(partial(captured.copy, number, check=check), seal=True)
 
@@ -380,4 +408,4 @@ async def freeze(
     except BaseException:
         captured.stream.unlink()
         raise
-    return Template(memory, captured.stream, captured.whole, blocks)
+    return Template(memory, captured.stream, captured.whole, blocks, before)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,35 +69,62 @@ class SmallBlocks:
     """The beginning of a stream, up to its devices, for every process that came from that stream.
 
     Attributes:
-        beginning: Header, configuration and the RAM blocks that are not the guest's memory.
+        head: Header, configuration and the list of the RAM blocks.
+        pages: The contents of those that are not the guest's memory.
+        number: Of the section that they are in, as it is written.
         flash: The flash memories among them, which are empty.
     """
 
-    beginning: bytes
+    head: bytes
+    pages: bytes
+    number: bytes
     flash: frozenset[str]
+
+    def stream(self, devices: bytes, memory: bytes = b"") -> bytes:
+        """A stream with the state of those devices.
+
+        Args:
+            devices: What QEMU wrote of them, with the head of a stream of its own.
+            memory: Pages of the guest's memory, as `carried` gives them.
+        """
+        part = b""
+        if memory:
+            end = struct.pack(">QB", _LAST, _FOOTER) + self.number
+            part = bytes([_PART]) + self.number + memory + end
+        return b"".join((self.head, part, self.pages, devices[_DEVICES_BEGIN:], _NO_DESCRIPTION))
 
 
 def small_blocks(stream: bytes, architecture: Architecture) -> SmallBlocks | None:
     """The small blocks in a stream without the guest's memory; None if they cannot be kept."""
     try:
-        end, written = _ram_section(stream)
+        ram = _ram_section(stream)
     except (Unusual, struct.error, IndexError, UnicodeDecodeError):
         return None
     flash = frozenset(_FLASH.get(architecture, ()))
-    changeable = written.keys() - _CONSTANT
-    if not changeable <= flash or any(written[name] for name in changeable):
+    changeable = ram.written.keys() - _CONSTANT
+    if not changeable <= flash or any(ram.written[name] for name in changeable):
         return None
-    return SmallBlocks(stream[:end], frozenset(changeable))
+    head, pages = stream[: ram.listed], stream[ram.listed : ram.end]
+    return SmallBlocks(head, pages, ram.number, frozenset(changeable))
 
 
-def _ram_section(stream: bytes) -> tuple[int, dict[str, bool]]:
-    """Where the devices begin, and the blocks with pages in the stream: is any of them not zero?"""
+@dataclass(frozen=True, slots=True)
+class _RamSection:
+    """Where the list of blocks and all of the RAM end, and whether a block has more than zeros."""
+
+    number: bytes
+    listed: int
+    end: int
+    written: dict[str, bool]
+
+
+def _ram_section(stream: bytes) -> _RamSection:
     head = _RAM_SECTION.search(stream)
     if head is None:
         raise Unusual("it has no memory")
     number, position = head[1], head.end()
     written: dict[str, bool] = {}
-    block = ""
+    block, listed = "", 0
     while True:
         (word,) = struct.unpack_from(">Q", stream, position)
         flags, position = word & (_PAGE - 1), position + 8
@@ -107,8 +134,9 @@ def _ram_section(stream: bytes) -> tuple[int, dict[str, bool]]:
             if stream[position] != _FOOTER or stream[position + 1 : position + 5] != number:
                 raise Unusual("a section does not end where it should")
             position += 5
+            listed = listed or position
             if stream[position] == _FULL:
-                return position, written
+                return _RamSection(number, listed, position, written)
             if stream[position] not in {_PART, _END}:
                 raise Unusual("memory is followed by something unknown")
             position += 5
@@ -135,7 +163,7 @@ def _skip_sizes(stream: bytes, position: int, total: int) -> int:
 
 
 async def save_devices(emulator: Emulator, directory: Path, blocks: SmallBlocks) -> bytes:
-    """A stream of a process that stands still, without its memory.
+    """What QEMU writes of the devices of a process that stands still.
 
     Raises:
         Unusual: its flash memory was written to.
@@ -148,7 +176,7 @@ async def save_devices(emulator: Emulator, directory: Path, blocks: SmallBlocks)
     try:
         # Made for Xen, whose memory somebody else saves as well.
         await emulator.execute("xen-save-devices-state", {"filename": str(file), "live": False})
-        return blocks.beginning + file.read_bytes()[_DEVICES_BEGIN:] + _NO_DESCRIPTION
+        return file.read_bytes()
     finally:
         file.unlink(missing_ok=True)
 
@@ -194,6 +222,40 @@ class PrivateMemory:
                         check()
                         data = process.read(address, min(_CHUNK, stop - address))
                         os.pwrite(target, data, offset + address - begin)
+
+    def parts(self, limit: int) -> list[tuple[int, bytes]] | None:
+        """What the process has written: offset and bytes; None if it is more than `limit`."""
+        found, size = [], 0
+        with _Outside(self.pid) as process:
+            for begin, end, offset in self.ranges:
+                for start, stop in process.written(begin, end):
+                    size += stop - start
+                    if size > limit:
+                        return None
+                    found.append((offset + start - begin, process.read(start, stop - start)))
+        return found
+
+
+def carried(memory: Sequence[PrivateMemory], limit: int) -> bytes | None:
+    """What a process has written, as pages of a stream; None if one object's is over `limit` bytes.
+
+    Raises:
+        OSError: this process may not look into that one.
+    """
+    records: list[bytes] = []
+    for number, private in enumerate(memory):
+        parts = private.parts(limit)
+        if parts is None:
+            return None
+        name = f"ram{number}".encode()
+        named = struct.pack("B", len(name)) + name
+        flags = _WHOLE_PAGE
+        for offset, data in parts:
+            for start in range(0, len(data), _PAGE):
+                records.append(struct.pack(">Q", offset + start | flags))
+                records.append(named + data[start : start + _PAGE])
+                named, flags = b"", _WHOLE_PAGE | _SAME_BLOCK
+    return b"".join(records)
 
 
 def private_memory(pid: int, name: str) -> list[PrivateMemory]:

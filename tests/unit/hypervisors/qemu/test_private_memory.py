@@ -119,7 +119,38 @@ ROM = page(8, "pc.bios", b"r" * PAGE) + page(2, None, b"\0")
 def test_small_blocks_are_the_stream_up_to_its_devices() -> None:
     whole = stream(ROM)
     found = private.small_blocks(whole, Architecture.X86_64)
-    assert found == private.SmallBlocks(whole[: -len(b"\4device")], frozenset())
+    assert found is not None
+    assert found.flash == frozenset()
+    devices = b"QEVM\0\0\0\3\4other"
+    made = found.stream(devices)
+    assert made == whole.replace(b"\4device", b"\4other\6\0\0\0\2{}")
+    # Pages of the guest's memory come before the others, in a part of their own.
+    pages = page(8, "ram0", b"m" * PAGE)
+    end = struct.pack(">Q", 0x10) + FOOTER
+    assert found.stream(devices, pages) == made.replace(
+        b"\2" + SECTION, b"\2" + SECTION + pages + end + b"\2" + SECTION, 1
+    )
+    assert private.small_blocks(found.stream(devices), Architecture.X86_64) == found
+
+
+def test_what_was_written_is_carried_as_pages_unless_it_is_much() -> None:
+    name = f"vmlab-carry-{os.getpid()}"
+    template, memory = mapped(name, 16)
+    (found,) = private.private_memory(os.getpid(), name)
+    assert private.carried([found], 0) == b""
+    memory[PAGE : PAGE + 2] = b"ab"
+    memory[2 * PAGE] = ord("c")
+    memory[9 * PAGE] = ord("d")
+    expected = struct.pack(">Q", PAGE | 8) + named("ram0") + memory[PAGE : 2 * PAGE]
+    for number in (2, 9):
+        contents = memory[number * PAGE : (number + 1) * PAGE]
+        expected += struct.pack(">Q", number * PAGE | 0x28) + contents
+    assert private.carried([found], 3 * PAGE) == expected
+    assert private.carried([found], 3 * PAGE - 1) is None
+    twice = private.carried([found, found], 3 * PAGE)
+    assert twice == expected + expected.replace(b"ram0", b"ram1")
+    memory.close()
+    os.close(template)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +209,7 @@ class Emulator:
 
 
 def save(emulator: Emulator, directory: Path) -> bytes:
-    blocks = private.SmallBlocks(b"beginning", frozenset({"virt.flash0"}))
+    blocks = private.SmallBlocks(b"", b"", b"", frozenset({"virt.flash0"}))
     return asyncio.run(private.save_devices(emulator, directory, blocks))  # type: ignore[arg-type]
 
 
@@ -186,7 +217,7 @@ def test_devices_are_saved_only_while_the_flash_memory_is_empty(tmp_path: Path) 
     flash = mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(flash))
     there = f"Host virtual address for 0x20000000 (virt.flash0) is {address:#x}\r\n"
-    expected = b"beginning\4devices\0\6\0\0\0\2{}"
+    expected = b"QEVM\0\0\0\3\4devices\0"
     assert save(Emulator(tmp_path, there), tmp_path) == expected
     assert flash[PAGE] == 0
     flash[5 * PAGE] = 0  # written, and empty all the same
