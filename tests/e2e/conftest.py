@@ -17,7 +17,7 @@ import pytest
 from vmlab.images.settings import default_store
 
 # Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 class Vmlab:
@@ -28,7 +28,7 @@ class Vmlab:
         self.environment = {
             **os.environ,
             "VMLAB_HOME": str(home),
-            "VMLAB_IMAGE_STORE": str(_IMAGE_STORE),
+            "VMLAB_IMAGE_STORE": str(IMAGE_STORE),
         }
 
     def start(self, *words: str, **given: Any) -> subprocess.Popen[bytes]:
@@ -51,7 +51,7 @@ class Vmlab:
             stdin=subprocess.DEVNULL if input is None else None,
             capture_output=True,
             check=False,
-            timeout=100,
+            timeout=300,
         )
 
     def processes(self) -> list[psutil.Process]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from tests.e2e.conftest import Vmlab
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def wait_until(what: Callable[[], bool], seconds: float = 30) -> bool:
+def wait_until(what: Callable[[], bool], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while not what():
         if time.monotonic() > deadline:
@@ -25,7 +25,7 @@ def wait_until(what: Callable[[], bool], seconds: float = 30) -> bool:
     return True
 
 
-def read_until(stream: int, wanted: bytes, seconds: float = 60) -> bytes:
+def read_until(stream: int, wanted: bytes, seconds: float = 300) -> bytes:
     """What comes from a file descriptor, up to `wanted`."""
     seen = b""
     deadline = time.monotonic() + seconds
@@ -56,13 +56,16 @@ def test_uname_prints_the_guest_s_and_nothing_is_left(
 def test_streams_status_disk_share_and_copies_pass_through(vmlab: Vmlab, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").write_text("shared")
+    (tmp_path / "there").mkdir()
     data = bytes(range(256)) * 4096
     done = vmlab.run(
         "run", "--image", "debian-12-amd64-tiny", "--memory", "256M", "--cpus", "2",
         "--disk", "64M", "--share", f"{tmp_path}/here:/src", "--timeline",
+        "--share", f"{tmp_path}/there:/there:rw", "--share", f"{tmp_path}/here:/copied:copy",
         "--copy-out", f"/root/out:{tmp_path}/out", "--",
         "cat; nproc >&2; cat /src/file >&2; echo >&2; cat /sys/block/vda/size >&2; "
-        "mkdir /root/out; echo made >/root/out/file; touch /src/no || exit 7",
+        "mkdir /root/out; echo made >/root/out/file; cp /copied/file /there/back; "
+        "echo more >>/copied/file; touch /src/no || exit 7",
         input=data,
     )  # fmt: skip
     assert done.returncode == 7
@@ -76,6 +79,9 @@ def test_streams_status_disk_share_and_copies_pass_through(vmlab: Vmlab, tmp_pat
         "command", "copy out", "in all",
     ]  # fmt: skip
     assert (tmp_path / "out" / "file").read_text() == "made\n"
+    assert (tmp_path / "there" / "back").read_text() == "shared"
+    # A copy is the guest's own: what it does with it is not seen here.
+    assert (tmp_path / "here" / "file").read_text() == "shared"
     assert nothing_left(vmlab)
 
 
@@ -87,7 +93,7 @@ def test_ctrl_c_reaches_the_command_and_its_status_comes_back(vmlab: Vmlab) -> N
     assert running.stdout is not None
     read_until(running.stdout.fileno(), b"ready\n")
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
     assert (running.returncode, out, err) == (9, b"caught\n", b"")
     assert nothing_left(vmlab)
 
@@ -96,20 +102,51 @@ def test_ctrl_c_while_it_boots_clears_everything_away(vmlab: Vmlab) -> None:
     running = vmlab.start("run", "--image", "debian-12-amd64-tiny", "--", "true")
     assert wait_until(lambda: bool(vmlab.processes()))
     running.send_signal(signal.SIGINT)
-    running.communicate(timeout=60)
+    running.communicate(timeout=300)
     assert running.returncode == 130
     assert nothing_left(vmlab)
 
 
 def test_kill_9_leaves_no_process_and_the_next_run_clears_the_files(vmlab: Vmlab) -> None:
-    running = vmlab.start("run", "--image", "debian-12-amd64-tiny", "--", "echo ready; sleep 1000")
-    assert running.stdout is not None
-    read_until(running.stdout.fileno(), b"ready\n")
-    assert vmlab.processes()
-    running.kill()
-    running.communicate()
-    assert wait_until(lambda: not vmlab.processes())
-    assert vmlab.run("clean").returncode == 0
+    words = ["run", "--image", "debian-12-amd64-tiny", "--", "echo ready; cat"]
+    # Two side by side; one is killed, the other does not notice.
+    runs = [vmlab.start(*words, stdin=subprocess.PIPE) for _ in range(2)]
+    victim, other = runs
+    try:
+        for running in runs:
+            assert running.stdout is not None
+            read_until(running.stdout.fileno(), b"ready\n", 300)
+        before = len(vmlab.processes())
+        victim.kill()
+        victim.communicate()
+        assert wait_until(lambda: len(vmlab.processes()) < before, 120)
+        assert len(vmlab.runs) == 2
+        # The next command clears what it left, and nothing of the one that lives.
+        assert vmlab.run("clean").returncode == 0
+        assert len(vmlab.runs) == 1
+        assert other.communicate(b"still here\n", timeout=120) == (b"still here\n", b"")
+        assert other.returncode == 0
+    finally:
+        for running in runs:
+            running.kill()
+            running.communicate()
+    assert nothing_left(vmlab)
+
+
+@pytest.mark.timeout(1200)
+def test_eight_machines_at_once_each_with_its_own_name(vmlab: Vmlab) -> None:
+    command = ["run", "--image", "debian-12-amd64-tiny", "--memory", "128M", "--", "hostname"]
+    running = [vmlab.start(*command) for _ in range(8)]
+    try:
+        done = [one.communicate(timeout=900) for one in running]
+    finally:
+        for one in running:
+            one.kill()
+            one.communicate()
+    assert [one.returncode for one in running] == [0] * 8, done
+    assert [err for _, err in done] == [b""] * 8
+    names = {out.decode().strip() for out, _ in done}
+    assert len(names) == 8 and all(name.startswith("vm-") for name in names)
     assert nothing_left(vmlab)
 
 
@@ -140,7 +177,7 @@ def test_the_command_gets_a_terminal_whose_size_follows(vmlab: Vmlab) -> None:
         subprocess.run(["stty", "rows", "40", "cols", "90"], stdin=slave, check=True)
         running.send_signal(signal.SIGWINCH)
         read_until(master, b"40 90\r\n")
-        assert running.wait(timeout=30) == 5
+        assert running.wait(timeout=300) == 5
     finally:
         running.kill()
         running.wait()

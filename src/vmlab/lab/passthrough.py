@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import stat
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -16,9 +17,10 @@ from typing import Final
 
 from vmlab.guests.command import AgentRestarted, Command, Sink, quote
 from vmlab.lab.session import Interrupts, Session, death
-from vmlab.machine.errors import ChannelClosed, VmlabError
+from vmlab.machine.errors import ChannelClosed, OperationFailed, VmlabError
 
 _PIECE: Final = 1 << 16
+_KILL_AFTER: Final = 5.0
 _SHELL_TEXT: Final = re.compile(r"[\s;&|<>()$`*?]")
 
 
@@ -34,6 +36,28 @@ def to_file(descriptor: int) -> Sink:
         await asyncio.to_thread(write, data)
 
     return take
+
+
+class Outlet:
+    """A file descriptor that a command's output goes to, until it takes no more.
+
+    What comes afterwards is dropped, so that the guest is not left waiting; `shut` is set, and
+    `error` says why.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._write = to_file(descriptor)
+        self.shut = asyncio.Event()
+        self.error: OSError | None = None
+
+    async def take(self, data: bytes) -> None:
+        """Write it, or drop it."""
+        if self.error is None:
+            try:
+                await self._write(data)
+            except OSError as error:
+                self.error = error
+                self.shut.set()
 
 
 def has_input(descriptor: int) -> bool:
@@ -93,7 +117,9 @@ async def run_here(
     SIGINT goes to the command; a third one within the run ends the session instead.
 
     Raises:
-        ChannelClosed: the guest died.
+        MachineCrashed: the guest died.
+        BrokenPipeError: nobody reads stdout or stderr any more; the command was ended.
+        OperationFailed: they cannot be written, because the disk is full for example; the same.
     """
     process: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     pressed = 0
@@ -112,12 +138,45 @@ async def run_here(
     command = Command(
         text, from_file(0) if has_input(0) else None, dict(environment or {}), directory
     )
+    outlets = Outlet(1), Outlet(2)
     interrupts.to = pass_on
+    ending = asyncio.ensure_future(_end_unread(session, process, outlets))
     try:
-        return await session.guest.channel.run(
-            command, stdout=to_file(1), stderr=to_file(2), started=process.set_result
+        status = await session.guest.channel.run(
+            command, stdout=outlets[0].take, stderr=outlets[1].take, started=process.set_result
         )
     except (AgentRestarted, ChannelClosed) as error:
         raise await death(session, text, error) from error
     finally:
         interrupts.to = None
+        ending.cancel()
+        await asyncio.wait({ending})
+    for name, outlet in zip(("stdout", "stderr"), outlets, strict=True):
+        if isinstance(outlet.error, BrokenPipeError):
+            raise outlet.error
+        if outlet.error is not None:
+            raise OperationFailed(
+                f"the command's {name} cannot be written here: {outlet.error.strerror}; "
+                "the command was ended",
+                operation="run",
+            ) from outlet.error
+    return status
+
+
+async def _end_unread(
+    session: Session, process: asyncio.Future[int], outlets: Sequence[Outlet]
+) -> None:
+    """End a command whose output goes nowhere any more, by what ends one here (pipe(7)).
+
+    One that ignores SIGPIPE would find out by its next write; here it is killed a little later.
+    """
+    waiting = [asyncio.ensure_future(outlet.shut.wait()) for outlet in outlets]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for number in (signal.SIGPIPE, signal.SIGKILL):
+            with suppress(VmlabError):
+                await session.guest.channel.signal(await process, number)
+            await asyncio.sleep(_KILL_AFTER)
+    finally:
+        for task in waiting:
+            task.cancel()
