@@ -367,7 +367,11 @@ def _try_tcg(program: str, timeout: float) -> str | None:
     """Why that QEMU's TCG does not start; None if it does."""
     options = "-machine none -accel tcg -nodefaults -no-user-config -display none -qmp stdio"
     words = '{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
-    done = _run([program, *options.split()], words, timeout)
+    try:
+        done = _run([program, *options.split()], words, timeout)
+    except OSError as error:
+        # A program that is there is not found if the interpreter that its first line names is not.
+        return f"{program} cannot be started: {error.strerror}"
     if done is None:
         return f"did not quit within {timeout:g} s"
     if done.returncode == 0:

@@ -300,6 +300,20 @@ def test_tcg_that_works_for_none_does_not_work(tmp_path: Path) -> None:
     assert item.detail == "riscv64: did not quit within 0.2 s"
 
 
+def test_program_that_cannot_be_started_is_reported_beside_those_that_can(tmp_path: Path) -> None:
+    find = programs(tmp_path, qemu_system_riscv64="cat > /dev/null", qemu_system_ppc64="exit 0")
+    broken, format_ = tmp_path / "qemu-system-ppc64", tmp_path / "qemu-system-x86_64"
+    broken.write_text("#!/none/such-an-interpreter\n")
+    format_.write_bytes(b"\0no program\n")
+    format_.chmod(0o755)
+    item = probe_tcg(find=find)
+    assert item.works
+    assert item.detail == (
+        f"translates riscv64; x86_64: {format_} cannot be started: Exec format error; "
+        f"ppc64le: {broken} cannot be started: No such file or directory"
+    )
+
+
 def test_without_qemu_there_is_no_tcg() -> None:
     item = probe_tcg(find=lambda name: None)
     assert not item.works
