@@ -82,6 +82,7 @@ class Board:
         separate_aclint: Show MSWI, MTIMER and SSWI in the device tree, as `-M virt,aclint=on`
             does, instead of a CLINT.
         slots: virtio-mmio slots, 8 to 28.
+        extensions: What the harts have beside rv64imafdc.
         set_compare: Called with (hart, ticks) for `mtimecmp`, if the harts do the comparing.
     """
 
@@ -95,6 +96,7 @@ class Board:
         *,
         separate_aclint: bool = False,
         slots: int = QEMU_SLOTS,
+        extensions: tuple[str, ...] = EXTENSIONS,
         set_compare: Callable[[int, int], None] | None = None,
     ) -> None:
         if not 1 <= harts <= MAX_HARTS:
@@ -110,6 +112,7 @@ class Board:
         self.ram = ram
         self.harts = harts
         self.separate_aclint = separate_aclint
+        self.extensions = extensions
         self.bus = Bus([("RAM", ram.base, ram.end)])
         self.plic = plic.Plic(harts, set_pending)
         self.aclint = aclint.Aclint(harts, clock, set_pending, set_compare)
@@ -201,11 +204,12 @@ class Board:
             cpu = cpus.add(f"cpu@{hart:x}", device_type="cpu", reg=hart, status="okay",
                            compatible="riscv", phandle=cpu_handle)  # fmt: skip
             cpu.set("mmu-type", "riscv,sv48")
-            cpu.set("riscv,isa", "rv64" + "".join(BASE_EXTENSIONS) + "_" + "_".join(EXTENSIONS))
+            cpu.set("riscv,isa", "_".join(["rv64" + "".join(BASE_EXTENSIONS), *self.extensions]))
             cpu.set("riscv,isa-base", "rv64i")
-            cpu.set("riscv,isa-extensions", [*BASE_EXTENSIONS, *EXTENSIONS])
+            cpu.set("riscv,isa-extensions", [*BASE_EXTENSIONS, *self.extensions])
             for kind in ("cbom", "cbop", "cboz"):
-                cpu.set(f"riscv,{kind}-block-size", _CACHE_BLOCK)
+                if f"zi{kind}" in self.extensions:
+                    cpu.set(f"riscv,{kind}-block-size", _CACHE_BLOCK)
             intc = cpu.add("interrupt-controller", interrupt_controller=None,
                            compatible="riscv,cpu-intc", phandle=intc_handle)  # fmt: skip
             intc.set("#interrupt-cells", 1)

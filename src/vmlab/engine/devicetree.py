@@ -27,10 +27,10 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def add(self, name: str, **properties: Property) -> Node:
-        """A new node below this one. Underscores in keywords are written as hyphens."""
+        """A new node below this one. Underscores in keywords are hyphens in names."""
         node = Node(name)
         for key, value in properties.items():
-            node.set(key.replace("_", "-"), value)
+            node.set(key if key == "device_type" else key.replace("_", "-"), value)
         self.children.append(node)
         return node
 
