@@ -22,6 +22,8 @@ from typing import Any, Final
 
 from vmlab.hypervisors import kvm_probe
 from vmlab.hypervisors.base import ProbeItem
+from vmlab.hypervisors.process_identity import boot_id
+from vmlab.hypervisors.remembered import facts_of, remembered
 from vmlab.machine.architecture import Architecture, host_architecture
 
 __all__ = [
@@ -51,6 +53,8 @@ _KILL_SECONDS = 1.0
 
 KVM_QUICK_MS: Final = 50.0
 """A KVM that takes longer for the probe's guest emulates it."""
+
+_NO_INSTRUCTIONS: Final = "does not run a guest's instructions"
 
 _FALL_BACK = "guests run without it, several times slower (tcg)"
 
@@ -162,7 +166,7 @@ def explain_kvm(answer: dict[str, Any], device: str = KVM_DEVICE) -> ProbeItem:
     if answer["exit"] or answer["writes"] != [kvm_probe.TRAPPED, kvm_probe.FINISHED]:
         came = answer["exit"] or f"it wrote {answer['writes']}"
         return broken(
-            f"{device} opens but does not run a guest's instructions ({came})",
+            f"{device} opens but {_NO_INSTRUCTIONS} ({came})",
             "this host is itself a virtual machine without hardware virtualisation; " + _FALL_BACK,
         )
     if answer["ms"] > KVM_QUICK_MS:
@@ -231,8 +235,34 @@ def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 @cache
 def kvm() -> ProbeItem:
-    """The answer of `probe_kvm`, asked once per process."""
-    return probe_kvm()
+    """The answer of `probe_kvm`, asked once per process, and once for each boot of the host.
+
+    Whether KVM works depends on the kernel, the device and who asks; an answer that depends on
+    more, such as a device that is busy or a probe that was late, is asked for again.
+    """
+    try:
+        about: list[int | str] = [boot_id(), os.uname().release, os.geteuid(), *os.getgroups()]
+        about += facts_of(KVM_DEVICE)
+    except (OSError, AttributeError):
+        return probe_kvm()  # quickly told: there is no device
+    fresh: list[ProbeItem] = []
+
+    def ask() -> dict[str, Any] | None:
+        fresh.append(probe_kvm())
+        return fresh[0].model_dump() if _lasts(fresh[0]) else None
+
+    answer = remembered(f"KVM by {sys.executable}", about, ask)
+    if fresh:
+        return fresh[0]
+    try:
+        return ProbeItem.model_validate(answer)
+    except ValueError:
+        return probe_kvm()
+
+
+def _lasts(item: ProbeItem) -> bool:
+    """Whether another process would find the same."""
+    return item.works or _NO_INSTRUCTIONS in item.detail
 
 
 # ------------------------------------------------------------------- hvf

@@ -26,6 +26,7 @@ from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
 from vmlab.hypervisors.records import MachineRecords
+from vmlab.hypervisors.remembered import facts_of, remembered
 from vmlab.machine.architecture import Architecture, parse_architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
 from vmlab.machine.errors import (
@@ -114,6 +115,15 @@ def find_program(architecture: Architecture) -> Program | None:
     if path is None:
         return None
     try:
+        found = remembered(f"version of {path}", facts_of(path), lambda: _ask_version(path))
+    except OSError:
+        return None
+    return Program(path, tuple(found)) if found is not None else None
+
+
+def _ask_version(path: str) -> list[int] | None:
+    """What QEMU says its version is; None if it does not run, or says something else."""
+    try:
         done = subprocess.run(
             [path, "--version"],
             capture_output=True,
@@ -124,7 +134,7 @@ def find_program(architecture: Architecture) -> Program | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     match = _VERSION.search(done.stdout)
-    return Program(path, tuple(int(part) for part in match.groups("0"))) if match else None
+    return [int(part) for part in match.groups("0")] if match else None
 
 
 def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
