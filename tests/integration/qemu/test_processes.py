@@ -270,6 +270,26 @@ def test_unplugging_waits_for_the_guest_and_gives_up_in_time(bench: Any, make_sp
     bench.run(test(), 30)
 
 
+def test_machine_that_is_said_to_have_failed_can_be_started_at_once(
+    bench: Any, make_spec: Any
+) -> None:
+    async def test() -> None:
+        machine = await bench.qemu.create(make_spec())
+        for crashes in (1, 2):
+            await machine.start()
+            pid = (await machine.info()).pid
+            os.kill(pid, signal.SIGKILL)
+            # It has ended, and nothing here could notice that yet.
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 (on purpose)
+            assert (await machine.status()).state is MachineState.FAILED
+            told = [event.type for event in await bench.qemu.events()]
+            assert told.count(EventType.CRASHED) == crashes
+        await machine.start()
+        assert machine.state is MachineState.RUNNING
+
+    bench.run(test())
+
+
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_at_any_moment_leaves_a_failed_machine_and_nothing_else(
     bench: Any, make_spec: Any, moment: int

@@ -134,6 +134,11 @@ class Emulator:
         if not self.ending:
             on_end(self, self.last_words())
 
+    async def noticed(self) -> None:
+        """If it has ended, wait until whoever watches it was told."""
+        if self._watch is not None and not self.running:
+            await asyncio.wait([self._watch])
+
     @property
     def running(self) -> bool:
         """Whether the process is alive."""

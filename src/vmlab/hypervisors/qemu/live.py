@@ -394,14 +394,13 @@ class LiveMachine(OperatedMachine):
     async def _observe(self) -> MachineState:
         emulator = self.emulator
         if emulator is not None and not emulator.ending and emulator.running:
-            try:
+            # One that ends just now is seen to on its own.
+            with suppress(MachineCrashed):
                 status = (await emulator.execute("query-status"))["status"]
                 return _STATES.get(status, MachineState.PAUSED)
-            except MachineCrashed:
-                # It ended just now, which is noticed on its own.
-                await self._settle_background()
-        elif emulator is not None:
-            # Its end is being seen to: wait for what comes of it.
+        if emulator is not None:
+            # Wait for what comes of its end: who is told of it may start the machine at once.
+            await emulator.noticed()
             await self._settle_background()
         failed = self.state is MachineState.FAILED or self.emulator is not None
         return MachineState.FAILED if failed else MachineState.STOPPED
