@@ -5,9 +5,10 @@ a time, and `vmlab.agent` carries signals. To the guest go shell lines (`\\x01ru
 and input in counted blocks; from it come the output itself, as it is, between two marks that carry
 the command's random token: `\\x01pid TOKEN PID\\n` (on the error port `\\x01begin TOKEN\\n`) and
 `\\x01end TOKEN STATUS\\n`, or `STATUS held` if a process that the command left behind has the ports
-open still: such a slot is used when no other is free. Everything before the first mark is left over
-from others and dropped. Nothing is polled: the host waits for bytes. A slot whose port nobody has
-opened stops itself in the guest until the control port wakes it.
+open still: such a slot is used when no other is free. A command that `takes` its input is started
+by `fill` and reads the port itself; when it fails, its slot is reset. Everything before the first
+mark is left over from others and dropped. Nothing is polled: the host waits for bytes. A slot whose
+port nobody has opened stops itself in the guest until the control port wakes it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Final
 
 from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink, quote
 from vmlab.hypervisors.base import Channel
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
 
 SLOTS: Final = 8
@@ -49,6 +51,9 @@ _OWN_PROCESS = re.compile(r"\$(\$|\{\$|PPID|\{PPID)")
 """What tells a fork of the agent's shell from a shell of its own."""
 
 _KILL_AFTER: Final = 5.0
+_RESET_WITHIN: Final = 10.0
+"""Seconds that a guest has to reset a slot; the slot's next use tries again."""
+
 _GREETING: Final = b"\x01hello 1 "
 _HELLO = re.compile(rb"\x01hello 1 [0-9]+\n\Z")
 
@@ -241,7 +246,7 @@ class AgentChannel(CommandChannel):
         stderr: Sink,
         started: Callable[[int], None] | None = None,
     ) -> int:
-        text = command.script()
+        text = command.script(own_take=True)
         if len(text.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND or "\0" in text:
             raise OperationFailed(
                 f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
@@ -249,7 +254,12 @@ class AgentChannel(CommandChannel):
                 operation="execute",
             )
         async with self._slot() as slot:
-            return await _Run(self, slot, command, text).go(stdout, stderr, started)
+            run = _Run(self, slot, command, text)
+            try:
+                return await run.go(stdout, stderr, started)
+            finally:
+                if run.out_of_step:
+                    await uninterrupted(self._begin_anew(slot))
 
     async def signal(self, process: int, number: int) -> None:
         await self.control("signal", str(int(number)), str(int(process)))
@@ -277,6 +287,15 @@ class AgentChannel(CommandChannel):
         async with self._control_lock:
             if self._control is not None:
                 await self._control.skip_to((b"\x01pong " + token.encode(),))
+
+    async def _begin_anew(self, slot: _Slot) -> None:
+        """End what the guest does on a slot, with what is on its way there."""
+        await slot.drop()
+        with suppress(VmlabError, TimeoutError):
+            async with asyncio.timeout(_RESET_WITHIN):
+                await self.control("reset", str(slot.number))
+                # It takes one call after the other: this answer means that the reset is over.
+                await self._agent_answers()
 
     async def close(self) -> None:
         for slot in self._all:
@@ -370,14 +389,23 @@ class _Run:
         self._token = secrets.token_hex(8)
         self._process: int | None = None
         self._input_done = command.input is None
+        self._taken = False
         self._input_error: Exception | None = None
         self._begun = asyncio.Event()
         self._ended = asyncio.Event()
 
+    @property
+    def out_of_step(self) -> bool:
+        """Whether input may be on its way that nobody in the guest reads."""
+        return self._command.takes and not self._taken
+
     async def go(self, stdout: Sink, stderr: Sink, started: Callable[[int], None] | None) -> int:
         """Run it; when cancelled, end it in the guest and leave the slot in step."""
         out, err = await self._agent.open_slot(self._slot)
-        verb = "run" if self._command.input is None else "pipe"
+        if self._command.takes:
+            verb = "fill"
+        else:
+            verb = "run" if self._command.input is None else "pipe"
         await out.send(command_line(verb, self._token, self._text))
         work = asyncio.ensure_future(self._exchange(out, err, stdout, stderr, started))
         try:
@@ -421,9 +449,19 @@ class _Run:
             return int((await err.copy_to((end,), stderr))[1])
 
         parts = [output(), errors()]
-        if self._command.input is not None:
-            parts.append(self._send_input(out))
-        status = (await _together(*parts))[0]
+        if self._command.takes:
+            # What a command that has failed has not read cannot be sent either.
+            sending = asyncio.ensure_future(self._send_input(out))
+            try:
+                status = (await _together(*parts))[0]
+                self._taken = status == 0 and self._input_done
+            finally:
+                sending.cancel()
+                await asyncio.wait({sending})
+        else:
+            if self._command.input is not None:
+                parts.append(self._send_input(out))
+            status = (await _together(*parts))[0]
         if self._input_error is not None:
             raise self._input_error
         return status

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shlex
+import stat
 import time
 from collections.abc import AsyncIterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from vmlab.guests.command import (
     quote,
 )
 from vmlab.hypervisors.base import Machine
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import (
     ChannelClosed,
     DeadlineExceeded,
@@ -125,6 +127,16 @@ class Guest:
             dict(environment or {}),
             directory,
         )
+        return await self._execute(given, stdout, stderr, timeout)
+
+    async def _execute(
+        self,
+        given: Command,
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+        timeout: float | None = None,
+    ) -> CommandResult:
+        text = given.text
         out, err = bytearray(), bytearray()
         limit = DEFAULT_TIMEOUT if timeout is None else timeout
         begun = time.monotonic()
@@ -325,7 +337,13 @@ class Guest:
             token=secrets.token_hex(6),
             mode=f"{mode:o}",
         )
-        result = await self.execute(command, input=data, timeout=timeout)
+        await self._give(command, data.encode() if isinstance(data, str) else data, timeout)
+
+    async def _give(
+        self, script: str, data: bytes | AsyncIterable[bytes], timeout: float | None
+    ) -> None:
+        """Run a script that takes `data` and has to succeed."""
+        result = await self._execute(Command(script, data, takes=True), timeout=timeout)
         if not result.ok:
             raise CommandFailed(result, "0", machine=self.machine.name)
 
@@ -334,21 +352,61 @@ class Guest:
 
         It appears as a whole: a file that is there is replaced, a directory that is there refused.
 
+        Args:
+            source: What to copy.
+            target: An absolute path in the guest.
+            timeout: Seconds for each part of it: all small files together, and each large one.
+
         Raises:
             OperationFailed: it cannot be read here.
             CommandFailed: it cannot be written there; nothing of it is left.
         """
         parent, name = _split(target)
-        result = await self.execute(
-            _COPY_IN.format(
-                parent=quote(parent), target=quote(target), name=quote(f"./{name}"),
-                scratch=quote(f"{parent.rstrip('/')}/.vmlab-copy-{secrets.token_hex(6)}"),
-            ),
-            input=trees.packed(source, name),
-            timeout=timeout,
-        )  # fmt: skip
-        if not result.ok:
-            raise CommandFailed(result, "0", machine=self.machine.name)
+        scratch = f"{parent.rstrip('/')}/.vmlab-copy-{secrets.token_hex(6)}"
+        words = {
+            "parent": quote(parent),
+            "target": quote(target),
+            "name": quote(f"./{name}"),
+            "scratch": quote(scratch),
+        }
+        plan = await asyncio.to_thread(trees.plan, source)
+        large = plan.large
+        if plan.single is not None:
+            script = _COPY_FILE_IN.format(
+                **words,
+                mode=f"{stat.S_IMODE(plan.single.st_mode):o}",
+                time=int(plan.single.st_mtime),
+            )
+            await self._give(script, trees.contents(source), timeout)
+            return
+        stream = trees.packed(source, name, without=large)
+        if not large:
+            settle = _SETTLE.format(**words)
+            script = _UNPACK.format(**words, then=settle)
+            result = await self.execute(script, input=stream, timeout=timeout)
+            if not result.ok:
+                raise CommandFailed(result, "0", machine=self.machine.name)
+            return
+        try:
+            script = _UNPACK.format(**words, then="trap - EXIT")
+            result = await self.execute(script, input=stream, timeout=timeout)
+            if not result.ok:
+                raise CommandFailed(result, "0", machine=self.machine.name)
+            for path, status in large.items():
+                script = _FILL.format(
+                    name=quote(str(PurePosixPath(scratch, name, path))),
+                    time=int(status.st_mtime),
+                )
+                await self._give(script, trees.contents(source / path), timeout)
+            await self.succeed(_SETTLE.format(**words), timeout=timeout)
+        except BaseException:
+            await uninterrupted(self._forget(scratch))
+            raise
+
+    async def _forget(self, scratch: str) -> None:
+        """Remove what a copy that failed has left, if the guest is there to do so."""
+        with suppress(AgentRestarted, ChannelClosed, DeadlineExceeded):
+            await self.execute(f"rm -rf {quote(scratch)}", timeout=60)
 
     async def copy_out(self, source: str, target: Path, *, timeout: float | None = None) -> None:
         """Copy a file or a tree of the guest to `target`, which it will be, modes and links kept.
@@ -470,14 +528,15 @@ _WRITE: Final = """mkdir -p {parent} || exit
 n=$(readlink -f {name}) || n={name}
 p=$n.vmlab-{token}
 if [ -b "$n" ] || [ -c "$n" ] || [ -p "$n" ] || ! (: >"$p") 2>/dev/null; then
-    exec cat >"$n"
+    take >"$n"
+    exit
 fi
 trap 'rm -f "$p"' EXIT
 trap 'exit 143' HUP INT TERM
-cat >"$p" && chmod {mode} "$p" && mv -f "$p" "$n"
+take >"$p" && chmod {mode} "$p" && mv -f "$p" "$n"
 """
 
-_COPY_IN: Final = """s={scratch}
+_BEGIN: Final = """s={scratch}
 if [ -d {target} ] && ! [ -L {target} ]; then
     echo "it exists already, and is a directory" >&2
     exit 73
@@ -485,9 +544,29 @@ fi
 mkdir -p {parent} || exit
 trap 'rm -rf "$s"' EXIT
 trap 'exit 143' HUP INT TERM
-mkdir "$s" || exit
-(cd "$s" && tar -x -f -) && mv -f "$s"/{name} {target}
 """
+
+# A link to a directory is what is replaced, and not a place to move things into.
+_COPY_FILE_IN: Final = (
+    _BEGIN
+    + """take >"$s" && chmod {mode} "$s" && touch -d @{time} "$s" || exit
+{{ ! [ -d {target} ] || rm -f {target}; }} && mv -f "$s" {target}
+"""
+)
+
+_UNPACK: Final = (
+    _BEGIN
+    + """mkdir "$s" || exit
+(cd "$s" && tar -x -f -) && {then}
+"""
+)
+
+_FILL: Final = "take >{name} && touch -d @{time} {name}"
+
+_SETTLE: Final = (
+    "{{ ! [ -d {target} ] || rm -f {target}; }} && mv -f {scratch}/{name} {target} && "
+    "rm -rf {scratch}"
+)
 
 
 def _listening(port: int, address: str | None) -> str:

@@ -16,8 +16,9 @@ import stat
 import tarfile
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final, cast
 
@@ -26,6 +27,9 @@ from vmlab.machine.errors import OperationFailed
 
 PIECE: Final = 4 << 20
 """Bytes of a piece of a stream: the guest starts a program for each."""
+
+LARGE: Final = 1 << 20
+"""Bytes from which on a file of a tree is copied by itself, which is faster than through tar."""
 
 _PERMISSIONS: Final = 0o1777
 
@@ -58,8 +62,72 @@ class _Pieces(io.RawIOBase):
             self._hand_on(piece)
 
 
-async def packed(source: Path, name: str) -> AsyncIterator[bytes]:
+async def contents(path: Path) -> AsyncIterator[bytes]:
+    """The bytes of a file, in pieces.
+
+    Raises:
+        OperationFailed: it cannot be read.
+    """
+    try:
+        file = await asyncio.to_thread(path.open, "rb")
+        try:
+            while piece := await asyncio.to_thread(file.read, PIECE):
+                yield piece
+        finally:
+            file.close()
+    except OSError as error:
+        raise _unreadable(error, path) from error
+
+
+def _unreadable(error: BaseException, path: Path) -> OperationFailed:
+    reason = error.strerror if isinstance(error, OSError) else None
+    return OperationFailed(
+        f"cannot read {getattr(error, 'filename', None) or path}: {reason or error}",
+        hint="check that it exists and may be read",
+        operation="copy_in",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How something is best copied: `single` if it is one file, else the large files in the tree.
+
+    `large` has them by their path in it; of hard links to one file only one.
+    """
+
+    single: os.stat_result | None
+    large: dict[PurePosixPath, os.stat_result]
+
+
+def plan(source: Path) -> Plan:
+    """Look at what is to be copied. What cannot be read is left to the copy to tell of."""
+    if source.is_symlink() or not source.is_dir():
+        single = source.stat() if source.is_file() and not source.is_symlink() else None
+        return Plan(single, {})
+    found: dict[tuple[int, int], tuple[PurePosixPath, os.stat_result]] = {}
+    for folder, names, files in os.walk(source):
+        names.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            try:
+                status = path.lstat()
+            except OSError:
+                continue
+            if stat.S_ISREG(status.st_mode) and status.st_size >= LARGE:
+                inner = PurePosixPath(path.relative_to(source))
+                found.setdefault((status.st_dev, status.st_ino), (inner, status))
+    return Plan(None, dict(found.values()))
+
+
+async def packed(
+    source: Path, name: str, *, without: Collection[PurePosixPath] = ()
+) -> AsyncIterator[bytes]:
     """A tar stream of `source`, a file or a tree, under the name `name`.
+
+    Args:
+        source: What to pack.
+        name: What it is called in the stream.
+        without: Files of the tree, by their path in it, that are packed empty.
 
     Raises:
         OperationFailed: something in it cannot be read.
@@ -83,6 +151,13 @@ async def packed(source: Path, name: str) -> AsyncIterator[bytes]:
         except RuntimeError:
             raise _Abandoned from None  # the loop has ended
 
+    emptied = {str(PurePosixPath(name, path)) for path in without}
+
+    def prepared(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        if member.name in emptied and member.isreg():
+            member.size = 0
+        return _without_owner(member)
+
     def pack() -> None:
         try:
             try:
@@ -90,7 +165,7 @@ async def packed(source: Path, name: str) -> AsyncIterator[bytes]:
                 with tarfile.open(
                     fileobj=cast("IO[bytes]", target), mode="w|", format=tarfile.GNU_FORMAT
                 ) as archive:
-                    archive.add(source, arcname=name, filter=_without_owner)
+                    archive.add(source, arcname=name, filter=prepared)
                 target.finish()
             except (OSError, ValueError, tarfile.TarError) as error:
                 hand_on(error)
@@ -105,12 +180,7 @@ async def packed(source: Path, name: str) -> AsyncIterator[bytes]:
         while (piece := await pieces.get()) is not None:
             room.get_nowait()
             if isinstance(piece, BaseException):
-                reason = piece.strerror if isinstance(piece, OSError) else None
-                raise OperationFailed(
-                    f"cannot read {getattr(piece, 'filename', None) or source}: {reason or piece}",
-                    hint="check that it exists and may be read",
-                    operation="copy_in",
-                ) from piece
+                raise _unreadable(piece, source) from piece
             yield piece
     finally:
         abandoned.set()

@@ -139,6 +139,31 @@ def test_a_command_that_reads_no_input_ends_and_the_next_one_is_in_step(
     with_agent(hosted, body)
 
 
+def test_input_is_taken_straight_from_the_port_and_a_failure_leaves_the_slot_in_step(
+    hosted: HostedAgent, tmp_path: Path
+) -> None:
+    payload = bytes(range(256)) * 20_000 + b"\x01end 00 0\n0 0\nrest"
+    path = tmp_path / "file"
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield payload
+        yield b"more"
+
+    async def body(channel: AgentChannel) -> None:
+        for source, whole in ((payload, payload), (pieces(), payload + b"more"), (b"", b"")):
+            command = Command(f"take >{path} && echo taken", input=source, takes=True)
+            assert (await run(channel, command)).stdout == "taken\n"
+            assert path.read_bytes() == whole
+        full = await run(channel, Command("take >/dev/full", input=payload, takes=True))
+        assert full.status == 1 and "No space" in full.stderr
+        refused = await run(channel, Command("echo no >&2; exit 9", input=payload, takes=True))
+        assert (refused.status, refused.stderr) == (9, "no\n")
+        assert (await run(channel, "echo in step; type take")).stdout.startswith("in step\n")
+        assert (await run(channel, "take")).status == 127
+
+    with_agent(hosted, body)
+
+
 @pytest.mark.parametrize("text", ["sleep 100", "trap '' TERM; while :; do sleep 1; done"])
 def test_a_cancelled_command_is_ended_in_the_guest(
     hosted: HostedAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str

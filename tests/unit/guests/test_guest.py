@@ -318,6 +318,29 @@ def test_copies_that_cannot_be_are_refused_with_nothing_left(drive: Drive, tmp_p
     drive(body)
 
 
+async def _cancel_in(part: str, guest: Guest, tree: Path, target: Path) -> None:
+    """Cancel a copy after the first piece of one of its parts."""
+    real = getattr(trees, part)
+    middle = asyncio.Event()
+
+    async def slow(*args: Any, **named: Any) -> AsyncIterator[bytes]:
+        async for piece in real(*args, **named):
+            yield piece
+            middle.set()
+            await asyncio.Event().wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, part, slow)
+        target.mkdir()
+        copying = asyncio.ensure_future(guest.copy_in(tree, str(target / "target")))
+        await middle.wait()
+        while not list(target.iterdir()):
+            await asyncio.sleep(0.01)
+        copying.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await copying
+
+
 def test_a_copy_that_is_cancelled_in_the_middle_leaves_nothing(
     drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,26 +348,11 @@ def test_a_copy_that_is_cancelled_in_the_middle_leaves_nothing(
         tree = tmp_path / "tree"
         tree.mkdir()
         for number in range(40):
-            (tree / str(number)).write_bytes(os.urandom(1 << 20))
-        real = trees.packed
-        middle = asyncio.Event()
-
-        async def slow(source: Path, name: str) -> AsyncIterator[bytes]:
-            async for piece in real(source, name):
-                yield piece
-                middle.set()
-                await asyncio.sleep(1000)
-
-        monkeypatch.setattr(trees, "packed", slow)
-        (tmp_path / "guest").mkdir()
-        copying = asyncio.ensure_future(guest.copy_in(tree, str(tmp_path / "guest" / "target")))
-        await middle.wait()
-        await asyncio.sleep(0.3)
-        assert list((tmp_path / "guest").iterdir())
-        copying.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await copying
-        assert list((tmp_path / "guest").iterdir()) == []
+            (tree / str(number)).write_bytes(os.urandom(200_000))
+        (tree / "large").write_bytes(os.urandom(6 << 20))
+        for part in ("packed", "contents"):
+            await _cancel_in(part, guest, tree, tmp_path / part)
+            assert list((tmp_path / part).iterdir()) == []
 
         taken = asyncio.Event()
         take = trees.Unpacker.take
