@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,21 @@ def perform(
     show_timeline: Callable[[Timeline], None] | None = None,
 ) -> int:
     """Fetch, boot, do, clear away: what `run` and `shell` share; returns the exit status."""
+    # What is imported from here on stays: looking for garbage in it takes a fifth of the time.
+    gc.disable()
+    try:
+        return _perform(wish, body, hypervisor, keep, show_timeline)
+    finally:
+        gc.enable()
+
+
+def _perform(
+    wish: Wish,
+    body: Callable[[Session, Interrupts], Awaitable[int]],
+    hypervisor: str,
+    keep: bool,
+    show_timeline: Callable[[Timeline], None] | None,
+) -> int:
     from dataclasses import replace
 
     from vmlab.images import ImageStore
@@ -133,6 +149,11 @@ def perform(
     from vmlab.lab.session import Interrupted, run_session
     from vmlab.lab.terminal import on_terminal
     from vmlab.lab.timeline import Timeline
+
+    async def collecting(session: Session, interrupts: Interrupts) -> int:
+        gc.freeze()
+        gc.enable()
+        return await body(session, interrupts)
 
     wish = replace(wish, terminal=on_terminal() or keep)
     boot.check(wish)
@@ -142,7 +163,7 @@ def perform(
     try:
         status = run_session(
             boot.booted_by(wish, image),
-            body,
+            collecting,
             hypervisor=hypervisor,
             keep=keep,
             timeline=steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,10 @@ def test_nothing_to_run_is_a_usage_error(
 ) -> None:
     assert frame.main(["run"]) == 2
     assert "missing argument 'command'" in capsys.readouterr().err
+
+
+def test_garbage_is_collected_again_however_it_ends(booted: Booted) -> None:
+    for status in (0, Interrupted(2)):
+        booted["status"] = status
+        frame.main(["run", "--", "true"])
+        assert gc.isenabled()
