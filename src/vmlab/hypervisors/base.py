@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ProbeItem(_Answer):

@@ -92,7 +92,7 @@ Line = Annotated[str, BeforeValidator(_one_line)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class GuestFile(_Part):

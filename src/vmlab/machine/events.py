@@ -51,7 +51,7 @@ class Event(BaseModel):
     of one operation together.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     sequence: int = Field(ge=1)
     time: float

@@ -46,7 +46,8 @@ class FaultKind(StrEnum):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built when it is first used: that takes as long as importing all the rest of this package.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 def _known(*names: str) -> tuple[BeforeValidator, WithJsonSchema]:

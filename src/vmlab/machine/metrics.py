@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class CpuMetrics(BaseModel):
     """Processor time of the vCPUs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     seconds: float = Field(ge=0, description="CPU seconds of all vCPUs together")
     per_vcpu_seconds: tuple[float, ...] = Field((), description="CPU seconds of each vCPU")
@@ -25,7 +25,7 @@ class CpuMetrics(BaseModel):
 class MemoryMetrics(BaseModel):
     """Memory, in bytes; all of these are gauges."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     total_bytes: int = Field(ge=0, description="what the guest was given")
     resident_bytes: int | None = Field(None, ge=0, description="what of it the host holds")
@@ -35,7 +35,7 @@ class MemoryMetrics(BaseModel):
 class DiskMetrics(BaseModel):
     """One disk's traffic since the machine started."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     name: str
     read_bytes: int = Field(ge=0)
@@ -49,7 +49,7 @@ class DiskMetrics(BaseModel):
 class NicMetrics(BaseModel):
     """One network interface's traffic since the machine started, as the guest sees it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     name: str
     received_bytes: int = Field(ge=0)
@@ -62,7 +62,7 @@ class NicMetrics(BaseModel):
 class MachineMetrics(BaseModel):
     """What one machine uses at one moment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     time: float = Field(description="seconds on the hypervisor's clock when this was measured")
     uptime_seconds: float = Field(ge=0, description="seconds since the machine started")

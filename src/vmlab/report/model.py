@@ -136,7 +136,9 @@ RelativePath = Annotated[Name, AfterValidator(_relative_path)]
 
 
 class _Record(BaseModel):
+    # Built when it is first used: most commands that import this write no report.
     model_config = ConfigDict(
+        defer_build=True,
         frozen=True,
         extra="forbid",
         validate_by_name=True,
