@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import os
 import subprocess
@@ -11,14 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from vmlab.images import ImageStore
 from vmlab.images.errors import BuildFailed, FormatError, ImageError, ToolMissing
 from vmlab.images.formats import tarball
 from vmlab.images.importing import Parts, import_image
-from vmlab.images.roots import emulation, ext4, tools
+from vmlab.images.roots import confinement, ext4, tools
 from vmlab.images.roots.mirror import serving
-from vmlab.machine.architecture import Architecture
+from vmlab.machine.architecture import Architecture, host_architecture
 
 MakeStore = Callable[..., ImageStore]
 Forms = dict[str, Callable[..., bytes]]
@@ -217,32 +219,142 @@ def test_interrupted_tool_is_ended_with_what_it_started(
                or not Path(f"/proc/{child}/cmdline").read_bytes())  # fmt: skip
 
 
+def foreign() -> Architecture:
+    """An architecture whose programs this host cannot run by itself."""
+    return next(each for each in confinement._QEMU if each is not host_architecture())
+
+
 def test_foreign_programs_run_in_a_private_binfmt_misc(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(emulation, "_BINFMT", tmp_path)
+    architecture = foreign()
+    name, _ = confinement._QEMU[architecture]
+    monkeypatch.setattr(confinement, "_BINFMT", tmp_path)
     monkeypatch.setattr(tools, "find", lambda name: f"/usr/bin/{name}")
-    ready = emulation.wrapped(["mmdebstrap", "--mode=unshare", "x"], Architecture.RISCV64)
-    command = ready.command
-    assert command[0] == "/usr/bin/unshare"
-    assert command[-3:] == ["mmdebstrap", "--mode=root", "x"]
-    script = command[command.index("-ec") + 1]
-    assert "qemu-riscv64-static:F" in script
+    ready = confinement.confined(["mmdebstrap", "x"], architecture)
+    assert ready.command[:2] == ["/usr/bin/unshare", "--user"]
+    assert ready.command[-2:] == ["mmdebstrap", "x"]
+    script = ready.command[-4]
+    assert f"{name}-static:F" in script
     assert "\\x7fELF".replace("ELF", "\\x45\\x4c\\x46") in script
-    (tmp_path / "qemu-riscv64").touch()
-    assert emulation.wrapped(["mmdebstrap"], Architecture.RISCV64) == emulation.Wrapped(
-        ["mmdebstrap"]
-    )
+    # A host that has the emulator registered needs no namespace of a user's.
+    (tmp_path / name).touch()
+    monkeypatch.setattr(confinement, "_permitted", lambda words: True)
+    registered = confinement.confined(["mmdebstrap", "x"], architecture)
+    assert not any("register" in word for word in registered.command)
 
 
 def test_foreign_root_without_emulator_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(emulation, "_BINFMT", tmp_path)
+    monkeypatch.setattr(confinement, "_BINFMT", tmp_path)
     monkeypatch.setattr(tools, "find", lambda name: None)
-    with pytest.raises(ToolMissing) as caught:
-        emulation.wrapped(["x"], Architecture.PPC64LE)
-    assert "qemu-user-static" in (caught.value.hint or "")
+    for ask in (
+        lambda: confinement.confined(["x"], foreign()),
+        lambda: confinement.check(foreign(), what="building x"),
+    ):
+        with pytest.raises(ToolMissing) as caught:
+            ask()
+        assert "qemu-user-static" in (caught.value.hint or "")
+
+
+class OrdinaryUser:
+    """What an ordinary user's host answers; every answer is one that was seen."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, directory: Path) -> None:
+        self.subuid = directory / "subuid"
+        self.subuid.write_text("other:100000:65536\nlab:165536:65536\n")
+        patch.setattr(os, "geteuid", lambda: 1000)
+        patch.setattr(getpass, "getuser", lambda: "lab")
+        patch.setattr(tools, "find", lambda name: f"/usr/bin/{name}")
+        real = Path
+        patch.setattr(
+            confinement, "Path",
+            lambda path: self.subuid if path in ("/etc/subuid", "/etc/subgid") else real(path),
+        )  # fmt: skip
+        self.answer(patch, 0, "")
+
+    def answer(self, patch: pytest.MonkeyPatch, status: int, said: str) -> None:
+        patch.setattr(
+            confinement, "_tried",
+            lambda words: subprocess.CompletedProcess(words, status, stdout="", stderr=said),
+        )  # fmt: skip
+
+
+def test_ordinary_user_installs_as_root_of_a_user_namespace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    OrdinaryUser(monkeypatch, tmp_path)
+    own = host_architecture()
+    assert own is not None
+    confinement.check(own, what="building x")
+    ready = confinement.confined(["mmdebstrap", "x"], own)
+    assert ready.admit is None
+    assert {"--user", "--map-auto", "--map-root-user", "--kill-child=KILL"} <= set(ready.command)
+
+
+def test_ordinary_user_who_cannot_install_is_told_what_has_to_be_allowed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    user = OrdinaryUser(monkeypatch, tmp_path)
+    own = host_architecture()
+    assert own is not None
+    user.subuid.write_text("other:100000:65536\n")
+    with pytest.raises(ToolMissing, match="/etc/subuid lends none to lab") as caught:
+        confinement.check(own, what="building x")
+    assert "usermod --add-subuids 100000-165535 lab" in (caught.value.hint or "")
+    user.subuid.write_text("1000:100000:65536\n")
+    user.answer(monkeypatch, 1, "unshare: unshare failed: Operation not permitted\n")
+    with pytest.raises(ToolMissing, match="unshare failed: Operation not permitted") as caught:
+        confinement.check(own, what="building x")
+    assert "user.max_user_namespaces" in (caught.value.hint or "")
+    monkeypatch.setattr(tools, "find", lambda name: None if name == "newuidmap" else name)
+    with pytest.raises(
+        ToolMissing, match="building x as an ordinary user needs newuidmap"
+    ) as caught:
+        confinement.check(own, what="building x")
+    assert "install uidmap" in (caught.value.hint or "")
+
+
+can_confine = pytest.mark.skipif(
+    os.geteuid() != 0
+    or tools.find("unshare") is None
+    or not confinement._permitted([tools.find("unshare") or "", *confinement._NAMESPACES]),
+    reason="this user may not make namespaces",
+)
+
+
+@can_confine
+def test_killed_installation_leaves_no_process_and_no_mount(
+    tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
+) -> None:
+    """A grandchild that nobody waits for, in a session of its own, and a mount: both go."""
+    (tmp_path / "mnt").mkdir()
+    script = tmp_path / "install"
+    script.write_text(
+        f"mount -t tmpfs x {tmp_path}/mnt && touch {tmp_path}/mnt/inside\n"
+        f"setsid sh -c 'cd {tmp_path}/mnt; flock {tmp_path}/held sh -c "
+        f'"echo started >{tmp_path}/started; exec sleep 600"\' &\nwait\n'
+    )
+    code = (
+        "from pathlib import Path\n"
+        "from vmlab.images.roots import confinement, tools\n"
+        "from vmlab.machine.architecture import host_architecture\n"
+        f"ready = confinement.confined(['/bin/sh', {str(script)!r}], host_architecture())\n"
+        f"tools.run(ready.command, what='x', log=Path({str(tmp_path / 'log')!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_until((tmp_path / "started").exists)
+        assert not (tmp_path / "mnt" / "inside").exists()  # mounted where nobody else sees it
+        held = FileLock(tmp_path / "held")
+        with pytest.raises(Timeout):
+            held.acquire(timeout=0)
+    finally:
+        process.kill()
+        process.wait()
+    held.acquire(timeout=60)  # the kernel lets go of the lock when the process has ended
+    held.release()
 
 
 def test_local_mirror_serves_the_snapshot_and_nothing_else(

@@ -7,7 +7,6 @@ initramfs of the tiny images, so no initramfs is generated under emulation.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +20,7 @@ from vmlab.images.formats import tarball
 from vmlab.images.formats.tarball import TarEntry
 from vmlab.images.progress import Progress, ProgressEvent
 from vmlab.images.recipe import Form, Modules, Recipe
-from vmlab.images.roots import ext4, tools
-from vmlab.images.roots.emulation import Wrapped, wrapped
+from vmlab.images.roots import confinement, ext4, tools
 from vmlab.images.roots.mirror import serving
 from vmlab.images.tiny.build import KernelFiles, unpack_kernel
 from vmlab.images.tiny.tree import merged
@@ -40,8 +38,7 @@ def check_tools(recipe: Recipe) -> dict[str, str]:
     names = ["mmdebstrap", "mke2fs", "debugfs", "depmod"]
     names += ["qemu-img"] if recipe.format is Form.QCOW2 else []
     found = tools.require(names, what=f"building {recipe.name}")
-    if recipe.architecture is not host_architecture():
-        wrapped([], recipe.architecture)
+    confinement.check(recipe.architecture, what=f"building {recipe.name}")
     return found
 
 
@@ -142,7 +139,7 @@ def _install(
     ) as (sources, failures):  # fmt: skip
         command = [
             mmdebstrap,
-            "--mode=root" if os.geteuid() == 0 else "--mode=unshare",
+            "--mode=root",  # of namespaces of its own
             "--variant=minbase",
             "--format=tar",
             f"--architectures={architecture.debian}",
@@ -167,10 +164,9 @@ def _install(
                 for source in sources
             ),
         ]
-        foreign = architecture is not host_architecture()
-        if foreign:
+        if architecture is not host_architecture():
             command.insert(1, "--skip=check/qemu")
-        ready = wrapped(command, architecture) if foreign else Wrapped(command)
+        ready = confinement.confined(command, architecture)
         try:
             tools.run(
                 ready.command,

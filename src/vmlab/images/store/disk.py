@@ -183,7 +183,7 @@ def remove_tree(directory: Path) -> None:
     """Remove a directory with all that it holds, also what its modes forbid to remove.
 
     Raises:
-        StoreError: something is mounted in it, which has to stay.
+        StoreError: something is mounted in it, which has to stay, or it is another user's.
     """
     mounted = _mounts_below(directory)
     if mounted:
@@ -203,8 +203,19 @@ def remove_tree(directory: Path) -> None:
         else:
             place.unlink(missing_ok=True)
 
-    if directory.exists():
+    if not directory.exists():
+        return
+    try:
         shutil.rmtree(directory, onerror=allow)
+    except PermissionError as error:
+        from vmlab.images.roots.confinement import remove_lent
+
+        remove_lent(directory)  # files of the ids that an installation was lent
+        if directory.exists():
+            raise StoreError(
+                f"{directory} cannot be removed: {error.filename or directory} is another user's",
+                hint="remove it as the user who made it, or as root",
+            ) from error
 
 
 def _mounts_below(directory: Path) -> list[str]:
