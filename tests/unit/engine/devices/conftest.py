@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.unit.engine.devices.machines import Engine, Qemu, have_qemu
 
 

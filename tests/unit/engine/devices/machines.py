@@ -73,7 +73,7 @@ class Engine:
 
 
 class Qemu:
-    """QEMU's virt board, its hart never started; memory and registers by qtest commands."""
+    """QEMU's virt board, its harts asleep; memory and registers by qtest commands."""
 
     def __init__(self, folder: Path, *arguments: str, harts: int = 1) -> None:
         self.folder = folder
@@ -83,7 +83,9 @@ class Qemu:
         server.listen(1)
         self.process = subprocess.Popen(
             [
-                "qemu-system-riscv64", "-M", "virt", "-accel", "tcg", "-S", "-smp", str(harts),
+                "qemu-system-riscv64", "-M", "virt", "-accel", "tcg", "-smp", str(harts),
+                # wfi, and back to it: QEMU's network devices receive in a running machine only.
+                "-device", "loader,addr=0x80000000,data=0xffdff06f10500073,data-len=8",
                 "-m", "128M", "-display", "none", "-nodefaults", "-bios", "none",
                 "-qtest", f"unix:{path}", "-qtest-log", "/dev/null",
                 "-global", "virtio-mmio.force-legacy=false", *arguments,

@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 
 import pytest
-
 from tests.unit.engine.devices.machines import Engine, Qemu
+
 from vmlab.engine.devices.aclint import Aclint
 from vmlab.engine.devices.clock import ManualClock
 

@@ -87,10 +87,10 @@ def test_a_work_that_raises_is_told_and_the_others_go_on() -> None:
         told.set()
 
     workers = WorkerThreads(1, failed)
-    workers.work("bad", lambda: [][0]).kick()
+    workers.work("bad", lambda: {}["a mistake"]).kick()
     assert told.wait(60)
     assert failures[0][0] == "bad"
-    assert isinstance(failures[0][1], IndexError)
+    assert isinstance(failures[0][1], KeyError)
     done = threading.Event()
     workers.work("good", done.set).kick()
     assert done.wait(60)

@@ -94,6 +94,11 @@ class StreamSegment:
         self._device = device
         device.own.link_up = self._peer is not None
 
+    @property
+    def connected(self) -> bool:
+        """Whether somebody is at the other end."""
+        return self._peer is not None
+
     def send(self, frame: bytes) -> bool:
         """Put a frame on the wire; nobody there: it is lost, as on a real one."""
         with self._lock:

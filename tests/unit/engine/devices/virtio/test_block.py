@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.unit.engine.devices.driver import NEEDS_RESET, Driver, Memory
 from tests.unit.engine.devices.machines import Engine, Qemu
+
 from vmlab.engine.devices.storage.disk import Disk, RawDisk
 from vmlab.engine.devices.virtio.block import VirtioBlock
 from vmlab.engine.devices.workers import WorkerThreads

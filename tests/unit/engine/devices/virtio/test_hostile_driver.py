@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.unit.engine.devices.driver import (
     EVENT_IDX,
     INDIRECT,
@@ -19,6 +18,7 @@ from tests.unit.engine.devices.driver import (
     SplitRing,
 )
 from tests.unit.engine.devices.machines import Engine
+
 from vmlab.engine.devices.storage.disk import RawDisk
 from vmlab.engine.devices.virtio.block import VirtioBlock
 
@@ -266,9 +266,7 @@ def test_indirect_descriptors_need_to_be_negotiated(driver: Driver) -> None:
 
 def test_a_buffer_of_four_gigabytes_made_of_small_memory_is_refused(engine: Engine) -> None:
     """1024 descriptors of a table, each 8 MiB: more than 2^32 bytes in a machine that has 8 MiB."""
-    engine.plug(
-        lambda e: VirtioBlock("disk", e.ram, e.workers, Nothing(), queue_size=16)
-    )
+    engine.plug(lambda e: VirtioBlock("disk", e.ram, e.workers, Nothing(), queue_size=16))
     driver = Driver(engine, 0, Memory(0x8010_0000, END))
     driver.negotiate(INDIRECT)
     ring = driver.queue(0, 16)

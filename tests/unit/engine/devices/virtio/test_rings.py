@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.unit.engine.devices.driver import (
     EVENT_IDX,
     INDIRECT,
@@ -19,6 +18,7 @@ from tests.unit.engine.devices.driver import (
     SplitRing,
 )
 from tests.unit.engine.devices.machines import Engine, Qemu
+
 from vmlab.engine.devices.storage.disk import RawDisk
 from vmlab.engine.devices.virtio.block import VirtioBlock
 
