@@ -8,12 +8,21 @@ Protocol introspection"). Dashes stand in QMP where Python has underscores.
 from __future__ import annotations
 
 import inspect
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
-from typing import Any, Final, Union
+from typing import Any, Final
+
+from vmlab.engine.structures import (
+    Member,
+    WrongData,
+    as_json,
+    dashed,
+    members_of,
+    taken_from,
+    without_none,
+)
 
 _BUILTIN: Final[dict[object, tuple[str, str]]] = {
     str: ("str", "string"),
@@ -24,9 +33,7 @@ _BUILTIN: Final[dict[object, tuple[str, str]]] = {
     Any: ("any", "value"),
 }
 """Of Python's types, the names of QAPI's and of JSON's."""
-_EXPECTED: Final = {"string": "string", "int": "integer", "number": "number", "boolean": "boolean"}
 _EMPTY: Final = "q_empty"
-_LARGEST: Final = 1 << 63
 
 
 class CommandError(Exception):
@@ -43,16 +50,6 @@ class CommandError(Exception):
 
 
 @dataclass(frozen=True)
-class _Member:
-    """A parameter of a command, or a field of a structure."""
-
-    name: str
-    key: str
-    hint: Any
-    optional: bool
-
-
-@dataclass(frozen=True)
 class Command:
     """One command.
 
@@ -64,7 +61,7 @@ class Command:
     """
 
     name: str
-    members: tuple[_Member, ...]
+    members: tuple[Member, ...]
     returns: Any
     function: Callable[..., Any]
 
@@ -74,7 +71,11 @@ class Command:
         Raises:
             CommandError: an argument is wrong, or the command fails.
         """
-        answer = self.function(**_taken(self.members, arguments, ""))
+        try:
+            taken = taken_from(self.members, arguments, "")
+        except WrongData as wrong:
+            raise CommandError(str(wrong)) from None
+        answer = self.function(**taken)
         return {} if answer is None else as_json(answer)
 
 
@@ -92,7 +93,7 @@ class Commands:
         """Have `function` as a command; its parameters and what it returns are annotated."""
         hints = typing.get_type_hints(function)
         members = tuple(
-            _Member(_dashed(key), key, hints[key], parameter.default is not parameter.empty)
+            Member(dashed(key), key, hints[key], parameter.default is not parameter.empty)
             for key, parameter in inspect.signature(function).parameters.items()
         )
         self._commands[name] = Command(name, members, hints["return"], function)
@@ -159,94 +160,6 @@ class CommandInfo:
     name: str
 
 
-# -------------------------------------------------------------------------- values of those types
-
-
-def _dashed(key: str) -> str:
-    return key.rstrip("_").replace("_", "-")
-
-
-def _members_of(structure: type) -> tuple[_Member, ...]:
-    hints = typing.get_type_hints(structure)
-    return tuple(
-        _Member(
-            _dashed(field.name),
-            field.name,
-            hints[field.name],
-            field.default is not MISSING or field.default_factory is not MISSING,
-        )
-        for field in fields(structure)
-    )
-
-
-def _without_none(hint: Any) -> Any:
-    """The type of what is given, of a parameter that may be None, which stands for nothing."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        (given,) = [each for each in typing.get_args(hint) if each is not type(None)]
-        return given
-    return hint
-
-
-def _taken(members: tuple[_Member, ...], given: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Arguments for Python of a JSON object."""
-    known = {member.name for member in members}
-    for name in given:
-        if name not in known:
-            raise CommandError(f"Parameter '{path}{name}' is unexpected")
-    taken = {}
-    for member in members:
-        if member.name in given:
-            hint = _without_none(member.hint)
-            taken[member.key] = _checked(hint, given[member.name], f"{path}{member.name}")
-        elif not member.optional:
-            raise CommandError(f"Parameter '{path}{member.name}' is missing")
-    return taken
-
-
-def _checked(hint: Any, value: Any, path: str) -> Any:
-    """A JSON value as one of the type `hint`."""
-    if hint is Any:
-        return value
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
-            raise _wrong(path, "array")
-        (element,) = typing.get_args(hint)
-        return [_checked(element, each, f"{path}[{at}]") for at, each in enumerate(value)]
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        if not isinstance(value, str):
-            raise _wrong(path, "string")
-        if value not in [each.value for each in hint]:
-            raise CommandError(f"Parameter '{path}' does not accept value '{value}'")
-        return hint(value)
-    if is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise _wrong(path, "object")
-        assert isinstance(hint, type), "annotations are types"
-        return hint(**_taken(_members_of(hint), value, f"{path}."))
-    expected = _EXPECTED[_BUILTIN[hint][1]]
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint or (hint is int and not -_LARGEST <= value < 2 * _LARGEST):
-        raise _wrong(path, expected)
-    return value
-
-
-def _wrong(path: str, expected: str) -> CommandError:
-    return CommandError(f"Invalid parameter type for '{path}', expected: {expected}")
-
-
-def as_json(value: Any) -> Any:
-    """A value of those types as JSON has it; what is None in a structure is left out."""
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value) and not isinstance(value, type):
-        pairs = ((_dashed(field.name), getattr(value, field.name)) for field in fields(value))
-        return {name: as_json(part) for name, part in pairs if part is not None}
-    if isinstance(value, list | tuple):
-        return [as_json(each) for each in value]
-    return value
-
-
 class _Schema:
     """The entries of query-qmp-schema, each type once."""
 
@@ -261,16 +174,16 @@ class _Schema:
             self._names.add(name)
             self.entries.append({"name": name, "meta-type": meta, **rest})
 
-    def members(self, name: str, members: tuple[_Member, ...]) -> str:
+    def members(self, name: str, members: tuple[Member, ...]) -> str:
         """The name of the type of an object of those members."""
         if not members:
             return _EMPTY
         self.add(name, "object", {"members": list(self._told(members))})
         return name
 
-    def _told(self, members: tuple[_Member, ...]) -> Iterator[dict[str, Any]]:
+    def _told(self, members: tuple[Member, ...]) -> Iterator[dict[str, Any]]:
         for member in members:
-            told = {"name": member.name, "type": self.name_of(_without_none(member.hint))}
+            told = {"name": member.name, "type": self.name_of(without_none(member.hint))}
             yield {**told, "default": None} if member.optional else told
 
     def name_of(self, hint: Any) -> str:
@@ -287,7 +200,7 @@ class _Schema:
             return hint.__name__
         if is_dataclass(hint):
             assert isinstance(hint, type), "annotations are types"
-            return self.members(hint.__name__, _members_of(hint))
+            return self.members(hint.__name__, members_of(hint))
         name, json_type = _BUILTIN[hint]
         self.add(name, "builtin", {"json-type": json_type})
         return name
