@@ -6,9 +6,10 @@ and input in counted blocks; from it come the output itself, as it is, between t
 the command's random token: `\\x01pid TOKEN PID\\n` (on the error port `\\x01begin TOKEN\\n`) and
 `\\x01end TOKEN STATUS\\n`, or `STATUS held` if a process that the command left behind has the ports
 open still: such a slot is used when no other is free. A command that `takes` its input is started
-by `fill` and reads the port itself; when it fails, its slot is reset. Everything before the first
-mark is left over from others and dropped. Nothing is polled: the host waits for bytes. A slot whose
-port nobody has opened stops itself in the guest until the control port wakes it.
+by `fill` and reads the port itself; "-1 0" in place of a block tells it to give up, and when it has
+failed "0 TOKEN" tells where its input ends. Everything before the first mark is left over from
+others and dropped. Nothing is polled: the host waits for bytes. A slot whose port nobody has opened
+stops itself in the guest until the control port wakes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any, ClassVar, Final
 
 from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink, quote
 from vmlab.hypervisors.base import Channel
-from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
 
 SLOTS: Final = 8
@@ -51,8 +51,8 @@ _OWN_PROCESS = re.compile(r"\$(\$|\{\$|PPID|\{PPID)")
 """What tells a fork of the agent's shell from a shell of its own."""
 
 _KILL_AFTER: Final = 5.0
-_RESET_WITHIN: Final = 10.0
-"""Seconds that a guest has to reset a slot; the slot's next use tries again."""
+_GIVE_UP_AFTER: Final = 30.0
+"""Seconds that a guest has to read the rest of a piece of input that is on its way."""
 
 _GREETING: Final = b"\x01hello 1 "
 _HELLO = re.compile(rb"\x01hello 1 [0-9]+\n\Z")
@@ -254,12 +254,7 @@ class AgentChannel(CommandChannel):
                 operation="execute",
             )
         async with self._slot() as slot:
-            run = _Run(self, slot, command, text)
-            try:
-                return await run.go(stdout, stderr, started)
-            finally:
-                if run.out_of_step:
-                    await uninterrupted(self._begin_anew(slot))
+            return await _Run(self, slot, command, text).go(stdout, stderr, started)
 
     async def signal(self, process: int, number: int) -> None:
         await self.control("signal", str(int(number)), str(int(process)))
@@ -287,15 +282,6 @@ class AgentChannel(CommandChannel):
         async with self._control_lock:
             if self._control is not None:
                 await self._control.skip_to((b"\x01pong " + token.encode(),))
-
-    async def _begin_anew(self, slot: _Slot) -> None:
-        """End what the guest does on a slot, with what is on its way there."""
-        await slot.drop()
-        with suppress(VmlabError, TimeoutError):
-            async with asyncio.timeout(_RESET_WITHIN):
-                await self.control("reset", str(slot.number))
-                # It takes one call after the other: this answer means that the reset is over.
-                await self._agent_answers()
 
     async def close(self) -> None:
         for slot in self._all:
@@ -389,15 +375,10 @@ class _Run:
         self._token = secrets.token_hex(8)
         self._process: int | None = None
         self._input_done = command.input is None
-        self._taken = False
         self._input_error: Exception | None = None
         self._begun = asyncio.Event()
         self._ended = asyncio.Event()
-
-    @property
-    def out_of_step(self) -> bool:
-        """Whether input may be on its way that nobody in the guest reads."""
-        return self._command.takes and not self._taken
+        self._given_up = asyncio.Event()
 
     async def go(self, stdout: Sink, stderr: Sink, started: Callable[[int], None] | None) -> int:
         """Run it; when cancelled, end it in the guest and leave the slot in step."""
@@ -449,19 +430,11 @@ class _Run:
             return int((await err.copy_to((end,), stderr))[1])
 
         parts = [output(), errors()]
-        if self._command.takes:
-            # What a command that has failed has not read cannot be sent either.
-            sending = asyncio.ensure_future(self._send_input(out))
-            try:
-                status = (await _together(*parts))[0]
-                self._taken = status == 0 and self._input_done
-            finally:
-                sending.cancel()
-                await asyncio.wait({sending})
-        else:
-            if self._command.input is not None:
-                parts.append(self._send_input(out))
-            status = (await _together(*parts))[0]
+        if self._command.input is not None:
+            parts.append(self._send_input(out))
+        status = (await _together(*parts))[0]
+        if self._command.takes and status != 0:
+            await out.send(f"0 {self._token}\n".encode())
         if self._input_error is not None:
             raise self._input_error
         return status
@@ -485,9 +458,12 @@ class _Run:
     async def _send_input(self, out: _Port) -> int:
         """Send all input and its end; a source that fails ends the command in the guest."""
         source = self._command.input
+        end = b"0 0\n"
         try:
             if isinstance(source, bytes):
                 for offset in range(0, len(source), _PIECE):
+                    if self._given_up.is_set() or (self._command.takes and self._ended.is_set()):
+                        break
                     await _send_block(out, source[offset : offset + _PIECE])
             elif source is not None:
                 async for data in self._until_ended(source):
@@ -495,25 +471,31 @@ class _Run:
         except (VmlabError, OSError) as error:
             # Before it could take the end of what there is for the end of all.
             self._input_error = error
-            await self._begun.wait()
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                if self._process is not None and not self._ended.is_set():
-                    await self._agent.signal(self._process, number)
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._ended.wait(), _KILL_AFTER)
-        await out.send(b"0 0\n")
+            if self._command.takes:
+                end = b"-1 0\n"
+            else:
+                await self._begun.wait()
+                for number in (signal.SIGTERM, signal.SIGKILL):
+                    if self._process is not None and not self._ended.is_set():
+                        await self._agent.signal(self._process, number)
+                        with suppress(TimeoutError):
+                            await asyncio.wait_for(self._ended.wait(), _KILL_AFTER)
+        if self._command.takes and self._given_up.is_set():
+            end = b"-1 0\n"
+        await out.send(end)
         self._input_done = True
         return 0
 
     async def _until_ended(self, source: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
         """What `source` yields, until the command has ended: it may never yield again."""
-        ended = asyncio.ensure_future(self._ended.wait())
+        stops = (self._ended, self._given_up)
+        ends = [asyncio.ensure_future(stop.wait()) for stop in stops]
         iterator = aiter(source)
         try:
-            while not self._ended.is_set():
+            while not any(stop.is_set() for stop in stops):
                 piece = asyncio.ensure_future(anext(iterator, None))
                 try:
-                    await asyncio.wait({piece, ended}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({piece, *ends}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     if not piece.done():
                         piece.cancel()
@@ -522,7 +504,8 @@ class _Run:
                     return
                 yield data
         finally:
-            ended.cancel()
+            for end in ends:
+                end.cancel()
 
     async def _question(self, out: _Port) -> None:
         """The output ends like an agent's greeting: ask whether it really began anew.
@@ -533,8 +516,16 @@ class _Run:
             await out.send(shell_line("ping", self._token))
 
     async def _end_in_guest(self, work: asyncio.Future[int]) -> None:
-        """SIGTERM, then SIGKILL, then have the slot begin anew."""
+        """SIGTERM, then SIGKILL, then have the slot begin anew.
+
+        A command that takes its input is told by that instead, and the slot stays in step.
+        """
         try:
+            if self._command.takes:
+                self._given_up.set()
+                done, _ = await asyncio.wait({work}, timeout=_GIVE_UP_AFTER)
+                if done:
+                    return
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._begun.wait(), _KILL_AFTER)
             for number in (signal.SIGTERM, signal.SIGKILL):

@@ -40,16 +40,27 @@ feed() {
 }
 
 # What a command of `fill` calls to have its input as its output: one copy less than by a pipe, and
-# on an emulated CPU twice as fast.
+# on an emulated CPU twice as fast. Another number than 0 at the end: the host gives up.
 take() {
     {
         while read -r count size && [ "$count" -gt 0 ] 2>/dev/null; do
             said=$(dd bs="$size" count="$count" iflag=fullblock 2>&1 >&5) && continue
             printf '%s\n' "$said" >&2
+            whole=${said%%+* records in*} whole=${whole##*[!0-9]}
+            [ "${whole:-$count}" -ge "$count" ] ||
+                dd bs="$size" count="$((count - whole))" iflag=fullblock of=/dev/null 2>/dev/null
             return 1
         done
     } 5>&1
-    [ "$count" = 0 ] # not so if the host is gone
+    [ "$count" = 0 ]
+}
+
+# What nobody took of the input, up to the line that the host ends it with.
+skip() { # TOKEN
+    while read -r count size && [ "$count $size" != "0 $1" ]; do
+        [ "$count" -gt 0 ] 2>/dev/null &&
+            dd bs="$size" count="$count" iflag=fullblock of=/dev/null 2>/dev/null
+    done
 }
 
 # A fork of this shell tells its process id, lets go of the ports, forgets what is the agent's, and
@@ -63,7 +74,7 @@ launch() { # TOKEN COMMAND [take]
         trap - INT # which dash would put off while it starts a program
         [ -n "$3" ] || unset -f take
         unset -f run pipe fill text ping signal wake reset find_port feed launch finish members serve \
-            supervise
+            skip supervise
         unset OLDPWD PORT ERROR NL SOH slots holders adopted held now status token process name found \
             line entry count size AGENT VMLAB_PORTS
         eval "set --
@@ -117,10 +128,12 @@ pipe() { # TOKEN COMMAND: with input
     }
 }
 
-fill() { # TOKEN COMMAND: with input that it takes all of, or else the host resets this slot
+fill() { # TOKEN COMMAND: with input that it takes
     printf '\001begin %s\n' "$1" >&4
     launch "$1" "$2" take <&3
-    finish "$1" "$?"
+    status=$?
+    finish "$1" "$status"
+    [ "$status" = 0 ] || skip "$1" <&3
 }
 
 text() { # VERB TOKEN SIZE: the command follows in SIZE bytes

@@ -1,0 +1,618 @@
+"""Commands by the standard QEMU guest agent, for images that have only that.
+
+The protocol is QEMU's docs/interop/qemu-ga-ref: JSON lines on a virtio-serial port, one request at
+a time, each answered in turn; `guest-sync-delimited` finds the beginning of an answer again. The
+agent keeps at most 16 MiB of a command's output and tells of it at the end only, so output goes
+through files in the guest, which are read while they grow. That agent tells nothing by itself: the
+end of a command is polled for. Not vmlab's own agent, which is ten times faster (`agent.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import secrets
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any, ClassVar, Final
+
+from vmlab.guests import agent
+from vmlab.guests.agent import LONGEST_COMMAND, OpenChannel
+from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink
+from vmlab.hypervisors.base import Channel
+from vmlab.hypervisors.operation import uninterrupted
+from vmlab.machine.errors import (
+    ChannelClosed,
+    DeadlineExceeded,
+    OperationFailed,
+    VmlabError,
+)
+
+PORT: Final = "org.qemu.guest_agent.0"
+"""The channel that a machine needs for it, named as qemu-ga looks for it."""
+
+_NEEDED: Final = (
+    "guest-exec",
+    "guest-exec-status",
+    "guest-file-open",
+    "guest-file-read",
+    "guest-file-write",
+    "guest-file-close",
+)
+_SENTINEL: Final = b"\xff"
+_LONGEST_ANSWER: Final = 64 << 20
+"""Bytes; the agent itself reads no request that is longer (MAX_TOKEN_SIZE in json-streamer.c)."""
+
+_READ: Final = 512 << 10
+_INPUT_AT_ONCE: Final = 1 << 20
+_INPUT_PIECE: Final = 512 << 10
+_PIECES_AHEAD: Final = 8
+_SHORT_OUTPUT: Final = 65536
+"""Bytes of output up to which a command's end brings it along."""
+
+_ASK_AGAIN: Final = 5.0
+"""Seconds without an answer after which the agent is asked whether it is still the same."""
+
+_ANSWER_WITHIN: Final = 120.0
+_END_WITHIN: Final = 30.0
+_FIRST_PAUSE: Final = 0.004
+_LONGEST_PAUSE: Final = 0.1
+
+# Runs $1 with its output in files of directory $2. What it printed comes along at the end if it is
+# short, after a "T". Signals go to all that descends from this shell, which outlives them to tell.
+_RUN: Final = """trap : HUP INT QUIT USR1 USR2 ALRM TERM PIPE
+d=$2
+mkdir -m 700 "$d" || exit 125
+: >"$d/err"
+: >"$d/out"
+case $3 in
+    none) sh -c "$1" </dev/null >>"$d/out" 2>>"$d/err" ;;
+    given) sh -c "$1" >>"$d/out" 2>>"$d/err" ;;
+    fed)
+        mkfifo "$d/in"
+        (
+            n=0
+            while :; do
+                until [ -e "$d/in.$((n + 1))" ] || [ -e "$d/end" ]; do sleep 0.02; done
+                [ -e "$d/in.$n" ] || exit 0
+                cat "$d/in.$n" && rm "$d/in.$n" || exit
+                n=$((n + 1))
+            done
+        ) >"$d/in" 2>/dev/null &
+        sh -c "$1" <"$d/in" >>"$d/out" 2>>"$d/err"
+        s=$?
+        kill "$!" 2>/dev/null
+        (exit "$s")
+        ;;
+esac
+s=$?
+if [ "$(wc -c <"$d/out")" -le SHORT ] && [ "$(wc -c <"$d/err")" -le SHORT ]; then
+    printf T
+    cat "$d/out"
+    cat "$d/err" >&2
+    rm -rf "$d"
+fi
+exit "$s"
+""".replace("SHORT", str(_SHORT_OUTPUT))
+
+_FIND_ROOM: Final = """for d in /tmp /var/tmp /run /dev/shm; do
+    if [ -d "$d" ] && [ -w "$d" ]; then
+        echo "$d"
+        exit
+    fi
+done
+exit 1
+"""
+
+
+class QgaChannel(CommandChannel):
+    """Commands by the QEMU guest agent, several at once.
+
+    Args:
+        open_channel: Opens a guest channel by name, as `Machine.channel` does.
+        port: The channel's name.
+    """
+
+    name: ClassVar[str] = "qga"
+
+    def __init__(self, open_channel: OpenChannel, port: str = PORT) -> None:
+        self._open = open_channel
+        self._port = port
+        self._channel: Channel | None = None
+        self._lock = asyncio.Lock()
+        self._buffer = bytearray()
+        self._in_step = False
+        self._room: str | None = None
+
+    # The protocol.
+
+    async def connect(self, *, timeout: float) -> None:
+        """Wait until the agent answers.
+
+        Raises:
+            DeadlineExceeded: it does not within `timeout` seconds.
+            OperationFailed: it is there, but may not run commands.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                async with self._lock:
+                    await self._drop()
+                    await self._get_in_step()
+                await self._look_what_it_may_do()
+                self._room = (await self._capture(_FIND_ROOM)).decode().strip() or "/tmp"
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "waiting for the QEMU guest agent",
+                seconds=timeout,
+                hint="look at the console: did the guest boot, and does its image run qemu-ga?",
+            ) from None
+
+    async def _look_what_it_may_do(self) -> None:
+        info = _mapping(await self.call("guest-info"), "guest-info")
+        known = {
+            command.get("name"): command.get("enabled")
+            for command in _field(info, "supported_commands", list, "guest-info")
+            if isinstance(command, dict)
+        }
+        missing = [name for name in _NEEDED if not known.get(name)]
+        if missing:
+            raise OperationFailed(
+                f"the guest's qemu-ga does not do {', '.join(missing)}",
+                hint="some distributions forbid it: look at its options --blacklist, --block-rpcs "
+                "or --allow-rpcs in the guest",
+                operation="connect",
+            )
+
+    async def call(self, name: str, **arguments: Any) -> Any:
+        """Have the agent do one of its commands ("guest-ping"); underscores are hyphens.
+
+        Returns what it answers, as JSON has it.
+
+        Raises:
+            OperationFailed: it refuses, or its answer is none.
+            AgentRestarted: it began anew meanwhile; whether the command was done is unknown.
+            ChannelClosed: the guest died.
+        """
+        request: dict[str, Any] = {"execute": name}
+        if arguments:
+            request["arguments"] = {key.replace("_", "-"): arguments[key] for key in arguments}
+        async with self._lock:
+            if not self._in_step:
+                await self._get_in_step()
+            self._in_step = False
+            try:
+                await self._send(json.dumps(request).encode() + b"\n")
+                answer = await self._answer(name)
+            except ChannelClosed:
+                await self._drop()
+                raise
+        if "error" in answer:
+            error = answer["error"]
+            said = error.get("desc") if isinstance(error, dict) else None
+            raise OperationFailed(
+                f"the guest's qemu-ga refuses {name}: {said or error}", operation=name
+            )
+        return answer["return"]
+
+    async def ping(self) -> None:
+        """Have the agent answer once."""
+        await self.call("guest-ping")
+
+    async def _answer(self, name: str) -> Mapping[str, Any]:
+        """The answer to the request that was just sent."""
+        token = None
+        try:
+            async with asyncio.timeout(_ANSWER_WITHIN):
+                while True:
+                    line = asyncio.ensure_future(self._line())
+                    try:
+                        while not (await asyncio.wait({line}, timeout=_ASK_AGAIN))[0]:
+                            # An agent that began anew knows nothing of the request.
+                            token = await self._ask_to_sync()
+                        text = line.result()
+                    finally:
+                        line.cancel()
+                        await asyncio.wait({line})
+                    if text.startswith(_SENTINEL):
+                        raise AgentRestarted(
+                            f"the guest's qemu-ga began anew before it answered {name}",
+                            hint="what became of the command is unknown",
+                        )
+                    answer = _parsed(text, name)
+                    if token is None or "JSON" not in str(answer.get("error")):
+                        break
+        except TimeoutError:
+            raise AgentRestarted(
+                f"the guest's qemu-ga has not answered {name} for {_ANSWER_WITHIN:g} s",
+                hint="did the agent die? What became of the command is unknown",
+            ) from None
+        # With a question on its way the next answer is not to the next request.
+        self._in_step = token is None
+        return answer
+
+    async def _ask_to_sync(self) -> int:
+        token = secrets.randbelow(1 << 62)
+        request = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
+        # The sentinel ends what an earlier host may have left unfinished.
+        await self._send(_SENTINEL + json.dumps(request).encode() + b"\n")
+        return token
+
+    async def _get_in_step(self) -> None:
+        """Ask until the answer to that comes; whatever comes before it is dropped."""
+        pause = 0.2
+        while True:
+            # Each question is answered twice (the sentinel itself is an error in JSON), so that
+            # only the answer to the last one is the end of what is to be dropped.
+            token = await self._ask_to_sync()
+            try:
+                async with asyncio.timeout(pause):
+                    while True:
+                        line = await self._line()
+                        _, found, rest = line.rpartition(_SENTINEL)
+                        if not found:
+                            continue
+                        with suppress(OperationFailed):
+                            if _parsed(rest, "guest-sync-delimited").get("return") == token:
+                                self._in_step = True
+                                return
+            except TimeoutError:
+                # It boots, or what was sent went with an agent that is gone.
+                pause = min(2 * pause, _ASK_AGAIN)
+            except ChannelClosed:
+                await self._drop()
+                raise
+
+    async def _send(self, data: bytes) -> None:
+        if self._channel is None:
+            self._channel = await self._open(self._port)
+        await self._channel.write(data)
+
+    async def _line(self) -> bytes:
+        """The next line without its end. What has come of one is kept when this is cancelled."""
+        searched = 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > _LONGEST_ANSWER:
+                self._buffer.clear()
+                raise OperationFailed(
+                    f"the guest's qemu-ga answers more than {_LONGEST_ANSWER >> 20} MiB in a line",
+                    hint="is it a qemu-ga?",
+                )
+            if self._channel is None:
+                raise ChannelClosed(f"channel {self._port!r} was closed")
+            data = await self._channel.read(1 << 20)
+            if not data:
+                raise ChannelClosed(
+                    f"channel {self._port!r} ended: the guest died or was stopped",
+                    hint="the console tells what happened last",
+                )
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    async def _drop(self) -> None:
+        channel, self._channel, self._in_step = self._channel, None, False
+        self._buffer.clear()
+        if channel is not None:
+            await channel.close()
+
+    async def close(self) -> None:
+        await self._drop()
+
+    # Commands.
+
+    async def run(
+        self,
+        command: Command,
+        *,
+        stdout: Sink,
+        stderr: Sink,
+        started: Callable[[int], None] | None = None,
+    ) -> int:
+        text = command.script()
+        data = text.encode("utf-8", "surrogateescape")
+        if len(data) > LONGEST_COMMAND or "\0" in text:
+            raise OperationFailed(
+                f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
+                hint="write it to a file in the guest and run that",
+                operation="execute",
+            )
+        if self._room is None:
+            self._room = (await self._capture(_FIND_ROOM)).decode().strip() or "/tmp"
+        run = _Run(self, f"{self._room}/.vmlab-{secrets.token_hex(8)}", stdout, stderr)
+        given = command.input
+        kind = "none"
+        if given is not None:
+            kind = "given"
+            if not isinstance(given, bytes) or len(given) > _INPUT_AT_ONCE:
+                kind = "fed"
+        arguments = ["-c", _RUN, "vmlab", _as_text(data), run.directory, kind]
+        once = given if kind == "given" and isinstance(given, bytes) else None
+        beginning = asyncio.ensure_future(self.begin(arguments, once))
+        try:
+            pid = await asyncio.shield(beginning)
+            if started is not None:
+                started(pid)
+            if kind == "fed" and given is not None:
+                return await run.fed(pid, given)
+            return await run.to_its_end(pid)
+        except BaseException as error:
+            if isinstance(error, AgentRestarted | ChannelClosed):
+                raise
+            await uninterrupted(self._end(beginning, run.directory))
+            raise
+
+    async def begin(self, arguments: list[str], given: bytes | None = None) -> int:
+        """Start /bin/sh with arguments and perhaps all of its input; returns its process id."""
+        more = {} if given is None else {"input_data": b64encode(given).decode()}
+        answer = await self.call(
+            "guest-exec", path="/bin/sh", arg=arguments, capture_output=True, **more
+        )
+        return int(_field(_mapping(answer, "guest-exec"), "pid", int, "guest-exec"))
+
+    async def status(self, pid: int) -> Mapping[str, Any]:
+        """What guest-exec-status says of a process.
+
+        Raises:
+            AgentRestarted: the agent does not know it (any more).
+        """
+        try:
+            answer = await self.call("guest-exec-status", pid=pid)
+        except OperationFailed as error:
+            raise AgentRestarted(
+                f"the guest's qemu-ga no longer knows process {pid}: {error.message}",
+                hint="it began anew, or its guest was restored; what became of the command is "
+                "unknown",
+            ) from error
+        return _mapping(answer, "guest-exec-status")
+
+    async def _capture(self, script: str, *words: str) -> bytes:
+        """Run a short script to its end; returns what it printed."""
+        pid = await self.begin(["-c", script, "vmlab", *words])
+        pause = _FIRST_PAUSE
+        while not _field(status := await self.status(pid), "exited", bool, "guest-exec-status"):
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+        return _decoded(status.get("out-data", ""), "guest-exec-status")
+
+    async def signal(self, process: int, number: int) -> None:
+        await self._capture(f"{_signal()}\nsignal {int(number)} {int(process)}")
+
+    async def _end(self, beginning: asyncio.Future[int], directory: str) -> None:
+        """SIGTERM, then SIGKILL, and remove the command's files."""
+        with suppress(VmlabError, TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(_END_WITHIN):
+                pid = await beginning
+                await self._capture(
+                    f"{_signal()}\nsignal 15 $1; n=0\n"
+                    'while [ -e "/proc/$1/stat" ] && [ $n -lt 50 ]; do\n'
+                    '    read -r s <"/proc/$1/stat"; s=${s##*) }\n'
+                    "    case $s in Z*) break ;; esac; sleep 0.1; n=$((n + 1))\n"
+                    'done\nsignal 9 "$1"; rm -rf "$2"',
+                    str(pid),
+                    directory,
+                )
+        beginning.cancel()
+
+
+class _Run:
+    """One command that was started: its files in the guest."""
+
+    def __init__(self, qga: QgaChannel, directory: str, stdout: Sink, stderr: Sink) -> None:
+        self._qga = qga
+        self.directory = directory
+        self._sinks = {"out": stdout, "err": stderr}
+        self._handles: dict[str, int] = {}
+        self._seen = {"out": 0, "err": 0}
+        self._ended = asyncio.Event()
+
+    async def to_its_end(self, pid: int) -> int:
+        """Give out its output as it comes; returns its status as a shell has it."""
+        pause = _FIRST_PAUSE
+        asked = 0
+        try:
+            while True:
+                status = await self._qga.status(pid)
+                if _field(status, "exited", bool, "guest-exec-status"):
+                    break
+                asked += 1
+                # Most commands are at their end before their files are worth a look.
+                if asked > 3 and await self._read_more():
+                    pause = _FIRST_PAUSE
+                else:
+                    await asyncio.sleep(pause)
+                    pause = min(1.5 * pause, _LONGEST_PAUSE)
+            self._ended.set()
+            await self._finish(status)
+        finally:
+            self._ended.set()
+            await uninterrupted(self._close())
+        if "signal" in status:
+            return 128 + int(_field(status, "signal", int, "guest-exec-status"))
+        return int(_field(status, "exitcode", int, "guest-exec-status"))
+
+    async def _finish(self, status: Mapping[str, Any]) -> None:
+        out = _decoded(status.get("out-data", ""), "guest-exec-status")
+        if out.startswith(b"T"):
+            whole = {"out": out[1:], "err": _decoded(status.get("err-data", ""), "err-data")}
+            for name, data in whole.items():
+                if rest := data[self._seen[name] :]:
+                    await self._sinks[name](rest)
+            return
+        while await self._read_more():
+            continue
+        await self._qga._capture('rm -rf "$1"', self.directory)
+
+    async def _read_more(self) -> bool:
+        """Give out what is new in the files; whether there was something."""
+        news = False
+        for name, sink in self._sinks.items():
+            if name not in self._handles:
+                try:
+                    handle = await self._qga.call(
+                        "guest-file-open", path=f"{self.directory}/{name}", mode="r"
+                    )
+                except OperationFailed:
+                    continue  # it has not come so far, or could not
+                self._handles[name] = _number(handle, "guest-file-open")
+            answer = await self._qga.call(
+                "guest-file-read", handle=self._handles[name], count=_READ
+            )
+            read = _mapping(answer, "guest-file-read")
+            if data := _decoded(read.get("buf-b64", ""), "guest-file-read"):
+                self._seen[name] += len(data)
+                news = True
+                await sink(data)
+        return news
+
+    async def _close(self) -> None:
+        handles, self._handles = self._handles, {}
+        with suppress(VmlabError):
+            for handle in handles.values():
+                await self._qga.call("guest-file-close", handle=handle)
+
+    async def fed(self, pid: int, given: bytes | AsyncIterable[bytes]) -> int:
+        """The same with input in pieces, which are files that the guest removes when read."""
+        ending = asyncio.ensure_future(self.to_its_end(pid))
+        feeding = asyncio.ensure_future(self._feed(given))
+        try:
+            await asyncio.wait({ending, feeding}, return_when=asyncio.FIRST_COMPLETED)
+            if feeding.done() and (error := feeding.exception()) is not None:
+                # Before the command could take the end of what there is for the end of all.
+                raise error
+            return await ending
+        finally:
+            for task in (feeding, ending):
+                task.cancel()
+            await asyncio.wait({feeding, ending})
+
+    async def _feed(self, given: bytes | AsyncIterable[bytes]) -> None:
+        await self._until_there()
+        number = 0
+        async for data in _pieces(given):
+            before = f"in.{number - _PIECES_AHEAD}"
+            while number >= _PIECES_AHEAD and await self._is_there(before):  # noqa: ASYNC110 (it is in the guest)
+                await asyncio.sleep(_LONGEST_PAUSE)
+            if not await self._put(f"in.{number}", data):
+                return
+            number += 1
+        await self._put("end", b"")
+
+    async def _until_there(self) -> None:
+        while not self._ended.is_set() and not await self._is_there("out"):  # noqa: ASYNC110 (it is in the guest)
+            await asyncio.sleep(_FIRST_PAUSE)
+
+    async def _is_there(self, name: str) -> bool:
+        try:
+            handle = await self._qga.call(
+                "guest-file-open", path=f"{self.directory}/{name}", mode="r"
+            )
+        except OperationFailed:
+            return False
+        await self._qga.call("guest-file-close", handle=handle)
+        return True
+
+    async def _put(self, name: str, data: bytes) -> bool:
+        """Write a file beside the command's; False if the command has ended meanwhile."""
+        try:
+            handle = await self._qga.call(
+                "guest-file-open", path=f"{self.directory}/{name}", mode="w"
+            )
+        except OperationFailed:
+            if self._ended.is_set() or not await self._is_there("out"):
+                return False
+            raise
+        try:
+            view = memoryview(data)
+            while view:
+                answer = await self._qga.call(
+                    "guest-file-write", handle=handle, buf_b64=b64encode(view).decode()
+                )
+                count = _field(_mapping(answer, "guest-file-write"), "count", int, "its answer")
+                if not 0 < count <= len(view):
+                    raise _strange(answer, "guest-file-write")
+                view = view[count:]
+        finally:
+            await uninterrupted(self._qga.call("guest-file-close", handle=handle))
+        return True
+
+
+async def _pieces(given: bytes | AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    if isinstance(given, bytes):
+        for offset in range(0, len(given), _INPUT_PIECE):
+            yield given[offset : offset + _INPUT_PIECE]
+        return
+    async for data in given:
+        for offset in range(0, len(data), _INPUT_PIECE):
+            yield data[offset : offset + _INPUT_PIECE]
+
+
+@cache
+def _signal() -> str:
+    """The functions of the agent's script that signal a process and all that descends from it."""
+    script = agent.script().decode()
+    found = re.findall(r"^(?:members|signal)\(\) \{.*?^\}$", script, re.DOTALL | re.MULTILINE)
+    return "\n".join(found)
+
+
+def _as_text(data: bytes) -> str:
+    """A command as JSON can carry it: text, or a text that makes the bytes."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        octal = "".join(f"\\0{byte:03o}" for byte in data)
+        return f"eval \"$(printf %b '{octal}')\""
+
+
+# What the agent answers is what a guest says, and may be anything.
+
+
+def _strange(answer: object, name: str) -> OperationFailed:
+    text = repr(answer)
+    return OperationFailed(
+        f"the guest's qemu-ga answered {name} with "
+        f"{text if len(text) < 200 else text[:200] + '...'}, which is no answer to that",
+        hint="is it a qemu-ga? Its port must be its own",
+        operation=name,
+    )
+
+
+def _parsed(line: bytes, name: str) -> Mapping[str, Any]:
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _strange(line, name) from None
+    if not isinstance(answer, dict) or ("return" not in answer and "error" not in answer):
+        raise _strange(answer, name)
+    return answer
+
+
+def _mapping(answer: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(answer, dict):
+        raise _strange(answer, name)
+    return answer
+
+
+def _number(answer: object, name: str) -> int:
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        raise _strange(answer, name)
+    return answer
+
+
+def _field(answer: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
+    value = answer.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise _strange(answer, name)
+    return value
+
+
+def _decoded(text: object, name: str) -> bytes:
+    try:
+        return b64decode(text if isinstance(text, str) else b"!", validate=True)
+    except (Base64Error, ValueError):
+        raise _strange(text, name) from None
