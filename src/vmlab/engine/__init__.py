@@ -1,0 +1,1 @@
+"""The embedded machine: an emulated computer whose native code is generated from Python."""

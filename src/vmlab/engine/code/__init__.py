@@ -1,0 +1,1 @@
+"""Native code within the engine: executable memory, the loader of objects, their cache."""

@@ -1,0 +1,1 @@
+"""Instruction sets: encodings beside meanings, over an abstract value."""

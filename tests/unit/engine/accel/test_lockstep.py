@@ -1,0 +1,91 @@
+"""Native code does what the reference does: random programs, in lock-step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from vmlab.engine.accel.interpreter import InterpreterExecutor
+from vmlab.engine.accel.lockstep import Divergence, Lockstep
+from vmlab.engine.accel.reference import ReferenceExecutor
+from vmlab.engine.cpu import layout
+from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.isa.programs import POINTERS, REACH, ProgramMaker, random_number
+from vmlab.engine.isa.riscv64 import RISCV64
+from vmlab.engine.memory.ram import Ram
+
+BASE, SIZE = 0x8000_0000, 1 << 20
+# Next to a page's end, so that accesses cross it.
+DATA = BASE + SIZE // 2
+WFI = (0x10500073).to_bytes(4, "little")
+FLOATING_ON = 3 << 13
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[ReferenceExecutor, InterpreterExecutor]]:
+    harts = [Hart(Ram(SIZE, BASE)) for _ in range(2)]
+    yield ReferenceExecutor(harts[0]), InterpreterExecutor(harts[1])
+    for hart in harts:
+        hart.ram.close()
+
+
+def prepare(harts: list[Hart], code: bytes, source: random.Random) -> None:
+    numbers = [random_number(source) for _ in range(64)]
+    memory = source.randbytes(2 * REACH)
+    for hart in harts:
+        hart.reset(BASE)
+        hart[layout.TIME_DIVISOR] = 10
+        hart[layout.MSTATUS] = FLOATING_ON
+        hart[layout.MTVEC] = BASE + SIZE - 64
+        hart.ram.write(BASE + SIZE - 64, WFI)
+        hart.ram.write(BASE, code + WFI)
+        hart.ram.write(DATA - REACH, memory)
+        for number in range(32):
+            hart.set_x(number, numbers[number])
+            hart.set_f(number, numbers[32 + number])
+        for pointer in POINTERS:
+            hart.set_x(pointer, DATA)
+
+
+EXTENSIONS = ("I", "I M", "I A", "I C", "I Zba Zbb Zbs", "F", "D", "F D C I", "I M A F D C Zbb")
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["blocks", "instructions"])
+@pytest.mark.parametrize("extensions", EXTENSIONS)
+def test_random_programs_run_alike(pair, extensions: str, single: bool) -> None:
+    source = random.Random(extensions)
+    maker = ProgramMaker(RISCV64, extensions.split(), seed=len(extensions))
+    harts = [executor.hart for executor in pair]
+    for _ in range(4):
+        program = maker.program(150 if single else 600)
+        prepare(harts, program.code, source)
+        Lockstep(*pair, single=single).run(1 << 20, host=lambda _exit, _hart: None)
+        assert harts[0].pc == BASE + len(program.code) + len(WFI), "the program trapped"
+        start = DATA - REACH
+        assert harts[0].ram.read(start, 2 * REACH) == harts[1].ram.read(start, 2 * REACH)
+
+
+def test_random_words_trap_alike(pair) -> None:
+    """Any 32 bits do the same in both, be they illegal, a jump into nothing or a CSR access."""
+    source = random.Random(3)
+    harts = [executor.hart for executor in pair]
+    for _ in range(60):
+        prepare(harts, source.randbytes(400), source)
+        Lockstep(*pair, single=True).run(40, host=complete)
+
+
+def complete(left, hart: Hart) -> None:
+    """A device that answers everything."""
+    if left.reason.name == "READ":
+        hart.complete_read(0x1122_3344_5566_7788)
+
+
+def test_a_difference_is_named_with_its_instruction(pair) -> None:
+    harts = [executor.hart for executor in pair]
+    prepare(harts, bytes.fromhex("13051500"), random.Random(1))  # addi a0,a0,1
+    harts[1].set_x(10, harts[0].x(10) ^ 1)
+    with pytest.raises(Divergence, match="addi a0,a0,1") as caught:
+        Lockstep(*pair, single=True).run(1, host=complete)
+    assert set(caught.value.differences) == {"x10"}
