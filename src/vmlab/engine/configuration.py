@@ -1,0 +1,209 @@
+"""The machine file of an engine process: TOML, one table for each part.
+
+It says what to build, down to the sockets; what a machine should be like, and on which hypervisor,
+is a MachineSpec's to say. Relative paths are seen from the file.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar
+
+from vmlab.engine.structures import WrongData, structure
+from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
+
+D = TypeVar("D")
+
+
+class ImageFormat(Enum):
+    """How a disk lies in its file."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+class DiskBus(Enum):
+    """Which device shows a disk."""
+
+    VIRTIO = "virtio"
+    SCSI = "scsi"
+
+
+class Execution(Enum):
+    """Who executes the guest."""
+
+    INTERPRETER = "interpreter"
+    REFERENCE = "reference"
+
+
+class SegmentKind(Enum):
+    """What a NIC is plugged into."""
+
+    NONE = "none"
+    STREAM_SERVER = "stream-server"
+    STREAM_CLIENT = "stream-client"
+    DATAGRAM = "datagram"
+    TAP = "tap"
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What the guest begins with; a kernel, firmware, or both."""
+
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str = ""
+    firmware: str | None = None
+
+
+@dataclass(frozen=True)
+class SocketPort:
+    """A console or a channel: the socket that one client may come to, and a log of its output."""
+
+    socket: str
+    name: str = ""
+    log: str | None = None
+
+
+@dataclass(frozen=True)
+class DiskFile:
+    """A disk and the file that it lies in."""
+
+    name: str
+    file: str
+    format: ImageFormat = ImageFormat.RAW
+    read_only: bool = False
+    serial: str = ""
+    bus: DiskBus = DiskBus.VIRTIO
+
+
+@dataclass(frozen=True)
+class Nic:
+    """A NIC and what it is plugged into.
+
+    Attributes:
+        mac: As six pairs of hexadecimal digits with colons between them.
+        path: Of the segment's socket, or the name of a TAP device.
+        peer: Of a datagram segment, the other end's socket.
+    """
+
+    name: str
+    mac: str
+    segment: SegmentKind = SegmentKind.NONE
+    path: str = ""
+    peer: str = ""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All of a machine.
+
+    Attributes:
+        name: For messages.
+        memory: Bytes; whole pages of 4096.
+        qmp: The monitor's socket.
+        harts: How many.
+        boot: What the guest begins with.
+        serial: The UART's socket and log.
+        consoles: virtio consoles (hvc0 and up).
+        channels: virtio ports, which guests find by name.
+        disks: In the order of their slots.
+        nics: In the order of their slots.
+        execution: Who executes the guest.
+        paused: Whether to wait for `cont` before the first instruction.
+        scsi: Whether there is a SCSI host, to which disks can be plugged.
+        no_reboot: Whether a restart that the guest asks for ends the process.
+    """
+
+    name: str
+    memory: int
+    qmp: str
+    harts: int = 1
+    boot: Boot = field(default_factory=Boot)
+    serial: SocketPort | None = None
+    consoles: list[SocketPort] = field(default_factory=list)
+    channels: list[SocketPort] = field(default_factory=list)
+    disks: list[DiskFile] = field(default_factory=list)
+    nics: list[Nic] = field(default_factory=list)
+    execution: Execution = Execution.INTERPRETER
+    paused: bool = False
+    scsi: bool = True
+    no_reboot: bool = False
+
+
+def load(path: Path) -> Configuration:
+    """Read a machine file.
+
+    Raises:
+        InvalidSpec: it cannot be read, is no TOML, or something in it is wrong.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        made = structure(Configuration, data)
+    except (OSError, UnicodeDecodeError) as error:
+        problem = SpecProblem("file", str(path), f"a file that can be read ({error})")
+        raise InvalidSpec([problem], source=str(path), hint="check the path") from None
+    except tomllib.TOMLDecodeError as error:
+        problem = SpecProblem("document", str(path), f"valid TOML ({error})")
+        raise InvalidSpec([problem], source=str(path), hint="mend the TOML") from None
+    except WrongData as error:
+        problem = SpecProblem("machine", str(path), str(error))
+        raise InvalidSpec([problem], source=str(path), hint="see the engine's reference") from None
+    for name, value, least in (("memory", made.memory, 1 << 20), ("harts", made.harts, 1)):
+        if value < least:
+            problem = SpecProblem(name, value, f"at least {least}")
+            raise InvalidSpec([problem], source=str(path))
+    if made.memory % 4096:
+        problem = SpecProblem("memory", made.memory, "a multiple of 4096 bytes")
+        raise InvalidSpec([problem], source=str(path))
+    return _seen_from(path.absolute().parent, made)
+
+
+def _seen_from(folder: Path, made: Configuration) -> Configuration:
+    """The same with all paths absolute."""
+
+    def at(path: str | None) -> str | None:
+        return str(folder / path) if path else path
+
+    def port(one: SocketPort) -> SocketPort:
+        return replace(one, socket=str(folder / one.socket), log=at(one.log))
+
+    boot = made.boot
+    boot = replace(boot, kernel=at(boot.kernel), initrd=at(boot.initrd), firmware=at(boot.firmware))
+    tapped = SegmentKind.TAP
+    return replace(
+        made,
+        qmp=str(folder / made.qmp),
+        boot=boot,
+        serial=port(made.serial) if made.serial is not None else None,
+        consoles=[port(one) for one in made.consoles],
+        channels=[port(one) for one in made.channels],
+        disks=[replace(one, file=str(folder / one.file)) for one in made.disks],
+        nics=[
+            one
+            if one.segment is tapped
+            else replace(one, path=at(one.path) or "", peer=at(one.peer) or "")
+            for one in made.nics
+        ],
+    )
+
+
+def mac_address(nic: Nic) -> bytes:
+    """The six bytes of a NIC's address.
+
+    Raises:
+        VmlabError: it is none.
+    """
+    try:
+        address = bytes.fromhex(nic.mac.replace(":", ""))
+    except ValueError:
+        address = b""
+    if len(address) != 6 or address[0] & 1:
+        raise VmlabError(
+            f"{nic.mac!r} is no address for the NIC {nic.name!r}",
+            hint='six bytes such as "52:54:00:12:34:56", the first one even',
+        )
+    return address

@@ -1,0 +1,403 @@
+"""What an engine process can be told over QMP, and what it tells.
+
+Names, arguments and events are QEMU's where QEMU has them (qapi/*.json), so that one client drives
+both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from vmlab.engine.configuration import DiskFile, ImageFormat
+from vmlab.engine.devices.virtio.keyboard import KEY_POWER
+from vmlab.engine.machine import Machine
+from vmlab.engine.monitor.commands import CommandError, Commands
+from vmlab.machine.errors import VmlabError
+
+VERSION = (0, 1, 0)
+
+
+class RunState(Enum):
+    """What the machine is doing (QEMU's RunState)."""
+
+    PRELAUNCH = "prelaunch"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTDOWN = "shutdown"
+    INTERNAL_ERROR = "internal-error"
+
+
+class Cause(Enum):
+    """Why a machine is shut down or reset (QEMU's ShutdownCause)."""
+
+    HOST_QMP_QUIT = "host-qmp-quit"
+    HOST_QMP_SYSTEM_RESET = "host-qmp-system-reset"
+    HOST_SIGNAL = "host-signal"
+    GUEST_SHUTDOWN = "guest-shutdown"
+    GUEST_RESET = "guest-reset"
+    GUEST_PANIC = "guest-panic"
+
+
+@dataclass(frozen=True)
+class StatusInfo:
+    """Of query-status."""
+
+    running: bool
+    status: RunState
+
+
+@dataclass(frozen=True)
+class VersionTriple:
+    """Three numbers."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """Of query-version."""
+
+    qemu: VersionTriple
+    package: str
+
+
+@dataclass(frozen=True)
+class NameInfo:
+    """Of query-name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class KvmInfo:
+    """Of query-kvm."""
+
+    enabled: bool
+    present: bool
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """Of query-cpus-fast."""
+
+    cpu_index: int
+    thread_id: int
+
+
+@dataclass(frozen=True)
+class MemoryInfo:
+    """Of query-memory-size-summary, in bytes."""
+
+    base_memory: int
+    plugged_memory: int = 0
+
+
+@dataclass(frozen=True)
+class HartInfo:
+    """Of x-query-harts: what a hart did since it was reset.
+
+    Attributes:
+        retired: Instructions.
+        walks: Of page tables.
+        fills: Of the TLB.
+        flushes: Of the TLB, by sfence.vma.
+        exits: How often it left native code, by reason.
+    """
+
+    hart: int
+    pc: int
+    retired: int
+    walks: int
+    fills: int
+    flushes: int
+    exits: list[ExitCount]
+
+
+@dataclass(frozen=True)
+class ExitCount:
+    """How often something happened."""
+
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """Of query-block: a disk."""
+
+    device: str
+    qdev: str
+    file: str
+    size: int
+    read_only: bool
+
+
+@dataclass(frozen=True)
+class BalloonInfo:
+    """Of query-balloon: the memory that the guest has, in bytes."""
+
+    actual: int
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Where a block node lies."""
+
+    driver: FileDriver
+    filename: str
+
+
+class FileDriver(Enum):
+    """What a block node lies in."""
+
+    FILE = "file"
+
+
+class DeviceDriver(Enum):
+    """What can be plugged in while the machine runs."""
+
+    SCSI_HD = "scsi-hd"
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Data of SHUTDOWN and RESET."""
+
+    guest: bool
+    reason: Cause
+
+
+@dataclass(frozen=True)
+class Panicked:
+    """Data of GUEST_PANICKED."""
+
+    action: str
+    info: str
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """Data of DEVICE_DELETED."""
+
+    device: str
+    path: str
+
+
+def page_size_of(value: int) -> int:
+    """`value` bytes as whole pages of 4096."""
+    return value >> 12
+
+
+class Control:
+    """The commands of one machine. They run one after another on the thread that owns it.
+
+    Args:
+        machine: Whose they are.
+        quit_: Ends the process.
+    """
+
+    def __init__(self, machine: Machine, quit_: Callable[[Cause], None]) -> None:
+        self.machine = machine
+        self.status = RunState.PRELAUNCH
+        self.emit: Callable[[str, object | None], None] = lambda name, data: None
+        self._quit = quit_
+        self._nodes: dict[str, DiskFile] = {}
+        self._plugged: dict[str, str] = {}
+        self.commands = Commands()
+        add = self.commands.add
+        add("query-status", self.query_status)
+        add("query-version", self.query_version)
+        add("query-name", self.query_name)
+        add("query-kvm", self.query_kvm)
+        add("query-cpus-fast", self.query_cpus_fast)
+        add("query-memory-size-summary", self.query_memory_size_summary)
+        add("query-block", self.query_block)
+        add("query-balloon", self.query_balloon)
+        add("x-query-harts", self.query_harts)
+        add("stop", self.stop)
+        add("cont", self.cont)
+        add("system_reset", self.system_reset)
+        add("system_powerdown", self.system_powerdown)
+        add("quit", self.quit)
+        add("balloon", self.balloon)
+        add("set_link", self.set_link)
+        add("blockdev-add", self.blockdev_add)
+        add("blockdev-del", self.blockdev_del)
+        add("device_add", self.device_add)
+        add("device_del", self.device_del)
+        for name, data in (
+            ("STOP", None),
+            ("RESUME", None),
+            ("SHUTDOWN", Shutdown),
+            ("RESET", Shutdown),
+            ("POWERDOWN", None),
+            ("GUEST_PANICKED", Panicked),
+            ("DEVICE_DELETED", Deleted),
+        ):
+            self.commands.add_event(name, data)
+
+    # ------------------------------------------------------------------------------ questions
+
+    def query_status(self) -> StatusInfo:
+        """What the machine is doing."""
+        return StatusInfo(self.status is RunState.RUNNING, self.status)
+
+    def query_version(self) -> VersionInfo:
+        """The engine's version."""
+        return VersionInfo(VersionTriple(*VERSION), "vmlab")
+
+    def query_name(self) -> NameInfo:
+        """The machine's name."""
+        return NameInfo(self.machine.configuration.name)
+
+    def query_kvm(self) -> KvmInfo:
+        """There is none in here."""
+        return KvmInfo(enabled=False, present=False)
+
+    def query_cpus_fast(self) -> list[CpuInfo]:
+        """The harts and the host's threads that they run on; 0 where there is none now."""
+        threads = self.machine.harts.thread_ids()
+        return [CpuInfo(number, thread) for number, thread in enumerate(threads)]
+
+    def query_memory_size_summary(self) -> MemoryInfo:
+        """How much memory the machine has."""
+        return MemoryInfo(self.machine.ram.size)
+
+    def query_block(self) -> list[DeviceInfo]:
+        """The disks that the guest sees."""
+        found = []
+        for disk in self.machine.disk_files():
+            opened = self.machine.disks[disk.name]
+            qdev = self._device_of(disk.name)
+            found.append(DeviceInfo(disk.name, qdev, disk.file, opened.size, opened.read_only))
+        return found
+
+    def _device_of(self, node: str) -> str:
+        return next((device for device, held in self._plugged.items() if held == node), node)
+
+    def query_balloon(self) -> BalloonInfo:
+        """How much memory the guest has left."""
+        machine = self.machine
+        return BalloonInfo(machine.ram.size - machine.balloon.own.actual * 4096)
+
+    def query_harts(self) -> list[HartInfo]:
+        """What each hart did."""
+        found = []
+        for number, hart in enumerate(self.machine.harts):
+            counts = self.machine.harts.exits(number).items()
+            found.append(
+                HartInfo(
+                    number,
+                    hart.pc,
+                    hart.retired,
+                    *self.machine.harts.translations(number),
+                    [ExitCount(reason, count) for reason, count in counts],
+                )
+            )
+        return found
+
+    # --------------------------------------------------------------------------------- orders
+
+    def stop(self) -> None:
+        """Let the machine stand."""
+        if self.status is RunState.RUNNING:
+            self._do(self.machine.pause)
+            self.status = RunState.PAUSED
+            self.emit("STOP", None)
+
+    def cont(self) -> None:
+        """Let the machine run."""
+        if self.status in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+            raise CommandError("Resetting the Virtual Machine is required")
+        if self.status is not RunState.RUNNING:
+            self.machine.resume()
+            self.status = RunState.RUNNING
+            self.emit("RESUME", None)
+
+    def system_reset(self) -> None:
+        """Begin anew."""
+        self.reset(Shutdown(guest=False, reason=Cause.HOST_QMP_SYSTEM_RESET))
+
+    def reset(self, why: Shutdown) -> None:
+        """Begin anew, and tell why."""
+        self._do(self.machine.reset)
+        if self.status in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
+            self.status = RunState.PAUSED
+        self.emit("RESET", why)
+
+    def system_powerdown(self) -> None:
+        """Press the power button."""
+        self.machine.keyboard.press(KEY_POWER)
+        self.emit("POWERDOWN", None)
+
+    def quit(self) -> None:
+        """End the process."""
+        self._quit(Cause.HOST_QMP_QUIT)
+
+    def balloon(self, value: int) -> None:
+        """Ask the guest to live with `value` bytes of memory."""
+        size = self.machine.ram.size
+        if not 0 < value <= size:
+            raise CommandError(f"Parameter 'value' expects a size from 1 to {size} bytes")
+        self.machine.balloon.set_target(page_size_of(size - value))
+
+    def set_link(self, name: str, up: bool) -> None:
+        """Plug a NIC's cable in, or pull it out."""
+        nic = self.machine.nics.get(name)
+        if nic is None:
+            raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
+        nic.set_link(up)
+
+    # ---------------------------------------------------------------------------------- disks
+
+    def blockdev_add(
+        self,
+        node_name: str,
+        driver: ImageFormat,
+        file: FileOptions,
+        read_only: bool = False,
+    ) -> None:
+        """Name a disk's file, for a device to be plugged in."""
+        if node_name in self._nodes:
+            raise CommandError(f"Duplicate nodes with node-name='{node_name}'")
+        made = DiskFile(node_name, file.filename, driver, read_only)
+        self._do(lambda: self.machine.open_disk(made))
+        self._nodes[node_name] = made
+
+    def blockdev_del(self, node_name: str) -> None:
+        """Let a disk's file go."""
+        if node_name not in self._nodes:
+            raise CommandError(f"Failed to find node with node-name='{node_name}'")
+        if node_name in self._plugged.values():
+            raise CommandError(f"Node {node_name} is in use")
+        del self._nodes[node_name]
+        self.machine.close_disk(node_name)
+
+    def device_add(self, driver: DeviceDriver, id_: str, drive: str, serial: str = "") -> None:
+        """Plug a disk in."""
+        if drive not in self._nodes:
+            raise CommandError(f"Property '{driver.value}.drive' can't find value '{drive}'")
+        if id_ in self._plugged or drive in self._plugged.values():
+            raise CommandError(f"Duplicate device ID '{id_}', or the drive is in use")
+        self._do(lambda: self.machine.plug_disk(drive, serial))
+        self._plugged[id_] = drive
+
+    def device_del(self, id_: str) -> None:
+        """Pull a disk out."""
+        if id_ not in self._plugged:
+            raise CommandError(f"Device '{id_}' not found", "DeviceNotFound")
+        drive = self._plugged.pop(id_)
+        self._do(lambda: self.machine.unplug_disk(drive))
+        self.emit("DEVICE_DELETED", Deleted(id_, f"/machine/peripheral/{id_}"))
+
+    def _do(self, work: Callable[[], object]) -> None:
+        """Have the machine do something; what it refuses is the client's to know."""
+        try:
+            work()
+        except VmlabError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            raise CommandError(f"{error}{hint}") from error

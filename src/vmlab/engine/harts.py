@@ -1,0 +1,378 @@
+"""The harts of a machine at work: each has a thread, which lets it run and does what it leaves for.
+
+A hart leaves native code for devices, for firmware, to sleep, and when it is asked to. All harts
+can be brought to stand (`pause`), and their threads be joined (`join`): then nothing of them is on
+any native stack, and the process may fork.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from vmlab.engine.accel.lockstep import Executor
+from vmlab.engine.accel.reference import ReferenceCore
+from vmlab.engine.cpu import layout
+from vmlab.engine.cpu.csr import read_csr, write_csr
+from vmlab.engine.cpu.exits import Exit, Reason
+from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.cpu.traps import take_trap
+from vmlab.engine.devices.bus import Bus, BusFault
+from vmlab.engine.devices.clock import TIMEBASE_HZ
+from vmlab.engine.firmware import SUPERVISOR_SETUP, Fence
+from vmlab.engine.host_clock import HostClock
+from vmlab.engine.isa.cpu import Cause
+from vmlab.engine.isa.values import Value
+
+BUDGET: Final = 1 << 30
+"""Instructions between two looks that nobody asked for."""
+_SUPERVISOR: Final = 1
+_MACHINE: Final = 3
+_STIP: Final = 1 << 5
+_MTIP: Final = 1 << 7
+_STCE: Final = 1 << 63
+_NEVER: Final = layout.WORD
+_LONGEST_SLEEP: Final = 3600.0
+
+
+class Translating(Executor, Protocol):
+    """An executor that remembers translations."""
+
+    def drop_write_translations(self) -> None:
+        """On return no access of the hart's goes by a translation that it had."""
+
+
+class CallingHart:
+    """A hart as firmware sees it: registers, and M mode's view of its CSRs."""
+
+    def __init__(self, hart: Hart) -> None:
+        self._hart = hart
+        self._core = ReferenceCore(hart)
+
+    @property
+    def hart_id(self) -> int:
+        """Its number."""
+        return self._hart.hart_id
+
+    def x(self, number: int) -> int:
+        """An integer register."""
+        return self._hart.x(number)
+
+    def set_x(self, number: int, value: int) -> None:
+        """Set an integer register."""
+        self._hart.set_x(number, value)
+
+    def read_csr(self, number: int) -> int:
+        """A control and status register."""
+        with self._as_machine():
+            return read_csr(self._core, Value(number), Value(0)).number
+
+    def write_csr(self, number: int, value: int) -> None:
+        """Set a control and status register."""
+        with self._as_machine():
+            write_csr(self._core, Value(number), Value(value))
+
+    @contextmanager
+    def _as_machine(self) -> Iterator[None]:
+        privilege = self._hart[layout.PRIVILEGE]
+        self._hart[layout.PRIVILEGE] = _MACHINE
+        try:
+            yield
+        finally:
+            self._hart[layout.PRIVILEGE] = privilege
+
+
+class _Seat:
+    """A hart, who executes it, and what its thread waits for."""
+
+    def __init__(self, hart: Hart, executor: Executor, lock: threading.RLock) -> None:
+        self.hart = hart
+        self.executor = executor
+        self.caller = CallingHart(hart)
+        self.woken = threading.Condition(lock)
+        self.stopped = True  # by firmware: it executes nothing until it is started
+        self.parked = True
+        self.thread: threading.Thread | None = None
+        self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
+
+
+class Harts:
+    """The harts of one machine.
+
+    Args:
+        harts: All of them, numbered from 0.
+        executors: Who executes each.
+        clock: The machine's time.
+        bus: Answers what is not RAM.
+        failed: Called when a hart cannot go on, with the reason; the machine is to be ended.
+    """
+
+    def __init__(
+        self,
+        harts: list[Hart],
+        executors: list[Executor],
+        clock: HostClock,
+        bus: Bus,
+        failed: Callable[[str], None],
+    ) -> None:
+        self._lock = threading.RLock()
+        self._all_parked = threading.Condition(self._lock)
+        self._seats = [
+            _Seat(hart, executor, self._lock)
+            for hart, executor in zip(harts, executors, strict=True)
+        ]
+        self._clock = clock
+        self._bus = bus
+        self._failed = failed
+        self._paused = True
+        self._leaving = False
+        self.call: Callable[[CallingHart], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def __iter__(self) -> Iterator[Hart]:
+        return iter(seat.hart for seat in self._seats)
+
+    @property
+    def first(self) -> CallingHart:
+        """The hart that a machine begins with, as firmware sees it."""
+        return self._seats[0].caller
+
+    def thread_ids(self) -> list[int]:
+        """The host's threads that the harts run on, 0 for a hart without one."""
+        threads = [seat.thread for seat in self._seats]
+        return [(thread.native_id or 0) if thread is not None else 0 for thread in threads]
+
+    def translations(self, hart: int) -> tuple[int, int, int]:
+        """How often a hart walked page tables, filled its TLB and flushed it."""
+        state = self._seats[hart].hart
+        return state[layout.WALKS], state[layout.FILLS], state[layout.FLUSHES]
+
+    def exits(self, hart: int) -> dict[str, int]:
+        """How often a hart left native code, by reason."""
+        return {reason.name.lower(): count for reason, count in self._seats[hart].exits.items()}
+
+    # ------------------------------------------------------------------------ from any thread
+
+    def set_pending(self, hart: int, bit: int, level: bool) -> None:
+        """Raise or lower an interrupt line of a hart: a bit of `mip`."""
+        seat = self._seats[hart]
+        seat.hart.set_pending(bit, level)
+        if level:
+            self._wake(seat)
+
+    def set_compare(self, hart: int, ticks: int) -> None:
+        """Set a hart's `mtimecmp`."""
+        seat = self._seats[hart]
+        seat.hart.set_timer_compare(ticks)
+        self._wake(seat)
+
+    def _wake(self, seat: _Seat) -> None:
+        with self._lock:
+            seat.woken.notify_all()
+
+    def ask_to_pause(self) -> None:
+        """Let all harts stand soon, the calling one before its next instruction."""
+        with self._lock:
+            self._paused = True
+            for seat in self._seats:
+                seat.hart.request_exit()
+                seat.woken.notify_all()
+
+    def pause(self) -> None:
+        """Bring all harts to stand between two instructions; on return they do.
+
+        Not for a hart's own thread.
+        """
+        with self._lock:
+            self.ask_to_pause()
+            while not all(seat.parked for seat in self._seats):
+                self._all_parked.wait()
+
+    def resume(self) -> None:
+        """Let the harts run."""
+        with self._lock:
+            for seat in self._seats:
+                seat.hart[layout.TIME_OFFSET] = self._clock.tick_offset & _NEVER
+            self._paused = False
+            self._leaving = False
+            for seat in self._seats:
+                if seat.thread is None:
+                    seat.parked = False
+                    name = f"vmlab-hart{seat.hart.hart_id}"
+                    seat.thread = threading.Thread(
+                        target=self._serve, args=(seat,), name=name, daemon=True
+                    )
+                    seat.thread.start()
+                seat.woken.notify_all()
+
+    def join(self) -> None:
+        """Pause, and end the harts' threads; `resume` makes new ones."""
+        self.pause()
+        with self._lock:
+            self._leaving = True
+            threads = [seat.thread for seat in self._seats if seat.thread is not None]
+            for seat in self._seats:
+                seat.thread = None
+                seat.woken.notify_all()
+        for thread in threads:
+            thread.join()
+
+    def reset(self) -> None:
+        """All harts as after power-on, stopped; they stand still meanwhile."""
+        for seat in self._seats:
+            seat.stopped = True
+            self._prepare(seat, seat.hart.ram.base)
+
+    def _prepare(self, seat: _Seat, pc: int) -> None:
+        hart = seat.hart
+        offset = hart[layout.TIME_OFFSET]
+        hart.reset(pc)
+        hart[layout.TIME_OFFSET] = offset
+        hart.executor = None  # whoever runs it next forgets what it remembered
+
+    def start_machine_mode(self, entry: int, device_tree: int, info: int) -> None:
+        """Let all harts begin in M mode: a0 their number, a1 and a2 the two addresses."""
+        for seat in self._seats:
+            self._prepare(seat, entry)
+            seat.hart.set_x(10, seat.hart.hart_id)
+            seat.hart.set_x(11, device_tree)
+            seat.hart.set_x(12, info)
+            seat.stopped = False
+
+    # ------------------------------------------------- for firmware, on the thread that has called
+
+    def start(self, hart: int, address: int, opaque: int) -> None:
+        """Let a stopped hart begin in S mode: a0 its number, a1 opaque."""
+        seat = self._seats[hart]
+        with self._lock:
+            self._prepare(seat, address)
+            for number, value in SUPERVISOR_SETUP:
+                seat.caller.write_csr(number, value)
+            seat.hart[layout.PRIVILEGE] = _SUPERVISOR
+            seat.hart[layout.FIRMWARE_CALLS] = 1
+            seat.hart.set_x(10, hart)
+            seat.hart.set_x(11, opaque)
+            seat.stopped = False
+            seat.woken.notify_all()
+
+    def stop(self, hart: int) -> None:
+        """The calling hart executes nothing until it is started."""
+        self._seats[hart].stopped = True
+
+    def wait(self, hart: int) -> None:
+        """The calling hart sleeps until an interrupt is pending that it has enabled."""
+        self._sleep(self._seats[hart])
+
+    def fence(
+        self, harts: list[int], fence: Fence, start: int, size: int, asid: int | None
+    ) -> None:
+        """Have harts fence. Stores to code are seen by all harts anyway, so fence.i is nothing."""
+        if fence == "fence.i":
+            return
+        for number in harts:
+            executor = self._seats[number].executor
+            if hasattr(executor, "drop_write_translations"):
+                executor.drop_write_translations()
+
+    # ------------------------------------------------------------------------- a hart's own thread
+
+    def _serve(self, seat: _Seat) -> None:
+        while self._may_run(seat):
+            try:
+                self._handle(seat, seat.executor.run(BUDGET))
+            except Exception as error:
+                # A mistake of vmlab's own: the hart must not go on, and somebody has to know.
+                self._fail(seat, f"internal error: {type(error).__name__}: {error}")
+                raise
+
+    def _may_run(self, seat: _Seat) -> bool:
+        """Wait until the hart may run; whether it ever will on this thread."""
+        with self._lock:
+            while (self._paused or seat.stopped) and not self._leaving:
+                seat.parked = True
+                self._all_parked.notify_all()
+                seat.woken.wait()
+            if self._leaving:
+                seat.parked = True
+                return False
+            seat.parked = False
+            return True
+
+    def _handle(self, seat: _Seat, left: Exit) -> None:
+        """Do what a hart has left for."""
+        hart = seat.hart
+        seat.exits[left.reason] += 1
+        match left.reason:
+            case Reason.READ:
+                try:
+                    hart.complete_read(self._bus.read(left.address, left.size))
+                except BusFault:
+                    self._refuse(seat, Cause.LOAD_ACCESS)
+            case Reason.WRITE:
+                try:
+                    self._bus.write(left.address, left.size, left.data)
+                except BusFault:
+                    self._refuse(seat, Cause.STORE_ACCESS)
+            case Reason.FIRMWARE_CALL:
+                assert self.call is not None, "a machine without firmware has no firmware calls"
+                self.call(seat.caller)
+            case Reason.WAIT:
+                self._sleep(seat)
+            case Reason.REQUEST:
+                hart.clear_request()
+            case Reason.BUDGET:
+                return
+            case Reason.TRAP_LOOP:
+                cause, where = hart[layout.SCAUSE], hart[layout.SEPC]
+                if hart[layout.PRIVILEGE] == _MACHINE:
+                    cause, where = hart[layout.MCAUSE], hart[layout.MEPC]
+                self._fail(
+                    seat,
+                    f"hart {hart.hart_id} traps without end at {where:#x}, cause {cause:#x}: "
+                    "it retires no instruction any more",
+                )
+            case other:
+                raise AssertionError(f"{other.name} is not for whoever runs a hart")
+
+    def _fail(self, seat: _Seat, reason: str) -> None:
+        with self._lock:
+            seat.stopped = True
+        self._failed(reason)
+
+    def _refuse(self, seat: _Seat, cause: Cause) -> None:
+        """Nothing answers at an address: an access fault, as if nothing had retired."""
+        hart = seat.hart
+        hart[layout.RETIRED] -= 1
+        handler = take_trap(
+            seat.caller._core, Value(cause.value), Value(0), Value(hart[layout.EXIT_PC])
+        )
+        hart.pc = handler.number
+
+    def _sleep(self, seat: _Seat) -> None:
+        """Wait for an interrupt that is enabled, or for being asked to stand."""
+        hart = seat.hart
+        with self._lock:
+            while not (self._paused or self._leaving or seat.stopped):
+                pending, seconds = self._pending(hart)
+                if pending & hart[layout.MIE]:
+                    return
+                seat.woken.wait(seconds)
+
+    def _pending(self, hart: Hart) -> tuple[int, float | None]:
+        """The bits of `mip`, and the seconds until a timer may set another (None: none will)."""
+        pending = hart[layout.MIP] | hart.shared[layout.SHARED_LINES]
+        now = self._clock.ticks()
+        moments = [(_MTIP, hart.shared[layout.SHARED_MTIMECMP])]
+        if hart[layout.MENVCFG] & _STCE:
+            moments.append((_STIP, hart[layout.STIMECMP]))
+        ahead = []
+        for bit, moment in moments:
+            if now >= moment:
+                pending |= bit
+            elif moment != _NEVER:
+                ahead.append(moment - now)
+        return pending, min(min(ahead) / TIMEBASE_HZ, _LONGEST_SLEEP) if ahead else None

@@ -1,0 +1,362 @@
+"""A machine: memory, harts, the board with its devices, and firmware, under one roof.
+
+All methods are for the thread that controls the machine, its owner; what devices and harts have to
+say comes to the owner through `happened`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+from vmlab.engine import boot
+from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
+from vmlab.engine.accel.lockstep import Executor
+from vmlab.engine.accel.reference import ReferenceExecutor
+from vmlab.engine.board import QEMU_SLOTS, Board, Chosen
+from vmlab.engine.configuration import (
+    Configuration,
+    DiskBus,
+    DiskFile,
+    Execution,
+    Nic,
+    SegmentKind,
+    SocketPort,
+    mac_address,
+)
+from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.devices.channel import SocketChannel, UartChannel
+from vmlab.engine.devices.reactor import Reactor
+from vmlab.engine.devices.storage.disk import Disk
+from vmlab.engine.devices.storage.overlay import open_disk
+from vmlab.engine.devices.virtio.balloon import VirtioBalloon
+from vmlab.engine.devices.virtio.block import VirtioBlock
+from vmlab.engine.devices.virtio.console import Port, VirtioConsole
+from vmlab.engine.devices.virtio.device import VirtioDevice
+from vmlab.engine.devices.virtio.keyboard import VirtioKeyboard
+from vmlab.engine.devices.virtio.net import Segment, VirtioNet
+from vmlab.engine.devices.virtio.rng import VirtioRng
+from vmlab.engine.devices.virtio.scsi import VirtioScsi
+from vmlab.engine.devices.virtio.segments import DatagramSegment, StreamSegment, TapSegment
+from vmlab.engine.devices.workers import WorkerThreads
+from vmlab.engine.firmware import Firmware
+from vmlab.engine.harts import Harts
+from vmlab.engine.host_clock import HostClock
+from vmlab.engine.memory.ram import Ram
+from vmlab.machine.errors import ResourceNotFound, VmlabError
+
+_WORKERS: Final = 4
+_DRAIN_SECONDS: Final = 10.0
+_SEED_BYTES: Final = 64
+
+
+class Happening(Enum):
+    """What a machine tells its owner."""
+
+    POWEROFF = "poweroff"
+    REBOOT = "reboot"
+    FAILED = "failed"
+    """It cannot go on: the guest reported a failure, traps without end, or vmlab has a mistake."""
+
+
+class _Unplugged:
+    """A segment with nobody on it."""
+
+    def attach(self, device: VirtioNet) -> None:
+        """The cable is not plugged in."""
+        device.own.link_up = False
+
+    def send(self, frame: bytes) -> bool:
+        """It is lost."""
+        return True
+
+    def resume(self) -> None:
+        """There is nothing to resume."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Machine:
+    """A machine that stands; `resume` lets it run.
+
+    Args:
+        configuration: What it is made of.
+        reactor: Serves its sockets.
+        happened: Called from any thread with what happened and a sentence about it.
+
+    Raises:
+        VmlabError: something that it needs is not there, or not as it has to be.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        reactor: Reactor,
+        happened: Callable[[Happening, str], None],
+    ) -> None:
+        self.configuration = configuration
+        self.running = False
+        self._happened = happened
+        self._reactor = reactor
+        self._stack = ExitStack()
+        try:
+            self._build(configuration)
+            self._boot()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _build(self, made: Configuration) -> None:
+        self.ram = Ram(made.memory)
+        self.clock = HostClock()
+        self.workers = WorkerThreads(_WORKERS, self._worker_failed)
+        self._stack.callback(self.workers.close)
+        wanted = 4 + made.scsi + len(made.nics) + len(made.disks)
+        self.board = Board(
+            self.ram,
+            made.harts,
+            self.clock,
+            self._set_pending,
+            self._ended_by_board,
+            slots=max(QEMU_SLOTS, wanted),
+            set_compare=self._set_compare,
+        )
+        harts = [Hart(self.ram, number) for number in range(made.harts)]
+        self.harts = Harts(harts, self._executors(harts), self.clock, self.board.bus, self._failed)
+        self._stack.callback(self.clock.halt)
+        self._stack.callback(self.harts.join)
+        self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware)
+        self.harts.call = self.firmware.call
+        self.disks: dict[str, Disk] = {}
+        self._nodes: dict[str, DiskFile] = {}
+        self.nics: dict[str, VirtioNet] = {}
+        self._add_devices(made)
+
+    def _executors(self, harts: list[Hart]) -> list[Executor]:
+        if self.configuration.execution is Execution.REFERENCE:
+            return [ReferenceExecutor(hart) for hart in harts]
+        pages = CodePages(self.ram, native_code())
+        return [InterpreterExecutor(hart, pages) for hart in harts]
+
+    # ------------------------------------------------------------------------------- devices
+
+    def _add_devices(self, made: Configuration) -> None:
+        if made.serial is not None:
+            UartChannel(self.board.uart, self._channel(made.serial))
+        ports = [Port("", self._channel(one), console=True) for one in made.consoles]
+        ports += [Port(one.name, self._channel(one)) for one in made.channels]
+        if ports:
+            self._plug(VirtioConsole("console", self.ram, self.workers, ports))
+        self._plug(VirtioRng("rng", self.ram, self.workers))
+        self.balloon = VirtioBalloon("balloon", self.ram, self.workers)
+        self._plug(self.balloon)
+        self.keyboard = VirtioKeyboard("keyboard", self.ram, self.workers)
+        self._plug(self.keyboard)
+        for nic in made.nics:
+            self.nics[nic.name] = VirtioNet(
+                nic.name, self.ram, self.workers, mac_address(nic), self._segment(nic)
+            )
+            self._plug(self.nics[nic.name])
+        for disk in made.disks:
+            self.open_disk(disk)
+            if disk.bus is DiskBus.VIRTIO:
+                opened = self.disks[disk.name]
+                self._plug(
+                    VirtioBlock(disk.name, self.ram, self.workers, opened, serial=disk.serial)
+                )
+        self.scsi: VirtioScsi | None = None
+        self._targets: dict[str, int] = {}
+        if made.scsi:
+            self.scsi = VirtioScsi("scsi", self.ram, self.workers)
+            self._plug(self.scsi)
+        for disk in made.disks:
+            if disk.bus is DiskBus.SCSI:
+                self.plug_disk(disk.name, disk.serial)
+
+    def _plug(self, device: VirtioDevice) -> None:
+        self.board.plug(device)
+
+    def _channel(self, port: SocketPort) -> SocketChannel:
+        log = port.log and self._stack.enter_context(_log(Path(port.log)))
+        channel = SocketChannel(self._reactor, Path(port.socket), log or None)
+        self._stack.callback(channel.close)
+        return channel
+
+    def _segment(self, nic: Nic) -> Segment:
+        made: Segment
+        match nic.segment:
+            case SegmentKind.STREAM_SERVER | SegmentKind.STREAM_CLIENT:
+                server = nic.segment is SegmentKind.STREAM_SERVER
+                made = StreamSegment(self._reactor, Path(nic.path), server=server)
+            case SegmentKind.DATAGRAM:
+                made = DatagramSegment(self._reactor, Path(nic.path), Path(nic.peer))
+            case SegmentKind.TAP:
+                made = TapSegment(self._reactor, nic.path)
+            case _:
+                made = _Unplugged()
+        self._stack.callback(made.close)
+        return made
+
+    def open_disk(self, disk: DiskFile) -> None:
+        """Open a disk's file, for a device.
+
+        Raises:
+            VmlabError: the name is taken, or the file is not to be used.
+        """
+        if disk.name in self.disks:
+            raise VmlabError(
+                f"there are two disks of the name {disk.name!r}", hint="name them apart"
+            )
+        opened = open_disk(Path(disk.file), disk.format.value, read_only=disk.read_only)
+        self.disks[disk.name] = opened
+        self._nodes[disk.name] = disk
+        self._stack.callback(opened.close)
+
+    def close_disk(self, name: str) -> None:
+        """Close the file of a disk that is not plugged in."""
+        del self._nodes[name]
+        self.disks.pop(name).close()
+
+    def plug_disk(self, name: str, serial: str = "") -> None:
+        """Plug a disk that was opened into the SCSI host, also while the guest runs.
+
+        Raises:
+            VmlabError: there is no SCSI host, or it has no place left.
+        """
+        if self.scsi is None:
+            raise VmlabError("the machine has no SCSI host", hint="set `scsi` in its file")
+        self._targets[name] = self.scsi.plug(self.disks[name], serial or name)
+
+    def unplug_disk(self, name: str) -> None:
+        """Take a disk off the SCSI host, which closes it when its last command is through.
+
+        Raises:
+            ResourceNotFound: there is none of that name.
+        """
+        if self.scsi is None or name not in self._targets:
+            raise ResourceNotFound(
+                f"there is no disk {name!r} that can be unplugged",
+                hint="those on the SCSI host can",
+            )
+        self.scsi.unplug(self._targets.pop(name))
+
+    def disk_files(self) -> list[DiskFile]:
+        """The disks that are there."""
+        return list(self._nodes.values())
+
+    # ------------------------------------------------------------------------------- running
+
+    def _boot(self) -> None:
+        """Load the guest and put its first hart where it begins."""
+        made = self.configuration.boot
+        kernel, initrd, firmware = map(_content, (made.kernel, made.initrd, made.firmware))
+        seed = os.urandom(_SEED_BYTES)
+
+        def tree(where: tuple[int, int] | None) -> bytes:
+            return self.board.device_tree(Chosen(made.cmdline, where, seed))
+
+        self.harts.reset()
+        first = boot.place(self.ram, tree, kernel=kernel, initrd=initrd or b"", firmware=firmware)
+        if first.machine_mode:
+            self.harts.start_machine_mode(first.entry, first.device_tree, first.firmware_info)
+        else:
+            self.firmware.boot(self.harts.first, first.entry, first.device_tree)
+
+    def resume(self) -> None:
+        """Let it run; nothing happens if it does."""
+        if not self.running:
+            self.workers.resume()
+            self.clock.run()
+            self.harts.resume()
+            self.running = True
+
+    def pause(self) -> None:
+        """Let it stand, with no request of a device under way.
+
+        Raises:
+            VmlabError: a device does not come to an end; the machine stands all the same.
+        """
+        if self.running:
+            self.harts.pause()
+            self.clock.halt()
+            self.running = False
+            if stuck := self.workers.drain(_DRAIN_SECONDS):
+                raise VmlabError(
+                    f"the devices {', '.join(stuck)} are still at work after {_DRAIN_SECONDS:g} s",
+                    hint="look at the files behind them",
+                )
+
+    def reset(self) -> None:
+        """Begin anew, as after power-on."""
+        was_running = self.running
+        self.pause()
+        self.board.reset()
+        self._boot()
+        if was_running:
+            self.resume()
+
+    def close(self) -> None:
+        """End it and release all that it holds."""
+        self.harts.join()
+        self.clock.halt()
+        self.running = False
+        for device in self.board.devices():
+            device.close()
+        self._stack.close()
+
+    # ------------------------------------------------------- from harts and devices, any thread
+
+    def _set_pending(self, hart: int, bit: int, level: bool) -> None:
+        self.harts.set_pending(hart, bit, level)
+
+    def _set_compare(self, hart: int, ticks: int) -> None:
+        self.harts.set_compare(hart, ticks)
+
+    def _ended_by_board(self, what: Literal["poweroff", "reboot", "fail"], code: int) -> None:
+        if what == "fail":
+            self._tell(Happening.FAILED, f"the guest reports a failure, code {code}")
+        else:
+            self._tell(Happening(what), "the guest wrote to the system controller")
+
+    def _ended_by_firmware(self, what: Literal["poweroff", "reboot"], reason: int) -> None:
+        why = "for a failure" if reason else "without a reason"
+        self._tell(Happening(what), f"the guest asked firmware, {why}")
+
+    def _failed(self, reason: str) -> None:
+        self._tell(Happening.FAILED, reason)
+
+    def _worker_failed(self, name: str, error: BaseException) -> None:
+        self._tell(
+            Happening.FAILED, f"internal error in device {name}: {type(error).__name__}: {error}"
+        )
+
+    def _tell(self, what: Happening, reason: str) -> None:
+        # Nothing of the guest's is executed any more; the owner says what becomes of it.
+        self.harts.ask_to_pause()
+        self._happened(what, reason)
+
+
+def _log(path: Path) -> BinaryIO:
+    try:
+        return path.open("ab")
+    except OSError as error:
+        raise VmlabError(
+            f"the log {path} cannot be written: {error.strerror}", hint="check its folder"
+        ) from None
+
+
+def _content(path: str | None) -> bytes | None:
+    """The bytes of a file that the guest begins with."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise VmlabError(
+            f"{path} cannot be read: {error.strerror}", hint="check the paths under `boot`"
+        ) from None
