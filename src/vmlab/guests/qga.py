@@ -16,7 +16,7 @@ import secrets
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import cache
 from typing import Any, ClassVar, Final
 
@@ -431,7 +431,7 @@ class _Run:
             await self._finish(status)
         finally:
             self._ended.set()
-            await uninterrupted(self._close())
+            await uninterrupted(self._close(self._handles))
         if "signal" in status:
             return 128 + int(_field(status, "signal", int, "guest-exec-status"))
         return int(_field(status, "exitcode", int, "guest-exec-status"))
@@ -454,12 +454,9 @@ class _Run:
         for name, sink in self._sinks.items():
             if name not in self._handles:
                 try:
-                    handle = await self._qga.call(
-                        "guest-file-open", path=f"{self.directory}/{name}", mode="r"
-                    )
+                    await self._open(name, "r", self._handles)
                 except OperationFailed:
                     continue  # it has not come so far, or could not
-                self._handles[name] = _number(handle, "guest-file-open")
             answer = await self._qga.call(
                 "guest-file-read", handle=self._handles[name], count=_READ
             )
@@ -470,11 +467,35 @@ class _Run:
                 await sink(data)
         return news
 
-    async def _close(self) -> None:
-        handles, self._handles = self._handles, {}
-        with suppress(VmlabError):
-            for handle in handles.values():
-                await self._qga.call("guest-file-close", handle=handle)
+    async def _open(self, name: str, mode: str, handles: dict[str, int]) -> None:
+        """Open a file beside the command's and note its handle, even if cancelled meanwhile."""
+        opening = asyncio.ensure_future(
+            self._qga.call("guest-file-open", path=f"{self.directory}/{name}", mode=mode)
+        )
+        try:
+            await asyncio.wait({opening})
+        except asyncio.CancelledError:
+            await asyncio.wait({opening}, timeout=_ASK_AGAIN)
+            if opening.done() and opening.exception() is None:
+                handles[name] = _number(opening.result(), "guest-file-open")
+            opening.cancel()
+            raise
+        handles[name] = _number(opening.result(), "guest-file-open")
+
+    async def _close(self, handles: dict[str, int]) -> None:
+        with suppress(VmlabError, TimeoutError):
+            async with asyncio.timeout(_END_WITHIN):
+                while handles:
+                    await self._qga.call("guest-file-close", handle=handles.popitem()[1])
+
+    @asynccontextmanager
+    async def _file(self, name: str, mode: str) -> AsyncIterator[int]:
+        handles: dict[str, int] = {}
+        try:
+            await self._open(name, mode, handles)
+            yield handles[name]
+        finally:
+            await uninterrupted(self._close(handles))
 
     async def fed(self, pid: int, given: bytes | AsyncIterable[bytes]) -> int:
         """The same with input in pieces, which are files that the guest removes when read."""
@@ -509,36 +530,28 @@ class _Run:
 
     async def _is_there(self, name: str) -> bool:
         try:
-            handle = await self._qga.call(
-                "guest-file-open", path=f"{self.directory}/{name}", mode="r"
-            )
+            async with self._file(name, "r"):
+                return True
         except OperationFailed:
             return False
-        await self._qga.call("guest-file-close", handle=handle)
-        return True
 
     async def _put(self, name: str, data: bytes) -> bool:
         """Write a file beside the command's; False if the command has ended meanwhile."""
         try:
-            handle = await self._qga.call(
-                "guest-file-open", path=f"{self.directory}/{name}", mode="w"
-            )
+            async with self._file(name, "w") as handle:
+                view = memoryview(data)
+                while view:
+                    answer = await self._qga.call(
+                        "guest-file-write", handle=handle, buf_b64=b64encode(view).decode()
+                    )
+                    count = _field(_mapping(answer, "guest-file-write"), "count", int, "its answer")
+                    if not 0 < count <= len(view):
+                        raise _strange(answer, "guest-file-write")
+                    view = view[count:]
         except OperationFailed:
             if self._ended.is_set() or not await self._is_there("out"):
                 return False
             raise
-        try:
-            view = memoryview(data)
-            while view:
-                answer = await self._qga.call(
-                    "guest-file-write", handle=handle, buf_b64=b64encode(view).decode()
-                )
-                count = _field(_mapping(answer, "guest-file-write"), "count", int, "its answer")
-                if not 0 < count <= len(view):
-                    raise _strange(answer, "guest-file-write")
-                view = view[count:]
-        finally:
-            await uninterrupted(self._qga.call("guest-file-close", handle=handle))
         return True
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,12 @@ from tests.integration.guests.conftest import Lab
 
 from vmlab.guests.agent import AgentChannel, command_line
 from vmlab.guests.command import AgentRestarted
-from vmlab.guests.guest import Guest
+from vmlab.guests.guest import CommandFailed, Guest
 from vmlab.machine.errors import DeadlineExceeded, VmlabError
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(300)]
 
 MIB = 1 << 20
-
-
-def test_a_round_trip_takes_less_than_15_milliseconds(lab: Lab) -> None:
-    async def body(guest: Guest) -> float:
-        times = []
-        for _ in range(100):
-            times.append((await guest.execute("true")).seconds)
-        return min(times)
-
-    # Others use this host too: the least is what the agent costs (benchmarks have the median).
-    assert lab.do(body) < 0.015
 
 
 def test_any_bytes_and_a_hundred_megabytes_pass(lab: Lab) -> None:
@@ -78,8 +66,14 @@ def test_a_copy_that_fills_the_guest_fails_and_leaves_nothing(lab: Lab, tmp_path
     async def body(guest: Guest) -> None:
         (tmp_path / "large").write_bytes(bytes(8 * MIB))
         await guest.succeed("mkdir /small && mount -t tmpfs -o size=4M small /small")
-        with pytest.raises(Exception, match="No space"):
+        with pytest.raises(CommandFailed, match="No space"):
             await guest.copy_in(tmp_path / "large", "/small/file")
+        assert (await guest.succeed("ls -A /small")).stdout == ""
+        (tmp_path / "tree").mkdir()
+        (tmp_path / "large").rename(tmp_path / "tree" / "large")
+        (tmp_path / "tree" / "small").write_text("small")
+        with pytest.raises(CommandFailed, match="No space"):
+            await guest.copy_in(tmp_path / "tree", "/small/tree")
         assert (await guest.succeed("ls -A /small")).stdout == ""
         await guest.succeed("umount /small")
 
@@ -88,12 +82,13 @@ def test_a_copy_that_fills_the_guest_fails_and_leaves_nothing(lab: Lab, tmp_path
 
 def test_eight_commands_run_at_once(lab: Lab) -> None:
     async def body(guest: Guest) -> None:
-        begun = time.monotonic()
+        # Each waits for all the others: none of them ends unless all eight run at the same time.
+        await guest.succeed("mkdir -p /tmp/met")
+        meet = "touch /tmp/met/{0}; until [ $(ls /tmp/met | wc -l) = 8 ]; do usleep 50000; done; "
         results = await asyncio.gather(
-            *(guest.execute(f"sleep 1; echo {number}") for number in range(8))
+            *(guest.execute(f"{meet.format(number)} echo {number}") for number in range(8))
         )
         assert [result.stdout for result in results] == [f"{number}\n" for number in range(8)]
-        assert time.monotonic() - begun < 5
 
     lab.do(body)
 
