@@ -47,20 +47,15 @@ def progress_bars() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _lines()
         return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from vmlab.cli.amounts import AmountColumn, RateColumn
 
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        AmountColumn(),
+        RateColumn(),
         TimeElapsedColumn(),
         console=output.console(stderr=True),
         transient=False,
@@ -70,7 +65,9 @@ def progress_bars() -> Iterator[Progress]:
         def draw(event: ProgressEvent) -> None:
             task = tasks.get(event.step)
             if task is None:
-                task = tasks[event.step] = bars.add_task(event.step, total=event.total)
+                task = tasks[event.step] = bars.add_task(
+                    event.step, total=event.total, unit=event.unit
+                )
             if event.finished:
                 total = event.total or event.done or 1
                 bars.update(task, total=total, completed=total)
@@ -88,7 +85,9 @@ def _lines() -> Progress:
     def tell(event: ProgressEvent) -> None:
         if event.step not in told:
             told.add(event.step)
-            size = f" ({event.total / (1 << 20):.1f} MiB)" if event.total else ""
+            size = ""
+            if event.total and event.unit == "bytes":
+                size = f" ({event.total / (1 << 20):.1f} MiB)"
             output.note(f"{event.step}{size}")
 
     return tell
@@ -112,7 +111,13 @@ def build(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> ExitCode:
-    """Build an image, if it is not in the store, and tell where it is."""
+    """Build an image, if it is not in the store, and tell where it is.
+
+    IMAGE is a built-in recipe (`vmlab image list --all` names them) or a recipe file. Packages
+    come from the mirrors that this host's apt uses, or VMLAB_DEBIAN_MIRROR; every byte is checked
+    against the archive's signature. `vmlab image show NAME --recipe` prints a recipe to begin
+    your own with.
+    """
     images = _store(store)
     differences: dict[str, tuple[str, str]] = {}
     with progress_bars() as progress:
@@ -171,7 +176,13 @@ def import_(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy a kernel, an initramfs, a disk, a cloud image or a tarred root into the store."""
+    """Copy a kernel, an initramfs, a disk, a cloud image or a tarred root into the store.
+
+    Examples: `vmlab image import mine --kernel bzImage --initrd initrd.img`; `vmlab image import
+    cloud --disk image.qcow2 --architecture x86_64`; `vmlab image import alpine --root
+    rootfs.tar.gz --kernel bzImage`. Imported images are never pruned: only `vmlab image remove`
+    takes them away.
+    """
     from vmlab.images.importing import Parts, import_image
 
     images = _store(store)
@@ -227,7 +238,7 @@ def list_(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """List the images in the store."""
+    """List the images in the store, and with --all the recipes that come with vmlab."""
     from vmlab.images import recipe as recipes
 
     images = _store(store)
@@ -246,7 +257,7 @@ def list_(
                     }
                 )
     for row in rows:
-        row["megabytes"] = row["size"] / 1e6 if "size" in row else None
+        row["megabytes"] = round(row["size"] / 1e6) if "size" in row else None
         row["short"] = row["digest"][:12] if "digest" in row else None
     output.print_table(
         [
@@ -273,7 +284,7 @@ def show(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show an image of the store: its files, its digests, what it was made from."""
+    """Show an image of the store: its files, their digests, and what it was made from."""
     from vmlab.images import recipe as recipes
     from vmlab.images.errors import ImageNotFound
 
@@ -304,7 +315,10 @@ def verify(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> ExitCode:
-    """Read every byte of the images and say which are not as they were written."""
+    """Read every byte of the images and say which are not as they were written.
+
+    Ends with status 1 if any is not. What can be built is built again when it is next asked for.
+    """
     images = _store(store)
     with progress_bars() as progress:
         problems = images.verify(image, progress=progress)
@@ -327,7 +341,10 @@ def remove(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove images from the store."""
+    """Remove images from the store: by name all builds of it, by digest that one.
+
+    An image that a machine uses is not removed.
+    """
     images = _store(store)
     removed = [gone for reference in image for gone in images.remove(reference)]
     if as_json:
@@ -349,7 +366,11 @@ def prune(
     store: StoreOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make room: remove leftovers, and what was used longest ago beyond the limit."""
+    """Make room: remove leftovers, and what was used longest ago beyond the limit.
+
+    The limit is images.limit of the configuration file, or VMLAB_IMAGE_STORE_LIMIT. Fetched files
+    go before images; what was imported, or is in use, stays.
+    """
     freed = _store(store).prune(_size(limit), everything=everything)
     if as_json:
         output.print_json({"bytes": freed.size, "images": freed.images, "files": freed.files})

@@ -19,7 +19,7 @@ from vmlab.images.debian.index import Package, PackageIndex
 from vmlab.images.debian.suite import Readable, Snapshot, Suite
 from vmlab.images.errors import RecipeError
 from vmlab.images.formats.kernel import direct_boot
-from vmlab.images.progress import Progress, ProgressEvent
+from vmlab.images.progress import Progress, silent, watched
 from vmlab.images.recipe import Recipe
 from vmlab.images.tiny import build as tiny
 
@@ -153,7 +153,10 @@ def build(
         recipe, files, debs, given, directory / "initrd", mtime=snapshot.date, progress=progress
     )
     return Built(
-        files={**kernel_files(files.image, directory), "initrd": directory / "initrd"},
+        files={
+            **kernel_files(files.image, directory, progress=progress),
+            "initrd": directory / "initrd",
+        },
         kernel_release=files.release,
         packages={package.name: package.version for package in [kernel, *packages]},
     )
@@ -200,9 +203,10 @@ def lend_initramfs(
     )  # fmt: skip
 
 
-def kernel_files(kernel: Path, directory: Path) -> dict[str, Path]:
+def kernel_files(kernel: Path, directory: Path, *, progress: Progress = silent) -> dict[str, Path]:
     """Copy a kernel into `directory`, in the forms to boot it; returns them by role."""
-    vmlinux = direct_boot(kernel)
+    with watched(f"reading {kernel.name}", progress):
+        vmlinux = direct_boot(kernel)
     if vmlinux is None:
         shutil.copyfile(kernel, directory / "kernel")
         return {"kernel": directory / "kernel"}
@@ -235,34 +239,38 @@ def build_initramfs(
             all modules that are its own.
         progress: Told of the step.
     """
-    step = f"assembling {recipe.name}"
-    progress(ProgressEvent(step))
-    selection = None
-    if kernel.modules is not None:
-        tree = tiny.module_tree(kernel.modules, kernel.release)
-        load, late, available = recipe.modules.expanded()
-        if foreign:
-            load, late = _optional(load), _optional(late)
-            available = (*_optional(available), *tree.own(limit=_MODULES_BYTES_FOR_ALL))
-        selection = tree.select(load, late, available)
-    tiny.initramfs(
-        output,
-        packages,
-        contents=tiny.Contents(
-            agent=given.agent,
-            files=given.files,
-            boot_scripts={
-                f"{number:02}-{script.name}": script.text
-                for number, script in enumerate(recipe.scripts)
-                if script.when == "boot"
-            },
-        ),
-        release=kernel.release,
-        modules=selection,
-        builtin=kernel.modules,
-        mtime=mtime,
-    )
-    progress(ProgressEvent(step, finished=True))
+    read = 0
+
+    def told(size: int) -> None:
+        nonlocal read
+        read += size
+
+    with watched(f"assembling {recipe.name}", progress, lambda: (read, None)):
+        selection = None
+        if kernel.modules is not None:
+            tree = tiny.module_tree(kernel.modules, kernel.release, told=told)
+            load, late, available = recipe.modules.expanded()
+            if foreign:
+                load, late = _optional(load), _optional(late)
+                available = (*_optional(available), *tree.own(limit=_MODULES_BYTES_FOR_ALL))
+            selection = tree.select(load, late, available)
+        tiny.initramfs(
+            output,
+            packages,
+            contents=tiny.Contents(
+                agent=given.agent,
+                files=given.files,
+                boot_scripts={
+                    f"{number:02}-{script.name}": script.text
+                    for number, script in enumerate(recipe.scripts)
+                    if script.when == "boot"
+                },
+            ),
+            release=kernel.release,
+            modules=selection,
+            builtin=kernel.modules,
+            mtime=mtime,
+        )
 
 
 def _optional(names: tuple[str, ...]) -> tuple[str, ...]:

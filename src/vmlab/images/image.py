@@ -6,6 +6,7 @@ Not how images come about: that is the store's business.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,18 +98,33 @@ class Image:
     def hold(self) -> Iterator[Image]:
         """Keep the image from being removed while the block runs, or this process lives.
 
+        Any number of processes may hold an image. Neither `remove` nor `prune` nor the store's
+        size limit takes it away as long as one does, nor while a program like QEMU has its disk
+        open: a machine that outlives the process that started it keeps its image. A process that
+        dies holds nothing any more (the lock is the kernel's, flock(2)). Holding does not keep
+        anybody from building the same image again after it was found changed.
+
         Raises:
-            StoreError: it is being removed right now.
+            StoreError: it was removed since it was looked up, or is being removed right now.
         """
         import fcntl
 
-        with (self.directory / MANIFEST).open("rb") as file:
+        path = self.directory / MANIFEST
+        gone = StoreError(
+            f"image {self.name!r} is being removed, or has just been",
+            hint="run the command again: it is built anew, if a recipe can do that",
+        )
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise gone from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(
-                    f"image {self.name!r} is being removed", hint="run the command again"
-                ) from None
+                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    raise gone
+            except (BlockingIOError, FileNotFoundError):
+                raise gone from None
             yield self
 
     def to_manifest(self) -> dict[str, Any]:

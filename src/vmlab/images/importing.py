@@ -109,7 +109,7 @@ def import_image(
         files = {}
         release = ""
         if parts.kernel is not None:
-            files.update(kernel_files(parts.kernel, directory))
+            files.update(kernel_files(parts.kernel, directory, progress=progress))
             release = kernels.inspect(parts.kernel).release
         if parts.initrd is not None:
             shutil.copyfile(parts.initrd, directory / "initrd")
@@ -229,7 +229,7 @@ def with_kernel(
         if ready is not None:
             return ready
         with store.working(recipe.name) as scratch:
-            files = kernel_files(kernel, scratch)
+            files = kernel_files(kernel, scratch, progress=progress)
             if initrd is not None:
                 shutil.copyfile(initrd, scratch / "initrd")
             else:

@@ -25,10 +25,13 @@ from vmlab.images.debian import openpgp
 from vmlab.images.errors import MirrorError
 from vmlab.images.roots import tools
 from vmlab.images.settings import default_store
+from vmlab.images.store.usage import unused
 from vmlab.machine.architecture import Architecture
 
 # Read before the tests get directories of their own: what was fetched once need not be again.
 _STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+
+SECONDS = 300  # for what takes five on a machine that has nothing else to do
 
 MACHINES = {
     Architecture.X86_64: ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max"],
@@ -68,7 +71,7 @@ class Guest:
         assert self.process.stdout is not None
         self.waiting.register(self.process.stdout, selectors.EVENT_READ)
 
-    def wait_for(self, pattern: bytes, seconds: float = 60) -> re.Match[bytes]:
+    def wait_for(self, pattern: bytes, seconds: float = SECONDS) -> re.Match[bytes]:
         assert self.process.stdout is not None
         end = time.monotonic() + seconds
         while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
@@ -86,7 +89,7 @@ class Guest:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
-    def shell(self, command: str, seconds: float = 30) -> str:
+    def shell(self, command: str, seconds: float = SECONDS) -> str:
         """What a command prints; its status has to be 0."""
         # The marks are put together by the shell, so the echo of the line has none.
         self.type(f"{command}; echo =$?=; echo end'mark'\n")
@@ -122,7 +125,7 @@ def needs_qemu(architecture: Architecture) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(4 * SECONDS)
 @pytest.mark.parametrize(
     "name",
     ["debian-12-amd64-tiny", "debian-13-riscv64-tiny", "debian-13-arm64-tiny",
@@ -149,7 +152,7 @@ def test_tiny_image_of_the_real_archive_boots_and_does_what_it_is_for(
         "-device", "scsi-hd,drive=e", "-device", "virtio-rng-pci",
     )  # fmt: skip
     booted.append(guest)
-    guest.wait_for(b"Please press Enter", 120)
+    guest.wait_for(b"Please press Enter")
     guest.type("\n")
     guest.wait_for(rb"lab7:[^\n]*# ")
     assert image.kernel_release in guest.shell("uname -r")
@@ -174,12 +177,12 @@ def test_tiny_image_of_the_real_archive_boots_and_does_what_it_is_for(
     guest.shell("dd if=/dev/zero of=/tmp/d bs=1M count=8 2>/dev/null && mkdosfs /tmp/d")
     guest.shell("mount -t vfat -o loop /tmp/d /mnt && echo hi >/mnt/a && umount /mnt")
     guest.type("poweroff\n")
-    guest.wait_for(b"Power down|Requesting system poweroff", 40)
-    assert guest.process.wait(timeout=40) == 0
+    guest.wait_for(b"Power down|Requesting system poweroff")
+    assert guest.process.wait(timeout=SECONDS) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(4 * SECONDS)
 def test_tiny_image_with_the_standard_guest_agent_answers_on_its_port_and_shuts_down(
     store: ImageStore, booted: list[Guest], tmp_path: Path
 ) -> None:
@@ -189,7 +192,7 @@ def test_tiny_image_with_the_standard_guest_agent_answers_on_its_port_and_shuts_
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "qga"))
         listener.listen(1)
-        listener.settimeout(60)
+        listener.settimeout(SECONDS)
         guest = Guest(
             image, "",
             "-device", "virtio-serial-pci", "-chardev", "null,id=c",
@@ -200,7 +203,7 @@ def test_tiny_image_with_the_standard_guest_agent_answers_on_its_port_and_shuts_
         booted.append(guest)
         connection, _ = listener.accept()
     with connection, connection.makefile("rwb") as stream:
-        connection.settimeout(180)
+        connection.settimeout(SECONDS)
 
         def call(name: str, **arguments: object) -> Any:
             words = {"execute": name, "arguments": arguments}
@@ -215,11 +218,11 @@ def test_tiny_image_with_the_standard_guest_agent_answers_on_its_port_and_shuts_
         assert base64.b64decode(status["out-data"]).decode().strip() == image.kernel_release
         stream.write(b'{"execute": "guest-shutdown"}\n')  # which is not answered
         stream.flush()
-        assert guest.process.wait(timeout=120) == 0
+        assert guest.process.wait(timeout=SECONDS) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(4 * SECONDS)
 def test_tiny_image_is_the_same_when_it_is_built_again(store: ImageStore) -> None:
     image = ensured(store, "debian-12-amd64-tiny")
     recipe = store.recipe("debian-12-amd64-tiny")
@@ -236,22 +239,22 @@ def test_snapshot_in_use_is_signed_by_debians_keys(store: ImageStore) -> None:
     assert set(release.signers) & set(openpgp.ARCHIVE_KEYS.values())
 
 
-def test_warm_store_answers_quickly_and_without_apt(
+def test_warm_store_answers_without_apt_and_without_reading_the_image_again(
     store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = ensured(store, "debian-13-riscv64-tiny")
 
-    def nobody() -> None:
-        raise AssertionError("a warm store has no need of apt")
+    def nobody(*_: object, **__: object) -> str:
+        raise AssertionError("a warm store has no need of this")
 
     monkeypatch.setattr("vmlab.images.store.store.host_configuration", nobody)
-    started = time.perf_counter()
+    monkeypatch.setattr("vmlab.images.store.store.sha256", nobody)
+    monkeypatch.setattr("vmlab.images.store.blobs.sha256", nobody)
     assert ImageStore(_STORE).ensure("debian-13-riscv64-tiny") == image
-    assert time.perf_counter() - started < 0.5
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(6 * SECONDS)
 def test_full_root_boots_to_systemd_with_the_agent_lent_to_it(
     store: ImageStore, booted: list[Guest]
 ) -> None:
@@ -270,13 +273,17 @@ def test_full_root_boots_to_systemd_with_the_agent_lent_to_it(
         "-device", "virtio-net-pci,netdev=n", memory="768",
     )  # fmt: skip
     booted.append(guest)
-    guest.wait_for(b"lab8 login: ", 200)
+    guest.wait_for(b"lab8 login: ", 2 * SECONDS)
     guest.type("root\n")
-    guest.wait_for(rb"root@lab8:[^\n]*# ", 60)
+    guest.wait_for(rb"root@lab8:[^\n]*# ")
     guest.shell("stty -echo; bind 'set enable-bracketed-paste off' 2>/dev/null; true")
     assert "Debian GNU/Linux 12" in guest.shell("cat /etc/os-release")
     assert "active" in guest.shell("systemctl is-active vmlab-agent.service")
     guest.shell("python3 -c 'import json'; systemctl is-enabled ssh; test -x /usr/sbin/qemu-ga")
+    guest.shell("test -s /boot/vmlinuz-$(uname -r) && test -s /boot/config-$(uname -r)")
     guest.shell("modprobe -n btrfs && test ! -s /etc/apt/sources.list.d/x")
+    # QEMU has the disk open: nobody takes it away, although no process of vmlab's holds it.
+    with unused(image.directory) as free:
+        assert not free
     guest.type("poweroff\n")
-    assert guest.process.wait(timeout=100) == 0
+    assert guest.process.wait(timeout=SECONDS) == 0

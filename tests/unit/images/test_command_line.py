@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from rich.progress import TaskID
 
 from vmlab.cli import image as command
 from vmlab.images import ImageStore, ProgressEvent
 from vmlab.images.errors import ImageNotFound
+from vmlab.images.progress import watched
 from vmlab.images.settings import ImageSettings
 
 
@@ -140,11 +142,13 @@ def test_bars_are_drawn_on_a_terminal_and_lines_elsewhere(
         ProgressEvent("fetching a", 2 << 20, 2 << 20, finished=True),
         ProgressEvent("assembling [b]"),
         ProgressEvent("assembling [b]", finished=True),
+        ProgressEvent("installing", 17, 85, unit="packages"),
+        ProgressEvent("installing", 85, 85, unit="packages", finished=True),
     ]
     with command.progress_bars() as progress:
         for event in events:
             progress(event)
-    assert capsys.readouterr().err == "fetching a (2.0 MiB)\nassembling [b]\n"
+    assert capsys.readouterr().err == "fetching a (2.0 MiB)\nassembling [b]\ninstalling\n"
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
@@ -153,4 +157,50 @@ def test_bars_are_drawn_on_a_terminal_and_lines_elsewhere(
             progress(event)
     drawn = capsys.readouterr().err
     assert "2.0/2.0 MiB" in drawn
+    assert "85/85 packages" in drawn
     assert "assembling [b]" in drawn
+
+
+def test_what_is_counted_has_its_rate_in_its_own_unit() -> None:
+    from rich.progress import Task
+
+    from vmlab.cli.amounts import AmountColumn, RateColumn
+
+    def drawn(completed: int, total: int | None, unit: str) -> tuple[str, str]:
+        task = Task(TaskID(0), "x", total, completed, _get_time=lambda: 0.0, fields={"unit": unit})
+        task.finished_speed = 2.5
+        return AmountColumn().render(task).plain, RateColumn().render(task).plain
+
+    assert drawn(17, 85, "packages") == ("17/85 packages", "2.5/s")
+    assert drawn(17, None, "packages") == ("17/? packages", "2.5/s")
+    assert drawn(1 << 20, 2 << 20, "bytes")[0] == "1.0/2.0 MiB"
+    assert drawn(0, None, "bytes") == ("", "")
+
+
+def test_watched_step_is_told_at_its_beginning_again_and_at_its_end(
+    wait_until: Callable[[Callable[[], bool]], None],
+) -> None:
+    events: list[ProgressEvent] = []
+    done = 0
+
+    def measure() -> tuple[int, int | None]:
+        if done == 2:
+            raise FileNotFoundError
+        return done, 10
+
+    with watched("step", events.append, measure):
+        assert events == [ProgressEvent("step", 0, 10)]
+        done = 5
+        wait_until(lambda: ProgressEvent("step", 5, 10) in events)
+        done = 2  # what is measured is not there: the last answer counts
+        seen = len(events)
+        wait_until(lambda: len(events) > seen + 1)
+    assert set(events[seen + 1 : -1]) <= {ProgressEvent("step", 5, 10)}
+    assert events[-1] == ProgressEvent("step", 10, 10, finished=True)
+
+
+def test_watched_step_that_fails_is_not_told_to_be_finished() -> None:
+    events: list[ProgressEvent] = []
+    with pytest.raises(ZeroDivisionError), watched("step", events.append):
+        raise ZeroDivisionError
+    assert not any(event.finished for event in events)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -501,6 +503,83 @@ def test_held_image_is_neither_removed_nor_pruned(make_store: MakeStore, recipe_
         assert store.images() == [image]
     store.prune(0)
     assert store.images() == []
+
+
+def test_size_limit_does_not_take_what_is_held_however_old(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store(limit=1)
+    old = store.ensure(recipe_file)
+    recipe_file.write_text(recipe_file.read_text().replace("small-tiny", "young-tiny"))
+    with old.hold():
+        os.utime(old.directory / "manifest.json", (1, 1))
+        store.ensure(recipe_file)
+        assert {image.name for image in store.images()} == {"small-tiny", "young-tiny"}
+    os.utime(old.directory / "manifest.json", (1, 1))
+    recipe_file.write_text(recipe_file.read_text().replace("young-tiny", "new-tiny"))
+    store.ensure(recipe_file)
+    assert {image.name for image in store.images()} == {"young-tiny", "new-tiny"}
+
+
+LOCKING_LIKE_QEMU = """
+import fcntl, struct, sys
+file = open(sys.argv[1], "rb")
+fcntl.fcntl(file, 37, struct.pack("hh4xqqi4x", fcntl.F_RDLCK, 0, 100, 1, 0))  # F_OFD_SETLK
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="these locks are Linux's")
+def test_image_whose_files_a_program_has_locked_stays_although_nobody_holds_it(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    image = store.ensure(recipe_file)
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCKING_LIKE_QEMU, str(image.initrd)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(StoreError, match="in use"):
+            store.remove("small-tiny")
+        assert store.prune(0).images == []
+        process.communicate()
+    assert store.prune(0).images == [image.digest]
+
+
+def test_image_that_was_removed_meanwhile_cannot_be_held(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    image = store.ensure(recipe_file)
+    store.remove("small-tiny")
+    with pytest.raises(StoreError, match="has just been") as caught, image.hold():
+        pytest.fail("it is gone")
+    assert "again" in (caught.value.hint or "")
+
+
+def test_image_of_a_process_that_died_is_held_no_more(
+    make_store: MakeStore, recipe_file: Path
+) -> None:
+    store = make_store()
+    image = store.ensure(recipe_file)
+    script = (
+        "import sys; from pathlib import Path; from vmlab.images.image import read\n"
+        "with read(Path(sys.argv[1])).hold():\n"
+        "    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(image.directory)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        assert store.prune(0).images == []
+        process.kill()
+        process.communicate()
+    assert store.prune(0).images == [image.digest]
 
 
 def test_prune_takes_what_was_used_longest_ago_and_keeps_imports(

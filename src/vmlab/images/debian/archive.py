@@ -27,7 +27,7 @@ from vmlab.images.errors import (
     UntrustedArchive,
 )
 from vmlab.images.formats.compression import decompressed
-from vmlab.images.progress import Progress, ProgressEvent, silent
+from vmlab.images.progress import Progress, ProgressEvent, reading, silent, watched
 from vmlab.images.store.blobs import BlobCache, Wanted
 from vmlab.images.store.disk import replacing
 
@@ -191,8 +191,9 @@ class Archive:
         for component in components:
             found = self.index_file(release, component=component, architecture=architecture)
             path = self.fetch_index(release, found, progress=progress)
-            with path.open("rb") as stream:
-                name = f"{self.suite} {found.path}"
+            name = f"{self.suite} {found.path}"
+            step = f"reading {name}"
+            with path.open("rb") as stream, watched(step, progress, reading(stream)):
                 text = decompressed(stream, source=name).read(_INDEX_BYTES_AT_MOST)
             indexes.append(PackageIndex(text, source=name, suite=self.suite))
         return PackageIndex.merged(indexes)

@@ -14,18 +14,26 @@ from typing import BinaryIO
 from vmlab.images.errors import FormatError
 from vmlab.images.formats import ar, tarball
 from vmlab.images.formats.compression import decompressed
+from vmlab.images.progress import Progress, reading, silent, watched
 
 _CONTROL_BYTES_AT_MOST = 16 << 20
 
 
 @contextmanager
-def data_archive(package: Path) -> Iterator[BinaryIO]:
+def data_archive(
+    package: Path, *, step: str = "", progress: Progress = silent
+) -> Iterator[BinaryIO]:
     """The tar stream of a package's files, decompressed.
+
+    Args:
+        package: The .deb.
+        step: What progress events call the reading.
+        progress: Told how far the package has been read.
 
     Raises:
         FormatError: it is not a Debian package, or is damaged.
     """
-    with _member(package, "data.tar") as stream:
+    with _member(package, "data.tar", step=step, progress=progress) as stream:
         yield stream
 
 
@@ -46,8 +54,10 @@ def control(package: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _member(package: Path, prefix: str) -> Iterator[BinaryIO]:
-    with package.open("rb") as file:
+def _member(
+    package: Path, prefix: str, *, step: str = "", progress: Progress = silent
+) -> Iterator[BinaryIO]:
+    with package.open("rb") as file, watched(step, progress, reading(file)):
         found = None
         for index, member in enumerate(ar.members(file, source=package.name)):
             if index == 0:

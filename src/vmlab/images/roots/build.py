@@ -7,6 +7,7 @@ initramfs of the tiny images, so no initramfs is generated under emulation.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from vmlab.images.debian.suite import Snapshot, Suite
 from vmlab.images.errors import BuildFailed
 from vmlab.images.formats import tarball
 from vmlab.images.formats.tarball import TarEntry
-from vmlab.images.progress import Progress, ProgressEvent
+from vmlab.images.progress import Progress, reading, watched
 from vmlab.images.recipe import Form, Modules, Recipe
 from vmlab.images.roots import confinement, ext4, tools
 from vmlab.images.roots.mirror import serving
@@ -27,6 +28,7 @@ from vmlab.images.tiny.tree import merged
 from vmlab.machine.architecture import host_architecture
 
 CMDLINE = f"root=LABEL={ext4.LABEL}"
+_NEWLY_INSTALLED = re.compile(rb"\n\d+ upgraded, (\d+) newly installed")
 
 
 def check_tools(recipe: Recipe) -> dict[str, str]:
@@ -80,8 +82,7 @@ def build_root(
     root = directory / "root"
     root.mkdir()
     step = f"unpacking the root of {recipe.name}"
-    progress(ProgressEvent(step))
-    with tarred.open("rb") as stream:
+    with tarred.open("rb") as stream, watched(step, progress, reading(stream)):
         entries = tarball.extract(stream, root, source="root.tar")
     tarred.unlink()
     packages = dict(_installed(root))
@@ -89,24 +90,21 @@ def build_root(
     entries += _add_kernel(root, files, snapshot.date)
     if files.modules is not None:
         entries += _add_modules(root, files.modules, found["depmod"], directory, snapshot.date)
-    progress(ProgressEvent(step, finished=True))
-    step = f"writing the disk of {recipe.name}"
-    progress(ProgressEvent(step))
     disk = directory / "disk"
     raw = disk if recipe.format is Form.RAW else directory / "disk.raw"
     ext4.make(
         root, entries, raw, size=recipe.size or 0, seed=digest, epoch=snapshot.date,
-        scratch=directory,
+        scratch=directory, progress=progress,
     )  # fmt: skip
     if recipe.format is Form.QCOW2:
-        tools.run(
-            [found["qemu-img"], "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk)],
-            what="converting the disk", log=directory / "qemu-img.log",
-        )  # fmt: skip
-    progress(ProgressEvent(step, finished=True))
+        with watched("converting the disk to qcow2", progress, lambda: (_allocated(disk), None)):
+            tools.run(
+                [found["qemu-img"], "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk)],
+                what="converting the disk", log=directory / "qemu-img.log",
+            )  # fmt: skip
     return Built(
         files={
-            **kernel_files(files.image, directory),
+            **kernel_files(files.image, directory, progress=progress),
             "initrd": directory / "initrd",
             "disk": disk,
         },
@@ -132,13 +130,14 @@ def _install(
     keyring.write_bytes(binary_keyring(suite.keys or archive_keys()))
     architecture = recipe.architecture
     step = f"installing {len(recipe.packages)} packages and what they need"
-    progress(ProgressEvent(step))
+    log = directory / "mmdebstrap.log"
     with serving(
         suite, snapshot, components=recipe.components, architecture=architecture.debian,
         progress=progress,
     ) as (sources, failures):  # fmt: skip
         command = [
             mmdebstrap,
+            "--verbose",  # apt and dpkg tell how far they are
             "--mode=root",  # of namespaces of its own
             "--variant=minbase",
             "--format=tar",
@@ -168,18 +167,29 @@ def _install(
             command.insert(1, "--skip=check/qemu")
         ready = confinement.confined(command, architecture)
         try:
-            tools.run(
-                ready.command,
-                what=f"installing the packages of {recipe.name}",
-                log=directory / "mmdebstrap.log",
-                environment={"SOURCE_DATE_EPOCH": str(snapshot.date), "TMPDIR": str(directory)},
-                admit=ready.admit,
-            )
+            with watched(step, progress, lambda: _installed_so_far(log), unit="packages"):
+                tools.run(
+                    ready.command,
+                    what=f"installing the packages of {recipe.name}",
+                    log=log,
+                    environment={"SOURCE_DATE_EPOCH": str(snapshot.date), "TMPDIR": str(directory)},
+                    admit=ready.admit,
+                )
         except BuildFailed:
             if failures:
                 raise failures[0] from None  # why a package could not be had tells more
             raise
-    progress(ProgressEvent(step, finished=True))
+
+
+def _installed_so_far(log: Path) -> tuple[int, int | None]:
+    """How many packages dpkg has set up, and how many apt has said that it will, apt-get(8)."""
+    text = log.read_bytes()
+    total = sum(int(count) for count in _NEWLY_INSTALLED.findall(text))
+    return min(text.count(b"\nSetting up "), total), total or None
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512
 
 
 def _hooks(recipe: Recipe) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vmlab.images.errors import FormatError
 from vmlab.images.formats.tarball import TarEntry
+from vmlab.images.progress import Progress, silent, watched
 from vmlab.images.roots import tools
 
 LABEL = "vmlab-root"
@@ -33,6 +34,7 @@ def make(
     seed: str,
     epoch: int,
     scratch: Path,
+    progress: Progress = silent,
 ) -> None:
     """Write a file system image.
 
@@ -44,6 +46,7 @@ def make(
         seed: Decides UUID and hash seed.
         epoch: The time that every file has changed and was made, seconds since 1970.
         scratch: A directory for files of its own.
+        progress: Told how much is written.
 
     Raises:
         ToolMissing: mke2fs or debugfs is not installed.
@@ -60,30 +63,48 @@ def make(
         "SOURCE_DATE_EPOCH": str(epoch),  # since then
         "MKE2FS_DETERMINISTIC": "1",
     }
-    tools.run(
-        [found["mke2fs"], "-q", "-F", "-t", "ext4",
-         "-L", LABEL,
-         "-U", str(uuid.uuid5(_NAMESPACE, seed)),
-         "-E", f"hash_seed={uuid.uuid5(_NAMESPACE, seed + ':hash')},root_owner=0:0,"
-               "lazy_itable_init=0,lazy_journal_init=0",
-         "-O", "^metadata_csum_seed,^orphan_file",
-         "-m", "0",
-         "-d", str(directory),
-         str(output)],
-        what="making the file system",
-        log=scratch / "mke2fs.log",
-        environment=environment,
-    )  # fmt: skip
+    held = _blocks(directory)
+    with watched("writing the disk", progress, lambda: (output.stat().st_blocks * 512, held)):
+        tools.run(
+            [found["mke2fs"], "-q", "-F", "-t", "ext4",
+             "-L", LABEL,
+             "-U", str(uuid.uuid5(_NAMESPACE, seed)),
+             "-E", f"hash_seed={uuid.uuid5(_NAMESPACE, seed + ':hash')},root_owner=0:0,"
+                   "lazy_itable_init=0,lazy_journal_init=0",
+             "-O", "^metadata_csum_seed,^orphan_file",
+             "-m", "0",
+             "-d", str(directory),
+             str(output)],
+            what="making the file system",
+            log=scratch / "mke2fs.log",
+            environment=environment,
+        )  # fmt: skip
     commands = scratch / "debugfs.commands"
     with commands.open("w", encoding="utf-8", errors="surrogateescape") as script:
         for line in _commands(wanted.values(), epoch, scratch):
             script.write(line + "\n")
     log = scratch / "debugfs.log"
-    tools.run(
-        [found["debugfs"], "-w", "-f", str(commands), str(output)],
-        what="writing owners and modes", log=log, environment=environment,
-    )  # fmt: skip
+    size_of_commands = commands.stat().st_size
+    with watched(
+        "writing owners and modes",
+        progress,
+        lambda: (min(log.stat().st_size, size_of_commands), size_of_commands),  # it echoes them
+    ):
+        tools.run(
+            [found["debugfs"], "-w", "-f", str(commands), str(output)],
+            what="writing owners and modes", log=log, environment=environment,
+        )  # fmt: skip
     _check(log)
+
+
+def _blocks(directory: Path) -> int:
+    """Bytes that a directory's files take in blocks of 4 KiB."""
+    total = 0
+    for folder, _, names in os.walk(directory):
+        total += 4096
+        for name in names:
+            total += -(-os.lstat(f"{folder}/{name}").st_size // 4096) * 4096
+    return total
 
 
 def _settle_times(directory: Path, wanted: dict[str, TarEntry], epoch: int) -> None:

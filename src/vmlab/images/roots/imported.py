@@ -16,7 +16,7 @@ from vmlab.images.formats.compression import decompressed
 from vmlab.images.formats.tarball import TarEntry
 from vmlab.images.image import Image
 from vmlab.images.importing import Parts, base_recipe, enter
-from vmlab.images.progress import Progress, ProgressEvent
+from vmlab.images.progress import Progress, reading, watched
 from vmlab.images.roots import ext4, tools
 from vmlab.images.roots.build import CMDLINE
 from vmlab.images.store.store import ImageStore
@@ -53,11 +53,9 @@ def import_root(
         root = directory / "root"
         root.mkdir()
         step = f"unpacking {parts.root.name}"
-        progress(ProgressEvent(step))
-        with parts.root.open("rb") as file:
+        with parts.root.open("rb") as file, watched(step, progress, reading(file)):
             stream = decompressed(file, source=parts.root.name)
             entries = tarball.extract(stream, root, source=parts.root.name)
-        progress(ProgressEvent(step, finished=True))
         if not entries:
             raise FormatError(f"{parts.root.name} is empty")
         kernel = parts.kernel or _kernel(root, parts.root.name)
@@ -67,14 +65,14 @@ def import_root(
                 f"architecture = {architecture.value!r}, but the kernel is for "
                 f"{info.architecture.value}"
             )
-        files = kernel_files(kernel, directory)
+        files = kernel_files(kernel, directory, progress=progress)
         _initramfs(store, kernel, info, root, directory / "initrd", progress=progress)
         held = sum(entry.size for entry in entries)
         epoch = min(max((entry.mtime for entry in entries), default=0), _EPOCH_AT_MOST)
         disk = directory / "disk"
         ext4.make(
             root, entries, disk, size=size or _room(held, len(entries)), seed=name,
-            epoch=epoch, scratch=directory,
+            epoch=epoch, scratch=directory, progress=progress,
         )  # fmt: skip
         return enter(
             store,

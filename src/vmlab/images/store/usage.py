@@ -6,6 +6,9 @@ Fetched files go before images, since a warm store without network needs its ima
 from __future__ import annotations
 
 import fcntl
+import os
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +36,11 @@ class Freed:
 
 @contextmanager
 def unused(directory: Path) -> Iterator[bool]:
-    """Whether no process holds the image in `directory`; none can while the block runs."""
+    """Whether no process uses the image in `directory`; none can hold it while the block runs.
+
+    Used is an image that is held (`Image.hold`), and one whose files a program has locked: QEMU
+    does so with every disk that it has open, also underneath an overlay.
+    """
     try:
         file = (directory / MANIFEST).open("rb")
     except FileNotFoundError:
@@ -45,7 +52,24 @@ def unused(directory: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        yield not any(_locked(path) for path in directory.iterdir() if path.name != MANIFEST)
+
+
+# struct flock of Linux on 64-bit machines: type, whence, start, length, pid; fcntl_locking(2).
+_FLOCK = struct.Struct("hh4xqqi4x")
+
+
+def _locked(path: Path) -> bool:
+    """Whether any program has a record lock on the file, of any kind and anywhere in it."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        with path.open("rb") as file:
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            found = fcntl.fcntl(file, fcntl.F_GETLK, asked)
+    except OSError:
+        return False
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
 def disk_usage(directory: Path) -> int:

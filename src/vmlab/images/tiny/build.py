@@ -7,14 +7,14 @@ same bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 from vmlab.images.errors import FormatError, ImageError
 from vmlab.images.formats import deb, tarball
-from vmlab.images.progress import Progress, ProgressEvent, silent
+from vmlab.images.progress import Progress, silent
 from vmlab.images.tiny import busybox
 from vmlab.images.tiny.modules import ModuleTree, Selection, tables
 from vmlab.images.tiny.tree import Tree, merged
@@ -85,8 +85,7 @@ def unpack_kernel(package: Path, directory: Path, *, progress: Progress = silent
         FormatError: the package is damaged or holds no kernel.
     """
     step = f"unpacking {package.name if len(package.name) != 64 else 'the kernel'}"
-    progress(ProgressEvent(step))
-    with deb.data_archive(package) as stream:
+    with deb.data_archive(package, step=step, progress=progress) as stream:
         entries = tarball.extract(
             stream,
             directory,
@@ -95,7 +94,6 @@ def unpack_kernel(package: Path, directory: Path, *, progress: Progress = silent
                 pattern.fullmatch(path) for pattern in (_KERNEL, _CONFIG, _MODULES_ROOT)
             ),
         )
-    progress(ProgressEvent(step, finished=True))
     for entry in entries:
         match = _KERNEL.fullmatch(entry.path)
         if match is not None and entry.kind == "file":
@@ -108,8 +106,19 @@ def unpack_kernel(package: Path, directory: Path, *, progress: Progress = silent
     raise FormatError(f"{package.name} holds no kernel (no boot/vmlinuz-* or boot/vmlinux-*)")
 
 
-def module_tree(directory: Path, release: str) -> ModuleTree:
-    """The modules in a directory such as /lib/modules/RELEASE, or in any directory of .ko files."""
+def module_tree(
+    directory: Path, release: str, *, told: Callable[[int], None] = lambda size: None
+) -> ModuleTree:
+    """The modules in a directory such as /lib/modules/RELEASE, or in any directory of .ko files.
+
+    `told` is called with the bytes of every module that is read.
+    """
+
+    def read(path: str) -> bytes:
+        data = (directory / path).read_bytes()
+        told(len(data))
+        return data
+
     paths = [
         path.relative_to(directory).as_posix()
         for pattern in ("*.ko", "*.ko.xz", "*.ko.zst", "*.ko.gz")
@@ -120,7 +129,7 @@ def module_tree(directory: Path, release: str) -> ModuleTree:
     return ModuleTree(
         release,
         paths,
-        read=lambda path: (directory / path).read_bytes(),
+        read=read,
         size=lambda path: (directory / path).stat().st_size,
         builtin=builtin.read_text(errors="replace") if builtin.is_file() else "",
     )
