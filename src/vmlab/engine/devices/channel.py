@@ -61,7 +61,8 @@ class SocketChannel:
     Args:
         reactor: Who waits for the sockets.
         path: Where the socket is made.
-        log: Where everything that the guest sends is written as well; it stays its owner's.
+        log: Where everything that the guest sends is written as well; it stays its owner's. When
+            it cannot be written, `log_error` says why and the channel goes on without it.
 
     Raises:
         VmlabError: the socket cannot be made.
@@ -71,6 +72,7 @@ class SocketChannel:
         self.path = path
         self._reactor = reactor
         self._log = log
+        self.log_error = ""
         self._lock = threading.RLock()
         self._listener: Listener | None = None
         self._client: socket.socket | None = None
@@ -101,8 +103,12 @@ class SocketChannel:
                 self._refused = taken < len(data)
                 self._flush()
             if self._log is not None:
-                self._log.write(data[:taken])
-                self._log.flush()
+                try:
+                    self._log.write(data[:taken])
+                    self._log.flush()
+                except OSError as error:  # the guest must not feel that the host's disk is full
+                    self._log = None
+                    self.log_error = f"the log ends here: {error}"
             return taken
 
     def receive(self, size: int) -> bytes:

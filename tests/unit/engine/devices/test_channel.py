@@ -83,6 +83,17 @@ def test_one_client_at_a_time_talks_with_the_machine(reactor: Reactor, short_pat
     assert log.getvalue() == b"nobody hears thisanswer"
 
 
+def test_a_log_that_cannot_be_written_is_given_up_and_the_guest_goes_on(
+    reactor: Reactor, short_path: Path
+) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as log:
+        channel = SocketChannel(reactor, short_path / "c", log)
+        assert channel.send(b"text") == 4
+        assert "No space left" in channel.log_error
+        assert channel.send(b"more") == 4
+        channel.close()
+
+
 def test_a_client_that_does_not_read_makes_the_guest_wait(
     reactor: Reactor, short_path: Path
 ) -> None:

@@ -111,8 +111,7 @@ class VirtioBlock(VirtioDevice):
     def write_config(self, offset: int, data: bytes) -> None:
         """`writeback` can be changed if CONFIG_WCE was negotiated."""
         if offset == _WRITEBACK_OFFSET and len(data) == 1 and self.has(F_CONFIG_WCE):
-            if self.own.writeback and not data[0] & 1 and not self.disk.read_only:
-                self.disk.flush()
+            # Nothing is flushed here, on a hart's thread: the next write will flush all before it.
             self.own.writeback = bool(data[0] & 1)
 
     def on_features(self) -> None:
