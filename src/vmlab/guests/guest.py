@@ -337,12 +337,16 @@ class Guest:
             token=secrets.token_hex(6),
             mode=f"{mode:o}",
         )
-        await self._give(command, data.encode() if isinstance(data, str) else data, timeout)
+        await self.give(command, data.encode() if isinstance(data, str) else data, timeout=timeout)
 
-    async def _give(
-        self, script: str, data: bytes | AsyncIterable[bytes], timeout: float | None
+    async def give(
+        self, script: str, data: bytes | AsyncIterable[bytes], *, timeout: float | None = None
     ) -> None:
-        """Run a script that takes `data` and has to succeed."""
+        """Run a script with `data`, which it has to read by `take >FILE`, at the best speed.
+
+        Raises:
+            CommandFailed: its status is not 0.
+        """
         result = await self._execute(Command(script, data, takes=True), timeout=timeout)
         if not result.ok:
             raise CommandFailed(result, "0", machine=self.machine.name)
@@ -377,7 +381,7 @@ class Guest:
                 mode=f"{stat.S_IMODE(plan.single.st_mode):o}",
                 time=int(plan.single.st_mtime),
             )
-            await self._give(script, trees.contents(source), timeout)
+            await self.give(script, trees.contents(source), timeout=timeout)
             return
         stream = trees.packed(source, name, without=large)
         if not large:
@@ -397,7 +401,7 @@ class Guest:
                     name=quote(str(PurePosixPath(scratch, name, path))),
                     time=int(status.st_mtime),
                 )
-                await self._give(script, trees.contents(source / path), timeout)
+                await self.give(script, trees.contents(source / path), timeout=timeout)
             await self.succeed(_SETTLE.format(**words), timeout=timeout)
         except BaseException:
             await uninterrupted(self._forget(scratch))
@@ -465,6 +469,34 @@ class Guest:
             raise DeadlineExceeded(
                 "rebooting the guest", seconds=timeout, machine=self.machine.name
             ) from None
+
+    async def refresh(
+        self,
+        *,
+        hostname: str | None = None,
+        machine_id: str | None = None,
+        macs: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        """Set right what a guest that was restored or forked has of its past, or of its siblings.
+
+        Its random numbers are its own from then on (`vmlab.guests.refresh` says by which means on
+        which hypervisor), and its clock is the host's, to a second; and what is asked for.
+
+        Args:
+            hostname: Its new name.
+            machine_id: Its new id of machine-id(5), 32 hexadecimal digits.
+            macs: The present MAC addresses of network interfaces -> their new ones.
+            timeout: Seconds for each part of it.
+
+        Raises:
+            CommandFailed: the guest refuses something of it.
+        """
+        from vmlab.guests.refresh import refresh
+
+        await refresh(
+            self, hostname=hostname, machine_id=machine_id, macs=macs or {}, timeout=timeout
+        )
 
     async def shutdown(self, *, timeout: float | None = None) -> None:
         """Power the guest down and wait until the machine is off."""
