@@ -29,6 +29,9 @@ _ENDS = 2  # records after a page's last: an instruction there may be two halfwo
 _PAGE_RECORDS_SIZE = (_RECORDS + _ENDS) * layout.RECORD_SIZE
 _HANDLER_PREFIX = "h."
 
+_RETIRED_PAGES = 128  # 4 MiB
+_FEW_PAGES = 16  # beyond that it is cheaper to drop everything
+
 _Native = Callable[[int], None]
 
 
@@ -66,6 +69,8 @@ class NativeCode:
         self.go_on_elsewhere: _Native = one(symbols["go_on_elsewhere"])
         self.select_set: _Native = one(symbols["select_set"])
         self.flush_all: _Native = one(symbols["flush_all"])
+        two = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+        self.drop_writes: Callable[[int, int], None] = two(symbols["drop_writes"])
         self.decode_page: Callable[[int, int, int], None] = three(symbols["decode_page"])
         libc = ctypes.CDLL(None)
         clock = ctypes.cast(libc.clock_gettime, ctypes.c_void_p).value
@@ -111,7 +116,8 @@ class CodePages:
         self._map_anchor = ctypes.c_char.from_buffer(self._map)
         self.map_address = ctypes.addressof(self._map_anchor)
         self._pages: dict[int, _RecordPage] = {}
-        self._retired: list[_RecordPage] = []
+        self._retired: list[_RecordPage] = []  # out of use, but a hart may still be there
+        self._free: list[_RecordPage] = []
         self._lock = threading.RLock()
         self._harts: list[InterpreterExecutor] = []
         self.decoded = 0  # pages, counted each time
@@ -130,7 +136,7 @@ class CodePages:
                 return
             # Flagged first: a write from here on is seen, one before is in what is decoded.
             self.ram.protect(page, 1, CODE)
-            records = self._retired.pop() if self._can_reuse() else _RecordPage()
+            records = self._unused_records()
             source = self.ram.host_address + page * _PAGE
             end = self.native.handler("page_end")
             for index in range(_RECORDS, _RECORDS + _ENDS):
@@ -140,9 +146,14 @@ class CodePages:
             self.decoded += 1
             self._slots[page] = records.address
 
-    def _can_reuse(self) -> bool:
-        # Another hart may still be among retired records; with one, it is the one that is here.
-        return bool(self._retired) and len(self._harts) == 1
+    def _unused_records(self) -> _RecordPage:
+        if not self._free and len(self._retired) >= _RETIRED_PAGES:
+            # No hart is among these any more once each has been out of native code and has
+            # forgotten where code is.
+            for executor in self._harts:
+                executor.drop_write_translations()
+            self._free, self._retired = self._retired, []
+        return self._free.pop() if self._free else _RecordPage()
 
     def _written(self, first: int, count: int) -> None:
         """Pages with code were written: their records are of no use any more."""
@@ -161,8 +172,9 @@ class CodePages:
 
     def _protect(self, first: int, count: int) -> None:
         """Stores to these pages must be seen from now on."""
+        pages = range(first, first + count) if count <= _FEW_PAGES else None
         for executor in self._harts:
-            executor.drop_write_translations()
+            executor.drop_write_translations(pages)
 
 
 class InterpreterExecutor:
@@ -188,10 +200,11 @@ class InterpreterExecutor:
         sets, notes, scratch = map(ctypes.addressof, self._anchors)
         words = memoryview(self._scratch).cast("Q")
         words[2] = words[4] = native.handler("page_end")
-        # Held around changes of the three below.
+        # Held around changes of the following.
         self._gate = threading.Condition()
         self._active = False  # native code runs
         self._drop_first = True  # translations are to be dropped before it does
+        self._pages_to_drop: list[int] = []  # and those of writes to these pages
         self._places = {
             layout.TLB_SETS: sets,
             layout.TLB: sets,
@@ -221,10 +234,19 @@ class InterpreterExecutor:
         finally:
             self.hart[layout.STEPPING] = 0
 
-    def drop_write_translations(self) -> None:
-        """On return no store of the hart's goes by a translation that it had. For any thread."""
+    def drop_write_translations(self, pages: range | None = None) -> None:
+        """On return no store of the hart's goes by a translation that it had. For any thread.
+
+        The hart was outside of native code meanwhile.
+
+        Args:
+            pages: only writes to these pages of RAM; without it all accesses to all, and code.
+        """
         with self._gate:
-            self._drop_first = True
+            if pages is None:
+                self._drop_first = True
+            else:
+                self._pages_to_drop += pages
             while self._active:
                 self.hart.request_service()
                 self._gate.wait()
@@ -240,6 +262,10 @@ class InterpreterExecutor:
             if self._drop_first:
                 self._native.flush_all(address)
                 self._drop_first = False
+                self._pages_to_drop.clear()
+            while self._pages_to_drop:
+                page = self._pages_to_drop.pop()
+                self._native.drop_writes(address, self.hart.ram.host_address + page * _PAGE)
             self._active = True
         function(address)
         with self._gate:

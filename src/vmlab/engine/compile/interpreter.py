@@ -25,11 +25,12 @@ from vmlab.engine.compile.decoder import decoder_text
 from vmlab.engine.compile.emitter import FunctionEmitter
 from vmlab.engine.compile.native import (
     ATTRIBUTES,
-    CLEAR_SET,
+    LOOPS,
     PAGE_MASK,
     UNUSED,
     ModuleEmitter,
     NativeCore,
+    drop_writes,
     remember_large,
 )
 from vmlab.engine.cpu import layout
@@ -429,6 +430,7 @@ def _find_slowly(core: NativeCore) -> None:
     core.store_at(entry, records, 8)
     core.store_at(entry, pc & PAGE_MASK)
     remember_large(core, pc)
+    core[layout.CODE_FILLS] = core[layout.CODE_FILLS] + 1
     _dispatch_at(core, records, pc)
 
 
@@ -516,8 +518,10 @@ def _entry_text(name: str, target: str) -> str:
     )
 
 
-def _void_entry(module: ModuleEmitter, name: str, body: Callable[[NativeCore], None]) -> None:
-    """A C function `void name(state)`."""
+def _void_entry(
+    module: ModuleEmitter, name: str, body: Callable[[NativeCore], None], parameters: str = ""
+) -> None:
+    """A C function `void name(state, ...)`."""
     function = FunctionEmitter()
     core = NativeCore(module, function)
 
@@ -526,7 +530,7 @@ def _void_entry(module: ModuleEmitter, name: str, body: Callable[[NativeCore], N
         function.effect("ret void")
 
     function.explore(run)
-    module.add(name, function.text(f"define hidden void @{name}(ptr %s) {ATTRIBUTES}"))
+    module.add(name, function.text(f"define hidden void @{name}(ptr %s{parameters}) {ATTRIBUTES}"))
 
 
 def interpreter_text(instructions: InstructionSet) -> str:
@@ -535,7 +539,8 @@ def interpreter_text(instructions: InstructionSet) -> str:
     Its symbols: `h.NUMBER.NAME` for the handlers that records may name; `run(state)` which polls
     and then executes; `go_on(state)` which only executes, `go_on_elsewhere(state)` which comes from
     another page and polls if the budget is used up; `select_set(state)` and
-    `flush_all(state)` for the host that changed registers or memory; and
+    `flush_all(state)` for the host that changed registers or memory; `drop_writes(state, page)` for
+    a page of the host's that must not be written unseen any more; and
     `decode_page(code, records, handlers)`.
     """
     module = ModuleEmitter()
@@ -562,12 +567,18 @@ def interpreter_text(instructions: InstructionSet) -> str:
         ("trap_at", _trap_at),
     ):
         glue.add(name, body)
-    module.add("clear_set", CLEAR_SET)
+    module.add("loops", LOOPS)
     module.add("run", _entry_text("run", "poll_at"))
     module.add("go_on", _entry_text("go_on", "find"))
     module.add("go_on_elsewhere", _entry_text("go_on_elsewhere", "lookup"))
     zero = Value(0, 64)
     _void_entry(module, "select_set", lambda core: core.select_translations())
     _void_entry(module, "flush_all", lambda core: core.flush_translations(zero, zero, zero, zero))
+    _void_entry(
+        module,
+        "drop_writes",
+        lambda core: drop_writes(core, Value("%host", 64, core.function)),
+        ", i64 %host",
+    )
     module.add("decode", decoder_text(instructions, writer.names))
     return module.text()

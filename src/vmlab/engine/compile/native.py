@@ -232,21 +232,67 @@ class NativeCore(Core):
         """Make all entries of a set unused."""
         self.function.effect(f"call fastcc void @clear_set(ptr {self.pointer(tlb)})")
 
+    def clear_region(self, tlb: Value, address: Value, shift: Value) -> None:
+        """Make the entries of a set unused whose addresses from bit `shift` on are this one's."""
+        self.function.effect(
+            f"call fastcc void @clear_region(ptr {self.pointer(tlb)}, "
+            f"{address.typed}, {shift.typed})"
+        )
 
-CLEAR_SET = f"""define internal fastcc void @clear_set(ptr %set) {ATTRIBUTES} noinline {{
+    def clear_writes(self, tlb: Value, host: Value) -> None:
+        """Make a set's entries unused that write to the page at an address of the host's."""
+        table = self.element(self.pointer(tlb), layout.TLB_WRITE)
+        self.function.effect(f"call fastcc void @clear_writes(ptr {table}, {host.typed})")
+
+
+def _loop_text(name: str, parameters: str, size: int, step: str) -> str:
+    """A function that does something with each entry from `%first` on, `%size` bytes of them."""
+    return f"""define internal fastcc void @{name}(ptr %set{parameters}) {ATTRIBUTES} noinline {{
 entry:
   br label %loop
 loop:
   %offset = phi i64 [0, %entry], [%next, %loop]
-  %entry.pointer = getelementptr i8, ptr %set, i64 %offset
-  store i64 {UNUSED}, ptr %entry.pointer
+  %pointer = getelementptr i8, ptr %set, i64 %offset
+{step}
+  store i64 %tag, ptr %pointer
   %next = add i64 %offset, {layout.TLB_ENTRY_SIZE}
-  %more = icmp ult i64 %next, {layout.TLB_SET_SIZE}
+  %more = icmp ult i64 %next, {size}
   br i1 %more, label %loop, label %done
 done:
   ret void
 }}
 """
+
+
+LOOPS = "".join(
+    (
+        # All entries of a set.
+        _loop_text("clear_set", "", layout.TLB_SET_SIZE, f"  %tag = add i64 0, {UNUSED}"),
+        # Those of pages whose addresses from bit %shift on are the given one's.
+        _loop_text(
+            "clear_region",
+            ", i64 %address, i64 %shift",
+            layout.TLB_SET_SIZE,
+            f"""  %old = load i64, ptr %pointer
+  %difference = xor i64 %old, %address
+  %distance = lshr i64 %difference, %shift
+  %inside = icmp eq i64 %distance, 0
+  %tag = select i1 %inside, i64 {UNUSED}, i64 %old""",
+        ),
+        # Those of writes to the page at an address of the host's.
+        _loop_text(
+            "clear_writes",
+            ", i64 %host",
+            layout.TLB_DATA_ENTRIES * layout.TLB_ENTRY_SIZE,
+            f"""  %old = load i64, ptr %pointer
+  %addend.pointer = getelementptr i8, ptr %pointer, i64 8
+  %addend = load i64, ptr %addend.pointer
+  %page = add i64 %old, %addend
+  %same = icmp eq i64 %page, %host
+  %tag = select i1 %same, i64 {UNUSED}, i64 %old""",
+        ),
+    )
+)
 
 
 def _native(body: Callable[..., Value], arguments: int, name: str | None = None) -> Routine:
@@ -302,8 +348,8 @@ _FILL = _native(_fill, 3)
 def remember_large(core: NativeCore, address: Value) -> None:
     """Widen the range of the large pages of which the present set has pieces.
 
-    A fence for one address of a large page must find all its pieces: it clears the set where the
-    address is in the range.
+    A fence for one address of a large page must find all its pieces: where the address is in the
+    range, it looks through the set for what may be of the same page.
     """
     large = core[layout.WALK_LEVEL].ne(0)
     set_index = (core[layout.TLB] - core[layout.TLB_SETS]).divide_unsigned(layout.TLB_SET_SIZE)
@@ -317,6 +363,10 @@ def remember_large(core: NativeCore, address: Value) -> None:
     core.store_at(low, (large & first.below(lowest)).select(first, lowest))
     highest = core.function.value(f"load i64, ptr {high}")
     core.store_at(high, (large & highest.below(last)).select(last, highest))
+    place = core.element("%s", set_index << 3)
+    widest = core.element(place, layout.TLB_LARGE_SHIFT[0].offset)
+    known = core.function.value(f"load i64, ptr {widest}")
+    core.store_at(widest, known.below(shift).select(shift, known))
 
 
 def _select(core: NativeCore) -> Value:
@@ -347,6 +397,8 @@ def _select(core: NativeCore) -> Value:
     core.store_at(pair, how, layout.TLB_KEYS[1].offset)
     core.store_at(pair, Value(-1, 64), layout.TLB_LARGE[0].offset)
     core.store_at(pair, Value(0, 64), layout.TLB_LARGE[1].offset)
+    place = core.element("%s", victim << 3)
+    core.store_at(place, Value(0, 64), layout.TLB_LARGE_SHIFT[0].offset)
     return Value(0, 64)
 
 
@@ -384,10 +436,18 @@ def _flush_set(  # noqa: PLR0917 (a routine takes its values by place)
     tlb = core[layout.TLB_SETS] + index * layout.TLB_SET_SIZE
     low, high = word(layout.TLB_LARGE[0]), word(layout.TLB_LARGE[1])
     in_large = ~address.below(low) & ~high.below(address)
-    if by_address.eq(0) | in_large:
+    place = core.element("%s", index << 3)
+    widest = core.element(place, layout.TLB_LARGE_SHIFT[0].offset)
+    if by_address.eq(0):
+        core[layout.SET_FLUSHES] = core[layout.SET_FLUSHES] + 1
         core.clear_set(tlb)
         core.store_at(pair, Value(-1, 64), layout.TLB_LARGE[0].offset)
         core.store_at(pair, Value(0, 64), layout.TLB_LARGE[1].offset)
+        core.store_at(widest, Value(0, 64))
+        return Value(0, 64)
+    if in_large:
+        core[layout.REGION_FLUSHES] = core[layout.REGION_FLUSHES] + 1
+        core.clear_region(tlb, address, core.function.value(f"load i64, ptr {widest}"))
         return Value(0, 64)
     for table in (layout.TLB_READ, layout.TLB_WRITE, layout.TLB_CODE):
         entry = core.entry(core.pointer(tlb), table, address)
@@ -396,3 +456,9 @@ def _flush_set(  # noqa: PLR0917 (a routine takes its values by place)
 
 
 _FLUSH_SET = _native(_flush_set, 5)
+
+
+def drop_writes(core: NativeCore, host: Value) -> None:
+    """Forget translations, of all address spaces, for writes to the page at a host's address."""
+    for index in range(layout.TLB_SET_COUNT):
+        core.clear_writes(core[layout.TLB_SETS] + index * layout.TLB_SET_SIZE, host)

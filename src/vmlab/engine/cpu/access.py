@@ -165,7 +165,7 @@ def reserve(core: Core, address: Value, value: Value) -> None:
 
 
 def take_reservation(core: Core, address: Value, size: int) -> tuple[Value, Value]:
-    """End the reservation: one bit, whether it was for this address and size, and what was read there."""
+    """End the reservation: whether it was for this address and size, and what was read."""
     same = core[RESERVATION_ADDRESS].eq(address) & core[RESERVATION_SIZE].eq(size)
     held = core[RESERVATION_VALID].ne(0) & same
     core[RESERVATION_VALID] = 0

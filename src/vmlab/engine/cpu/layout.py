@@ -121,6 +121,8 @@ TLB_SET_COUNT = 8
 TLB_KEYS = tuple(_field(f"tlb_key{index}") for index in range(2 * TLB_SET_COUNT))
 # Per set: first and last address of the large pages that it has pieces of.
 TLB_LARGE = tuple(_field(f"tlb_large{index}") for index in range(2 * TLB_SET_COUNT))
+# Per set: the bits of an address within the largest of those pages.
+TLB_LARGE_SHIFT = tuple(_field(f"tlb_large_shift{index}") for index in range(TLB_SET_COUNT))
 WALK_LEVEL = _field("walk_level")  # of the last translation's leaf; 0 where there was no walk
 CLOCK_SECONDS = _field("clock_seconds")  # a struct timespec, the clock's answer
 CLOCK_NANOSECONDS = _field("clock_nanoseconds")
@@ -129,6 +131,9 @@ CLOCK_NANOSECONDS = _field("clock_nanoseconds")
 WALKS = _field("walks")
 FILLS = _field("fills")
 FLUSHES = _field("flushes")
+SET_FLUSHES = _field("set_flushes")
+REGION_FLUSHES = _field("region_flushes")
+CODE_FILLS = _field("code_fills")
 SET_SWITCHES = _field("set_switches")
 SET_MISSES = _field("set_misses")
 

@@ -67,7 +67,7 @@ def test_no_instruction_has_only_zeros_or_only_ones() -> None:
 
 def test_overlapping_patterns_are_refused() -> None:
     both = group(("one", "0000000 rs2 rs1 000 rd 0110011"), ("two", "imm[11:0] rs1 000 rd 0110011"))
-    with pytest.raises(EncodingError, match="one .* and two .* fit the same word"):
+    with pytest.raises(EncodingError, match=r"one .* and two .* fit the same word"):
         InstructionSet(both)
 
 
