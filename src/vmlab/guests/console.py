@@ -10,34 +10,45 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from base64 import b64encode
+from collections.abc import AsyncIterable, Awaitable, Callable
 from contextlib import suppress
 from typing import ClassVar, Final
 
-from vmlab.guests.agent import LONGEST_COMMAND, safe_length
+from vmlab.guests.agent import LONGEST_COMMAND
 from vmlab.guests.command import Command, CommandChannel, Sink, quote
 from vmlab.guests.console_login import Asked, Dialogue, more
+from vmlab.guests.marks import MarkedStream, blocks
 from vmlab.hypervisors.base import Console
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
 
 _KILL_AFTER: Final = 5.0
 
-_PIECE: Final = 300
-"""Characters, or bytes of input, in one line: with all of them quoted it stays below the 4096
-bytes that a terminal holds for a slow reader (N_TTY_BUF_SIZE in Linux's n_tty.c)."""
+_PIECE: Final = 600
+"""Characters of a script in one line: with all of them quoted it stays below the 4096 bytes that a
+terminal holds for a slow reader (N_TTY_BUF_SIZE in Linux's n_tty.c)."""
+
+_BLOCK: Final = 2700
+"""Bytes of input in one line as base64, which also stays below that."""
+
+_OCTAL_BLOCK: Final = 900
+"""The same where the guest has no base64, and printf has to write four digits a byte."""
 
 # One line of less than 1024 bytes, which is what busybox's line editor takes. `set -m` gives each
 # command a process group and leaves SIGINT alone; without a controlling terminal setsid has to do.
 # The kernel's messages but emergencies are kept off the console (proc(5), printk) until the end.
-# The first answer tells the directory for files; an empty line is answered for those who look.
+# The first answer tells the directory for files, and of base64(1); an empty line is answered for
+# those who look for the loop. Lines are read by a process without children, because a SIGCHLD makes
+# busybox's read begin anew and forget what it has.
 _LOOP: Final = (
     "o=$(stty -g);K=/proc/sys/kernel/printk;k=$(cat $K);echo 1 >$K;"
     """trap 'stty $o;[ "$k" ]&&echo "$k" >$K' 0;stty raw -echo;"""
     "set -m;x=;case $- in *m*);;*)x=setsid;;esac;"
     "V=loop;p=;n=$(printf '\\nx');n=${n%x};d=;"
     "for t in /dev/shm /tmp /run;do [ -d $t ]&&[ -w $t ]&&d=$t&&break;done;"
-    'echo "$V"-TOKEN "$d";'
-    'while IFS= read -r l;do [ "$l" ]||echo "vmlab-$V-here";eval "$l";done'
+    "b=;command -v base64 >/dev/null&&b=64;"
+    'echo "$V"-TOKEN "$d:$b";'
+    'while l=$(IFS= read -r l&&printf %s "$l");do [ "$l" ]||echo "vmlab-$V-here";eval "$l";done'
 )
 
 # The group's first process outlives what ends the command, to tell of it. Text for str.replace.
@@ -74,8 +85,8 @@ class ConsoleChannel(CommandChannel):
         self._password = password
         self._console: Console | None = None
         self._lock = asyncio.Lock()
-        self._held = b""
         self._directory = ""
+        self._base64 = False
         self._refused = False
 
     async def connect(self, *, timeout: float) -> None:
@@ -126,35 +137,26 @@ class ConsoleChannel(CommandChannel):
             # The mark is not in the line itself, which may be echoed.
             split = f'{token[:8]}""{token[8:]}'
             if standing is Asked.LOOP:
-                line = f'{_kill("KILL", "$p")}; {_FORGET}; echo "$V"-{split} "$d"'
+                line = f'{_kill("KILL", "$p")}; {_FORGET}; echo "$V"-{split} "$d:$b"'
             else:
                 line = f"sh -c {quote(_LOOP.replace('TOKEN', split))} 2>/dev/null"
             answer = await dialogue.ask(line, f"loop-{token}".encode())
-        self._held = b""
-        self._directory = answer.decode()
+        self._stream = MarkedStream(lambda: more(console))
+        directory, _, base64 = answer.decode().partition(":")
+        self._directory = directory
+        self._base64 = base64 == "64"
 
-    async def _until(self, console: Console, mark: bytes, sink: Sink | None = None) -> bytes:
+    async def _until(self, mark: str, sink: Sink | None = None) -> bytes:
         """Give what comes before `mark` to `sink`; returns the rest of the mark's line."""
-        while True:
-            held = self._held
-            position = held.find(mark)
-            if position < 0:
-                position = safe_length(held, mark)
-            elif b"\n" in held[position:]:
-                line, _, self._held = held[position + len(mark) :].partition(b"\n")
-                if sink is not None and position:
-                    await sink(held[:position])
-                return line.strip()
-            self._held = held[position:]
-            if sink is not None and position:
-                await sink(held[:position])
-            self._held += await more(console)
+        line = await self._stream.until(mark.encode(), sink)
+        assert line is not None  # `more` raises at the end
+        return line
 
     async def _do(self, console: Console, line: bytes) -> bytes:
         """Have the loop evaluate a line and wait until it has; returns the line's status."""
         token = secrets.token_hex(8)
         await console.write(line + f"; echo a''{token} $?\n".encode())
-        return await self._until(console, f"a{token}".encode())
+        return await self._until(f"a{token}")
 
     async def run(
         self,
@@ -184,12 +186,12 @@ class ConsoleChannel(CommandChannel):
                 await self._prepare(console, running, text, command.input)
                 running.started = True
                 await console.write(running.line())
-                process = await self._until(console, f"b{running.token}".encode())
+                process = await self._until(f"b{running.token}")
                 running.begun = True
                 if started is not None:
                     started(int(process))
-                await self._until(console, f"m{running.token}".encode(), stdout)
-                status = await self._until(console, f"e{running.token}".encode(), stderr)
+                await self._until(f"m{running.token}", stdout)
+                status = await self._until(f"e{running.token}", stderr)
                 await self._do(console, running.cleaning())
             except BaseException:
                 await self._end(console, running)
@@ -212,11 +214,15 @@ class ConsoleChannel(CommandChannel):
             return
         running.input = f"{running.files}.in"
         await self._do(console, f"(umask 77; : >{running.input})".encode())
-        async for block in _blocks(given):
-            for start in range(0, len(block), _PIECE):
-                octal = _printable(block[start : start + _PIECE])
-                line = f"printf '{octal}' >>{running.input}"
-                if await self._do(console, line.encode()) != b"0":
+        async for block in blocks(given):
+            step = _BLOCK if self._base64 else _OCTAL_BLOCK
+            for start in range(0, len(block), step):
+                part = block[start : start + step]
+                if self._base64:
+                    writes = f"echo {b64encode(part).decode()} | base64 -d"
+                else:
+                    writes = f"printf '{_printable(part)}'"
+                if await self._do(console, f"{writes} >>{running.input}".encode()) != b"0":
                     raise OperationFailed(
                         f"the guest cannot write a command's input to {running.input}",
                         hint="its file system is full, or read-only",
@@ -246,9 +252,9 @@ class ConsoleChannel(CommandChannel):
             return
         if not running.begun:
             # Before it has a process group and its traps a signal would end what tells of it.
-            await self._until(console, f"b{running.token}".encode())
+            await self._until(f"b{running.token}")
         await console.write(_kill("TERM", "$p").encode() + b"\n")
-        await self._until(console, f"e{running.token}".encode())
+        await self._until(f"e{running.token}")
 
     async def signal(self, process: int, number: int) -> None:
         if self._console is None:
@@ -265,7 +271,6 @@ class ConsoleChannel(CommandChannel):
 
     async def _drop(self) -> None:
         console, self._console = self._console, None
-        self._held = b""
         if console is not None:
             await console.close()
 
@@ -312,11 +317,3 @@ _PLAIN: Final = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ
 def _printable(data: bytes) -> str:
     """`data` as a format of printf(1) within single quotes."""
     return "".join(chr(byte) if byte in _PLAIN else f"\\{byte:03o}" for byte in data)
-
-
-async def _blocks(given: bytes | AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    if isinstance(given, bytes):
-        yield given
-        return
-    async for block in given:
-        yield block

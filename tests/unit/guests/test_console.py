@@ -128,8 +128,35 @@ def test_commands_run_with_status_and_nothing_of_echo_or_prompt(drive: Drive, pr
     drive(program, body)
 
 
-def test_input_of_any_bytes_arrives(drive: Drive) -> None:
-    payload = bytes(range(256)) * 8
+def test_a_command_that_ends_while_the_next_line_is_typed_loses_nothing_of_it(
+    drive: Drive, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """busybox's read forgets what it has when a child ends."""
+    write = PtyConsole.write
+
+    async def haltingly(self: PtyConsole, data: bytes) -> None:
+        for start in range(0, len(data), 7):
+            await write(self, data[start : start + 7])
+            await asyncio.sleep(0.004)
+
+    async def body(channel: ConsoleChannel) -> None:
+        await channel.connect(timeout=TIMEOUT)
+        monkeypatch.setattr(PtyConsole, "write", haltingly)
+        assert channel._console is not None
+        await channel._do(channel._console, b"for t in 1 2 3 4 5 6 7 8 9; do sleep 0.$t & done")
+        assert (await run(channel, "echo whole"))[1] == b"whole\n"
+
+    (tmp_path / "sh").symlink_to("/bin/busybox")
+    drive(f"PATH={tmp_path}:$PATH; {PROGRAMS['busybox']}", body)
+
+
+# A guest that has these programs and no others.
+FEW = "mkdir $T/bin; for p in sh stty cat rm; do ln -s $(command -v $p) $T/bin; done; PATH=$T/bin; "
+
+
+@pytest.mark.parametrize("program", [SHELL, FEW + SHELL], ids=["base64", "printf"])
+def test_input_of_any_bytes_arrives(drive: Drive, program: str, tmp_path: Path) -> None:
+    payload = bytes(range(256)) * 40
 
     async def pieces() -> AsyncIterator[bytes]:
         yield payload[:100]
@@ -141,7 +168,7 @@ def test_input_of_any_bytes_arrives(drive: Drive) -> None:
         assert (await run(channel, Command("cat", input=pieces())))[1] == payload
         assert (await run(channel, Command("cat", input=b"")))[1] == b""
 
-    drive(SHELL, body)
+    drive(program.replace("$T", str(tmp_path)), body)
 
 
 def test_a_command_too_long_is_refused_with_advice(drive: Drive) -> None:
