@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ from vmlab.images.recipe import Recipe
 from vmlab.images.tiny import build as tiny
 
 # Raised whenever the same recipe and index would give other bytes than before.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 _KERNEL_PREFIX = "linux-image-"
 # A developer's modules go into the initramfs whole, if they are not more bytes than this.
 _MODULES_BYTES_FOR_ALL = 64 << 20
@@ -54,7 +54,8 @@ class Inputs:
 class Built:
     """The files of an image in the directory that it was built in, by role, and what it is.
 
-    `cmdline` is what the kernel has to be told besides what the recipe says.
+    `cmdline` is what the kernel has to be told besides what the recipe says; `root` is the digest
+    of what the root on the disk is made of.
     """
 
     files: Mapping[str, Path]
@@ -62,6 +63,17 @@ class Built:
     packages: Mapping[str, str]
     disk_format: str | None = None
     cmdline: str = ""
+    root: str | None = None
+
+
+LendRoot = Callable[[str, Path], Mapping[str, str] | None]
+"""Called with the digest of a root and a path: puts the disk of another image with that root
+there and returns its packages and versions, or returns None if there is no such image."""
+
+
+def no_root(digest: str, place: Path) -> Mapping[str, str] | None:
+    """Lends nothing: every root is built."""
+    return None
 
 
 def guest_agent() -> bytes | None:
@@ -106,6 +118,25 @@ def image_digest(recipe: Recipe, index: str, given: Inputs) -> str:
     return _sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
 
 
+def root_digest(recipe: Recipe, index: str, given: Inputs) -> str:
+    """The digest of what a full root is made of: not of the agent, which the initramfs lends it.
+
+    Another version of vmlab's own scripts so needs no other root.
+    """
+    canonical = recipe.canonical()
+    data: dict[str, Any] = {
+        "builder": BUILDER_VERSION,
+        "index": index,
+        "recipe": {
+            key: canonical[key]
+            for key in ("distribution", "suite", "architecture", "components", "format", "size",
+                        "kernel", "packages", "files", "scripts")
+        },
+        "files": {path: _sha256(data) for path, (data, _) in given.files.items()},
+    }  # fmt: skip
+    return _sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode())
+
+
 def check_host(recipe: Recipe) -> None:
     """Whether this host has what the recipe needs to be built; asked before anything is fetched.
 
@@ -125,10 +156,19 @@ def build(
     given: Inputs,
     directory: Path,
     *,
-    digest: str,
+    lend_root: LendRoot = no_root,
     progress: Progress,
 ) -> Built:
     """Build the image into `directory`, an empty directory that has room for it.
+
+    Args:
+        recipe: What it is made of.
+        suite: Where its packages come from.
+        snapshot: The index that they are chosen by.
+        given: The agent, and the contents of the recipe's files.
+        directory: Where everything is put.
+        lend_root: Asked before a full root is built.
+        progress: Told of every step.
 
     Raises:
         ImageError: of the kind that says what went wrong.
@@ -141,7 +181,7 @@ def build(
 
         return build_root(
             recipe, suite, snapshot, given, directory,
-            kernel=kernel, kernel_deb=kernel_deb, index=index, digest=digest,
+            kernel=kernel, kernel_deb=kernel_deb, index=index, lend_root=lend_root,
             progress=progress,
         )  # fmt: skip
     packages = index.closure(recipe.packages, without=recipe.without)

@@ -393,3 +393,81 @@ def test_local_mirror_serves_the_snapshot_and_nothing_else(
         assert caught.value.code == 502
         caught.value.close()
         assert len(failures) == 1
+
+
+ROOT = """
+name = "small-root"
+suite = "trixie"
+architecture = "riscv64"
+format = "raw"
+size = "256M"
+kernel = "linux-image-riscv64"
+[[files]]
+path = "/etc/note"
+text = "one"
+[modules]
+load = ["virtio_console"]
+late = []
+available = []
+"""
+
+
+@pytest.fixture
+def built_disks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Full roots are a few bytes, and every one that is built is told here."""
+    from vmlab.images.roots import build
+
+    seeds: list[str] = []
+
+    def disk_of(*_: object, disk: Path, seed: str, **__: object) -> dict[str, str]:
+        seeds.append(seed)
+        disk.write_bytes(seed.encode())
+        return {"base-files": "13"}
+
+    monkeypatch.setattr(build, "check_tools", lambda recipe: {})
+    monkeypatch.setattr(build, "_build_disk", disk_of)
+    return seeds
+
+
+def test_root_is_built_again_for_another_root_and_not_for_another_agent(
+    make_store: MakeStore, tmp_path: Path, built_disks: list[str]
+) -> None:
+    from vmlab.images import recipe as recipes
+
+    store = make_store()
+    one = recipes.parse(ROOT)
+    first = store.build(one, agent=lambda: b"#!/bin/sh\necho one\n")
+    second = store.build(one, agent=lambda: b"#!/bin/sh\necho two\n")
+    assert len(built_disks) == 1
+    assert first.digest != second.digest
+    assert first.disk is not None
+    assert second.disk is not None
+    assert first.disk.samefile(second.disk)
+    assert first.files["initrd"].sha256 != second.files["initrd"].sha256
+    assert second.source["packages"]["base-files"] == "13"
+    assert store.verify() == []
+    assert store.build_twice(one)[1].keys() <= {"initrd"}  # by vmlab's own agent
+    store.remove(first.digest)
+    assert second.disk.read_bytes() == built_disks[0].encode()
+    assert store.build(one, agent=lambda: b"#!/bin/sh\necho two\n") == second
+    built_disks.clear()
+    other = recipes.parse(ROOT.replace("one", "another"))
+    assert store.build(other, agent=lambda: None).disk is not None
+    assert len(built_disks) == 1
+
+
+def test_damaged_root_is_not_lent_to_another_image(
+    make_store: MakeStore, built_disks: list[str]
+) -> None:
+    from vmlab.images import recipe as recipes
+
+    store = make_store()
+    recipe = recipes.parse(ROOT)
+    first = store.build(recipe, agent=lambda: b"one")
+    assert first.disk is not None
+    first.disk.chmod(0o644)
+    first.disk.write_bytes(b"x" * first.files["disk"].size)
+    second = store.build(recipe, agent=lambda: b"two")
+    assert len(built_disks) == 2
+    assert second.disk is not None
+    assert second.disk.read_bytes() == built_disks[1].encode()

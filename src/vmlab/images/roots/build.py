@@ -12,7 +12,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmlab.images.builder import Built, Inputs, build_initramfs, kernel_files
+from vmlab.images.builder import (
+    Built,
+    Inputs,
+    LendRoot,
+    build_initramfs,
+    kernel_files,
+    root_digest,
+)
 from vmlab.images.debian.index import Package, PackageIndex
 from vmlab.images.debian.openpgp import archive_keys, binary_keyring
 from vmlab.images.debian.suite import Snapshot, Suite
@@ -20,7 +27,7 @@ from vmlab.images.errors import BuildFailed
 from vmlab.images.formats import tarball
 from vmlab.images.formats.tarball import TarEntry
 from vmlab.images.progress import Progress, reading, watched
-from vmlab.images.recipe import Form, Modules, Recipe
+from vmlab.images.recipe import Form, Recipe
 from vmlab.images.roots import confinement, ext4, tools
 from vmlab.images.roots.mirror import serving
 from vmlab.images.tiny.build import KernelFiles, unpack_kernel
@@ -54,7 +61,7 @@ def build_root(
     kernel: Package,
     kernel_deb: Path,
     index: PackageIndex,
-    digest: str,
+    lend_root: LendRoot,
     progress: Progress,
 ) -> Built:
     """Build a full root in `directory`. See `vmlab.images.builder.build`.
@@ -63,17 +70,53 @@ def build_root(
         ToolMissing: naming what to install.
         BuildFailed: a tool failed; its last lines are in the message.
     """
-    found = check_tools(recipe)
+    check_tools(recipe)
     scratch = directory / "unpacked"
     scratch.mkdir()
     files = unpack_kernel(kernel_deb, scratch, progress=progress)
     busybox = suite.package(index.get("busybox-static"), progress=progress)
-    tiny = recipe.model_copy(update={"scripts": (), "modules": Modules()})
+    tiny = recipe.model_copy(update={"scripts": ()})
     initramfs_inputs = Inputs(given.agent)
     build_initramfs(
         tiny, files, [busybox], initramfs_inputs, directory / "initrd",
         mtime=snapshot.date, progress=progress,
     )  # fmt: skip
+    disk = directory / "disk"
+    digest = root_digest(recipe, snapshot.digest, given)
+    packages = lend_root(digest, disk)
+    if packages is None:
+        packages = _build_disk(
+            recipe, suite, snapshot, given, directory, disk=disk, kernel=files, seed=digest,
+            progress=progress,
+        )  # fmt: skip
+    return Built(
+        files={
+            **kernel_files(files.image, directory, progress=progress),
+            "initrd": directory / "initrd",
+            "disk": disk,
+        },
+        kernel_release=files.release,
+        packages={**packages, kernel.name: kernel.version},
+        disk_format=recipe.format.value,
+        cmdline=CMDLINE,
+        root=digest,
+    )
+
+
+def _build_disk(
+    recipe: Recipe,
+    suite: Suite,
+    snapshot: Snapshot,
+    given: Inputs,
+    directory: Path,
+    *,
+    disk: Path,
+    kernel: KernelFiles,
+    seed: str,
+    progress: Progress,
+) -> dict[str, str]:
+    """Install the root and write it to `disk`; returns its packages and their versions."""
+    found = check_tools(recipe)
     tarred = directory / "root.tar"
     _install(
         recipe, suite, snapshot, directory,
@@ -87,13 +130,12 @@ def build_root(
     tarred.unlink()
     packages = dict(_installed(root))
     entries += _add_files(root, given, snapshot.date)
-    entries += _add_kernel(root, files, snapshot.date)
-    if files.modules is not None:
-        entries += _add_modules(root, files.modules, found["depmod"], directory, snapshot.date)
-    disk = directory / "disk"
+    entries += _add_kernel(root, kernel, snapshot.date)
+    if kernel.modules is not None:
+        entries += _add_modules(root, kernel.modules, found["depmod"], directory, snapshot.date)
     raw = disk if recipe.format is Form.RAW else directory / "disk.raw"
     ext4.make(
-        root, entries, raw, size=recipe.size or 0, seed=digest, epoch=snapshot.date,
+        root, entries, raw, size=recipe.size or 0, seed=seed, epoch=snapshot.date,
         scratch=directory, progress=progress,
     )  # fmt: skip
     if recipe.format is Form.QCOW2:
@@ -102,17 +144,7 @@ def build_root(
                 [found["qemu-img"], "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk)],
                 what="converting the disk", log=directory / "qemu-img.log",
             )  # fmt: skip
-    return Built(
-        files={
-            **kernel_files(files.image, directory, progress=progress),
-            "initrd": directory / "initrd",
-            "disk": disk,
-        },
-        kernel_release=files.release,
-        packages={**packages, kernel.name: kernel.version},
-        disk_format=recipe.format.value,
-        cmdline=CMDLINE,
-    )
+    return packages
 
 
 def _install(

@@ -276,8 +276,9 @@ class ImageStore:
                 return ready
             with self.working(recipe.name) as directory:
                 built = build(
-                    recipe, suite, snapshot, given, directory, digest=digest, progress=progress
-                )
+                    recipe, suite, snapshot, given, directory,
+                    lend_root=self._lend_root, progress=progress,
+                )  # fmt: skip
                 image = Image(
                     digest=digest,
                     name=recipe.name,
@@ -296,12 +297,24 @@ class ImageStore:
                         "index_date": snapshot.date,
                         "suites": [recipe.suite, *snapshot.pockets],
                         "packages": dict(sorted(built.packages.items())),
+                        **({} if built.root is None else {"root": built.root}),
                         "inputs": given.digests(),
                     },
                 )
                 image = self.add(image, built.files, progress=progress)
         self._make_room(digest)
         return image
+
+    def _lend_root(self, digest: str, place: Path) -> Mapping[str, str] | None:
+        """The disk of an image whose root is made of the same, under another name as well."""
+        for image in self.images():
+            if image.source.get("root") == digest and image.disk is not None:
+                with suppress(StoreError, TamperedFile, OSError), image.hold():
+                    self._sound(image, silent)
+                    os.link(image.disk, place)
+                    self._stamp(image)  # the link changed the time of change, and nothing else
+                    return dict(image.source["packages"])
+        return None
 
     def build_twice(
         self, recipe: Recipe, *, progress: Progress = silent
@@ -316,9 +329,7 @@ class ImageStore:
         snapshot = suite.snapshot(str(image.source["index"]), progress=progress)
         given = inputs(recipe, guest_agent())
         with self.working(recipe.name) as directory:
-            built = build(
-                recipe, suite, snapshot, given, directory, digest=image.digest, progress=progress
-            )
+            built = build(recipe, suite, snapshot, given, directory, progress=progress)
             differences = {
                 role: (image.files[role].sha256, found)
                 for role, path in built.files.items()

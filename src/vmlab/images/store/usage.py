@@ -73,11 +73,15 @@ def _locked(path: Path) -> bool:
 
 
 def disk_usage(directory: Path) -> int:
-    """Bytes that a directory's files take on disk: holes in sparse files count nothing."""
+    """Bytes that a directory's files take on disk: holes in sparse files count nothing.
+
+    A disk that several images share counts in each of them for its part.
+    """
     total = 0
     for path in directory.rglob("*"):
         with suppress(FileNotFoundError):
-            total += path.lstat().st_blocks * 512
+            status = path.lstat()
+            total += status.st_blocks * 512 // max(status.st_nlink if path.is_file() else 1, 1)
     return total
 
 
