@@ -49,6 +49,8 @@ class Buffer:
     writable: list[tuple[int, int]]
     count: int
     written: int = -1
+    flags: int = 0
+    """Packed: the flags of the used descriptor."""
 
 
 class Ring:
@@ -233,7 +235,7 @@ class PackedRing(Ring):
                 return done
             written, identity = struct.unpack("<IH", self.machine.peek(at + 8, 6))
             buffer = self.outstanding.pop(identity)
-            buffer.written = written
+            buffer.written, buffer.flags = written, flags
             self.free_ids.append(identity)
             self.used_place += buffer.count
             if self.used_place >= self.size:

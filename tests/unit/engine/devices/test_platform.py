@@ -197,8 +197,10 @@ def test_a_comparator_is_pending_from_its_moment_on() -> None:
     aclint.write(0x400C, 4, 1)  # the upper half: far away now
     clock.advance(SECOND)
     assert pending[1, 7] is False
-    aclint.write(0x4008, 8, 0)
-    assert pending[1, 7] is True
+    aclint.write(0x4008, 8, clock.ticks() + 1)
+    assert pending[1, 7] is False
+    aclint.write(0x4008, 8, clock.ticks())
+    assert pending[1, 7] is True, "from this moment on, not from the next"
     assert (0, 7) not in pending
     aclint.reset()
     assert pending[1, 7] is False

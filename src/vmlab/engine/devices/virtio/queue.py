@@ -341,7 +341,8 @@ class PackedQueue(Queue):
         if state.next_used >= state.size:
             state.next_used -= state.size
             state.used_wrap = not state.used_wrap
-            state.signalled_used = None
+            if state.signalled_used is not None:
+                state.signalled_used -= state.size
 
     def enable_notifications(self, wanted: bool) -> None:
         """The device's event suppression structure (2.8.14)."""

@@ -21,6 +21,7 @@ from tests.unit.engine.devices.machines import Engine, Qemu
 
 from vmlab.engine.devices.storage.disk import RawDisk
 from vmlab.engine.devices.virtio.block import VirtioBlock
+from vmlab.engine.devices.virtio.queue import PackedQueue, Queue, SplitQueue
 
 SECTORS = 64
 CONTENT = b"".join(struct.pack(">HH", n, n ^ 0xFFFF) * 128 for n in range(SECTORS))
@@ -231,3 +232,84 @@ def test_nothing_is_served_before_the_driver_is_up(own: Driver) -> None:
     assert ring.poll() == []
     driver.go()  # what was added before is served now, without another doorbell
     assert len(ring.poll()) == 1
+
+
+@pytest.mark.parametrize("features", [(), (EVENT_IDX,)])
+def test_split_indices_turn_over_at_65536(
+    own: Driver, engine: Engine, features: tuple[int, ...]
+) -> None:
+    own.negotiate(*features)
+    ring = own.queue(0, 8)
+    assert isinstance(ring, SplitRing)
+    own.go()
+    # As after 65,530 requests.
+    state = next(iter(engine.board.devices())).state.queues[0]
+    state.next_avail = state.next_used = ring.added = ring.used = 65530
+    for index in (ring.driver + 2, ring.device + 2):
+        ring.set_word(index, 65530)
+    for number in range(12):
+        ring.want_interrupts(True)
+        buffer = ring.add([read_request(number)], [512, 1])
+        own.kick(0)
+        assert own.wait(0) == [buffer]
+        assert ring.data(buffer)[:512] == CONTENT[512 * number : 512 * number + 512]
+        assert own.interrupt() == 1
+    assert (ring.added, ring.used) == (6, 6)
+
+
+def test_a_packed_ring_interrupts_at_the_event_and_nowhere_else_around_its_end(
+    own: Driver,
+) -> None:
+    own.negotiate(PACKED, EVENT_IDX)
+    ring = own.queue(0, 11)  # packed rings may have any size; chains lie across its end
+    assert isinstance(ring, PackedRing)
+    own.go()
+    ring.add([read_request(0)], [512, 1])
+    own.kick(0)
+    own.wait(0)
+    own.interrupt()
+    for _ in range(30):
+        place, wrap = ring.used_place + 2 * 3, ring.used_wrap
+        if place >= ring.size:
+            place, wrap = place - ring.size, 1 - wrap
+        ring.set_word(ring.driver, place | wrap << 15)
+        ring.set_word(ring.driver + 2, 2)
+        seen = []
+        for _ in range(3):
+            ring.add([read_request(1)], [512, 1])
+            own.kick(0)
+            own.wait(0)
+            seen.append(own.interrupt())
+        assert seen == [0, 0, 1]
+
+
+def test_a_used_packed_descriptor_says_whether_anything_was_written(own: Driver) -> None:
+    """2.8.7; QEMU does not say it."""
+    own.negotiate(PACKED)
+    ring = own.queue(0, 8)
+    own.go()
+    ring.add([read_request(0)], [512, 1])
+    own.kick(0)
+    assert own.wait(0)[0].flags & 2
+
+
+@pytest.mark.parametrize("features", [(), (EVENT_IDX,), (PACKED,), (PACKED, EVENT_IDX)])
+def test_a_buffer_added_just_before_notifications_are_on_is_not_missed(
+    own: Driver, engine: Engine, monkeypatch: pytest.MonkeyPatch, features: tuple[int, ...]
+) -> None:
+    own.negotiate(*features)
+    ring = own.queue(0, 8)
+    own.go()
+    late = []
+
+    def add_first(queue: Queue, wanted: bool) -> None:
+        if not late:
+            late.append(ring.add([read_request(2)], [512, 1]))
+        kinds[type(queue)](queue, wanted)
+
+    kinds = {kind: kind.enable_notifications for kind in (SplitQueue, PackedQueue)}
+    for kind in kinds:
+        monkeypatch.setattr(kind, "enable_notifications", add_first)
+    first = ring.add([read_request(1)], [512, 1])
+    own.kick(0)
+    assert own.wait(0, 2) == [first, late[0]]
