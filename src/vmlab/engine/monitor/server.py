@@ -7,7 +7,6 @@ let go before it fills the memory.
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from vmlab.engine.devices.channel import listen
 from vmlab.engine.devices.reactor import Reactor, Watch
 from vmlab.engine.monitor.commands import CommandError, Commands
 from vmlab.engine.monitor.messages import Malformed, MessageReader, written
@@ -46,6 +46,9 @@ class Monitor:
         commands: What clients may ask.
         version: Of the engine: three numbers.
         place: Where commands run.
+
+    Raises:
+        VmlabError: the socket cannot be made.
     """
 
     def __init__(
@@ -71,13 +74,7 @@ class Monitor:
         }
         self._lock = threading.Lock()
         self._clients: set[Client] = set()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            self._listener.bind(os.fspath(path))
-            self._listener.listen()
-        except OSError:
-            self._listener.close()
-            raise
+        self._listener = listen(path)
         self._watch = reactor.watch(self._listener, self._accept)
 
     def _accept(self) -> None:

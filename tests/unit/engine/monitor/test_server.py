@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +12,12 @@ from typing import Any
 
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
+from tests.unit.engine.monitor.wire import Wire
 
 from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.monitor.commands import CommandError, Commands
 from vmlab.engine.monitor.server import Monitor
+from vmlab.machine.errors import VmlabError
 
 
 class Colour(Enum):
@@ -92,34 +92,6 @@ def served(tmp_path: Path) -> Iterator[Served]:
     made.monitor.close()
     made.reactor.close()
     assert not made.path.exists()
-
-
-class Wire:
-    """A client that sees every byte."""
-
-    def __init__(self, path: Path, *, negotiate: bool = True) -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(60)
-        self.socket.connect(str(path))
-        self.lines = self.socket.makefile("rb")
-        self.greeting = self.read()
-        if negotiate:
-            assert self.ask("qmp_capabilities") == {"return": {}}
-
-    def read(self) -> Any:
-        return json.loads(self.lines.readline())
-
-    def ask(self, name: str, **message: Any) -> Any:
-        self.socket.sendall(json.dumps({"execute": name, **message}).encode())
-        return self.read()
-
-    def error(self, name: str, **arguments: Any) -> tuple[str, str]:
-        told = self.ask(name, arguments=arguments)["error"]
-        return told["class"], told["desc"]
-
-    def close(self) -> None:
-        self.lines.close()
-        self.socket.close()
 
 
 @pytest.fixture
@@ -298,7 +270,7 @@ def test_closing_sends_what_was_answered(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_taken_is_an_error(served: Served) -> None:
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(VmlabError, match="in use"):
         Monitor(served.path, served.reactor, Commands(), (0, 0, 0))
 
 

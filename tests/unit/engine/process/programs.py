@@ -1,0 +1,111 @@
+"""Guests of a few instructions, put together word by word. They begin in S mode, two MiB in."""
+
+from __future__ import annotations
+
+from vmlab.engine.isa.riscv64 import RISCV64
+from vmlab.engine.memory.ram import RAM_BASE
+
+START = RAM_BASE + 0x20_0000
+T0, T1, T2, A0, A1, A2, A6, A7 = 5, 6, 7, 10, 11, 12, 16, 17
+POWEROFF, REBOOT, FAIL = 0x5555, 0x7777, 0x3333
+SSTATUS, SIE, STVEC, SCAUSE, STIMECMP, TIME = 0x100, 0x104, 0x105, 0x142, 0x14D, 0xC01
+
+
+def word(name: str, **operands: int) -> bytes:
+    return RISCV64[name].encode(**operands).to_bytes(4, "little")
+
+
+def number(register: int, value: int) -> bytes:
+    """Put a number of 32 bits, zero-extended, into a register."""
+    low = (value & 0xFFF) - ((value & 0x800) << 1)
+    high = (value - low) & 0xFFFF_FFFF
+    code = word("lui", rd=register, imm=high - ((high & 1 << 31) << 1))
+    code += word("addi", rd=register, rs1=register, imm=low)
+    if value >> 31:
+        code += word("slli", rd=register, rs1=register, imm=32)
+        code += word("srli", rd=register, rs1=register, imm=32)
+    return code
+
+
+def jump(offset: int) -> bytes:
+    return word("jal", rd=0, imm=offset)
+
+
+def csr(name: str, number_: int, register: int, rd: int = 0) -> bytes:
+    return word(name, rd=rd, rs1=register, imm=number_)
+
+
+def end(command: int) -> bytes:
+    """Tell the system controller, and wait for what comes of it."""
+    return number(T0, 0x10_0000) + number(T1, command) + word("sw", rs1=T0, rs2=T1) + jump(0)
+
+
+def call(extension: int, function: int, *arguments: int) -> bytes:
+    """Ask firmware; the arguments that are not given stay as they are."""
+    code = number(A7, extension) + number(A6, function)
+    for register, argument in enumerate(arguments, A0):
+        code += number(register, argument)
+    return code + word("ecall")
+
+
+SPIN = word("addi", rd=T0, rs1=T0, imm=1) + jump(-4)
+IDLE = word("wfi") + jump(-4)
+ECHO = (
+    number(T0, 0x1000_0000)
+    + word("lbu", rd=T1, rs1=T0, imm=5)
+    + word("andi", rd=T1, rs1=T1, imm=1)
+    + word("beq", rs1=T1, rs2=0, imm=-8)
+    + word("lbu", rd=T2, rs1=T0, imm=0)
+    + word("sb", rs2=T2, rs1=T0, imm=0)
+    + jump(-20)
+)
+TRAPS = bytes(4)
+"""No instruction, and no handler either."""
+
+
+def handled(code: bytes, handler: bytes) -> bytes:
+    """A guest whose traps go to `handler`, which lies in front of it."""
+    skip = jump(4 + len(handler))
+    address = word("auipc", rd=T2, imm=0) + word("addi", rd=T2, rs1=T2, imm=-len(handler))
+    return skip + handler + address + csr("csrrw", STVEC, T2) + code
+
+
+REPORT_CAUSE = (
+    csr("csrrs", SCAUSE, 0, rd=T1)
+    + word("slli", rd=T1, rs1=T1, imm=16)
+    + number(T2, FAIL)
+    + word("or", rd=T1, rs1=T1, rs2=T2)
+    + number(T0, 0x10_0000)
+    + word("sw", rs1=T0, rs2=T1)
+    + jump(0)
+)
+LOADS_FROM_NOWHERE = handled(
+    number(T0, 0x4000_0000) + word("ld", rd=T1, rs1=T0) + end(POWEROFF), REPORT_CAUSE
+)
+STORES_NOWHERE = handled(
+    number(T0, 0x4000_0000) + word("sd", rs2=T1, rs1=T0) + end(POWEROFF), REPORT_CAUSE
+)
+WAKES_BY_TIMER = handled(
+    csr("csrrs", TIME, 0, rd=T0)
+    + number(T1, 50_000)
+    + word("add", rd=T0, rs1=T0, rs2=T1)
+    + csr("csrrw", STIMECMP, T0)
+    + number(T1, 1 << 5)
+    + csr("csrrs", SIE, T1)
+    + word("addi", rd=T1, rs1=0, imm=2)
+    + csr("csrrs", SSTATUS, T1)
+    + IDLE,
+    end(POWEROFF),
+)
+_SECOND = number(T0, START + 0x1000) + word("sw", rs1=T0, rs2=A1) + IDLE
+STARTS_ANOTHER = (
+    jump(4 + len(_SECOND))
+    + _SECOND
+    + call(0x48_534D, 0, 1, START + 4, 77)
+    + number(T0, START + 0x1000)
+    + number(T1, 77)
+    + word("lw", rd=T2, rs1=T0)
+    + word("bne", rs1=T2, rs2=T1, imm=-4)
+    + end(POWEROFF)
+)
+"""The second hart writes what it was given, and the first one waits for that."""
