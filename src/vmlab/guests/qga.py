@@ -1,20 +1,17 @@
 """Commands by the standard QEMU guest agent, for images that have only that.
 
-The protocol is QEMU's docs/interop/qemu-ga-ref: JSON lines on a virtio-serial port, one request at
-a time, each answered in turn; `guest-sync-delimited` finds the beginning of an answer again. The
-agent keeps at most 16 MiB of a command's output and tells of it at the end only, so output goes
-through files in the guest, which are read while they grow. That agent tells nothing by itself: the
-end of a command is polled for. Not vmlab's own agent, which is ten times faster (`agent.py`).
+The agent keeps at most 16 MiB of a command's output and tells of it at the end only, so output goes
+through files in the guest, which are read while they grow; a guest needs room for them. That agent
+tells nothing by itself: the end of a command is polled for. Not vmlab's own agent (`agent.py`),
+which is ten times faster; the protocol is in `qga_protocol.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import secrets
-from base64 import b64decode, b64encode
-from binascii import Error as Base64Error
+from base64 import b64encode
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import cache
@@ -23,7 +20,15 @@ from typing import Any, ClassVar, Final
 from vmlab.guests import agent
 from vmlab.guests.agent import LONGEST_COMMAND, OpenChannel
 from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink
-from vmlab.hypervisors.base import Channel
+from vmlab.guests.qga_protocol import (
+    ASK_AGAIN,
+    QgaPort,
+    decoded,
+    field,
+    mapping,
+    number,
+    strange,
+)
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import (
     ChannelClosed,
@@ -43,10 +48,6 @@ _NEEDED: Final = (
     "guest-file-write",
     "guest-file-close",
 )
-_SENTINEL: Final = b"\xff"
-_LONGEST_ANSWER: Final = 64 << 20
-"""Bytes; the agent itself reads no request that is longer (MAX_TOKEN_SIZE in json-streamer.c)."""
-
 _READ: Final = 512 << 10
 _INPUT_AT_ONCE: Final = 1 << 20
 _INPUT_PIECE: Final = 512 << 10
@@ -54,10 +55,6 @@ _PIECES_AHEAD: Final = 8
 _SHORT_OUTPUT: Final = 65536
 """Bytes of output up to which a command's end brings it along."""
 
-_ASK_AGAIN: Final = 5.0
-"""Seconds without an answer after which the agent is asked whether it is still the same."""
-
-_ANSWER_WITHIN: Final = 120.0
 _END_WITHIN: Final = 30.0
 _FIRST_PAUSE: Final = 0.004
 _LONGEST_PAUSE: Final = 0.1
@@ -120,15 +117,8 @@ class QgaChannel(CommandChannel):
     name: ClassVar[str] = "qga"
 
     def __init__(self, open_channel: OpenChannel, port: str = PORT) -> None:
-        self._open = open_channel
-        self._port = port
-        self._channel: Channel | None = None
-        self._lock = asyncio.Lock()
-        self._buffer = bytearray()
-        self._in_step = False
+        self._port = QgaPort(open_channel, port)
         self._room: str | None = None
-
-    # The protocol.
 
     async def connect(self, *, timeout: float) -> None:
         """Wait until the agent answers.
@@ -139,9 +129,7 @@ class QgaChannel(CommandChannel):
         """
         try:
             async with asyncio.timeout(timeout):
-                async with self._lock:
-                    await self._drop()
-                    await self._get_in_step()
+                await self._port.open()
                 await self._look_what_it_may_do()
                 self._room = (await self._capture(_FIND_ROOM)).decode().strip() or "/tmp"
         except TimeoutError:
@@ -152,10 +140,10 @@ class QgaChannel(CommandChannel):
             ) from None
 
     async def _look_what_it_may_do(self) -> None:
-        info = _mapping(await self.call("guest-info"), "guest-info")
+        info = mapping(await self.call("guest-info"), "guest-info")
         known = {
             command.get("name"): command.get("enabled")
-            for command in _field(info, "supported_commands", list, "guest-info")
+            for command in field(info, "supported_commands", list, "guest-info")
             if isinstance(command, dict)
         }
         missing = [name for name in _NEEDED if not known.get(name)]
@@ -168,143 +156,15 @@ class QgaChannel(CommandChannel):
             )
 
     async def call(self, name: str, **arguments: Any) -> Any:
-        """Have the agent do one of its commands ("guest-ping"); underscores are hyphens.
-
-        Returns what it answers, as JSON has it.
-
-        Raises:
-            OperationFailed: it refuses, or its answer is none.
-            AgentRestarted: it began anew meanwhile; whether the command was done is unknown.
-            ChannelClosed: the guest died.
-        """
-        request: dict[str, Any] = {"execute": name}
-        if arguments:
-            request["arguments"] = {key.replace("_", "-"): arguments[key] for key in arguments}
-        async with self._lock:
-            if not self._in_step:
-                await self._get_in_step()
-            self._in_step = False
-            try:
-                await self._send(json.dumps(request).encode() + b"\n")
-                answer = await self._answer(name)
-            except ChannelClosed:
-                await self._drop()
-                raise
-        if "error" in answer:
-            error = answer["error"]
-            said = error.get("desc") if isinstance(error, dict) else None
-            raise OperationFailed(
-                f"the guest's qemu-ga refuses {name}: {said or error}", operation=name
-            )
-        return answer["return"]
+        """Have the agent do one of its commands, as `QgaPort.call` does."""
+        return await self._port.call(name, **arguments)
 
     async def ping(self) -> None:
         """Have the agent answer once."""
         await self.call("guest-ping")
 
-    async def _answer(self, name: str) -> Mapping[str, Any]:
-        """The answer to the request that was just sent."""
-        token = None
-        try:
-            async with asyncio.timeout(_ANSWER_WITHIN):
-                while True:
-                    line = asyncio.ensure_future(self._line())
-                    try:
-                        while not (await asyncio.wait({line}, timeout=_ASK_AGAIN))[0]:
-                            # An agent that began anew knows nothing of the request.
-                            token = await self._ask_to_sync()
-                        text = line.result()
-                    finally:
-                        line.cancel()
-                        await asyncio.wait({line})
-                    if text.startswith(_SENTINEL):
-                        raise AgentRestarted(
-                            f"the guest's qemu-ga began anew before it answered {name}",
-                            hint="what became of the command is unknown",
-                        )
-                    answer = _parsed(text, name)
-                    if token is None or "JSON" not in str(answer.get("error")):
-                        break
-        except TimeoutError:
-            raise AgentRestarted(
-                f"the guest's qemu-ga has not answered {name} for {_ANSWER_WITHIN:g} s",
-                hint="did the agent die? What became of the command is unknown",
-            ) from None
-        # With a question on its way the next answer is not to the next request.
-        self._in_step = token is None
-        return answer
-
-    async def _ask_to_sync(self) -> int:
-        token = secrets.randbelow(1 << 62)
-        request = {"execute": "guest-sync-delimited", "arguments": {"id": token}}
-        # The sentinel ends what an earlier host may have left unfinished.
-        await self._send(_SENTINEL + json.dumps(request).encode() + b"\n")
-        return token
-
-    async def _get_in_step(self) -> None:
-        """Ask until the answer to that comes; whatever comes before it is dropped."""
-        pause = 0.2
-        while True:
-            # Each question is answered twice (the sentinel itself is an error in JSON), so that
-            # only the answer to the last one is the end of what is to be dropped.
-            token = await self._ask_to_sync()
-            try:
-                async with asyncio.timeout(pause):
-                    while True:
-                        line = await self._line()
-                        _, found, rest = line.rpartition(_SENTINEL)
-                        if not found:
-                            continue
-                        with suppress(OperationFailed):
-                            if _parsed(rest, "guest-sync-delimited").get("return") == token:
-                                self._in_step = True
-                                return
-            except TimeoutError:
-                # It boots, or what was sent went with an agent that is gone.
-                pause = min(2 * pause, _ASK_AGAIN)
-            except ChannelClosed:
-                await self._drop()
-                raise
-
-    async def _send(self, data: bytes) -> None:
-        if self._channel is None:
-            self._channel = await self._open(self._port)
-        await self._channel.write(data)
-
-    async def _line(self) -> bytes:
-        """The next line without its end. What has come of one is kept when this is cancelled."""
-        searched = 0
-        while (end := self._buffer.find(b"\n", searched)) < 0:
-            searched = len(self._buffer)
-            if searched > _LONGEST_ANSWER:
-                self._buffer.clear()
-                raise OperationFailed(
-                    f"the guest's qemu-ga answers more than {_LONGEST_ANSWER >> 20} MiB in a line",
-                    hint="is it a qemu-ga?",
-                )
-            if self._channel is None:
-                raise ChannelClosed(f"channel {self._port!r} was closed")
-            data = await self._channel.read(1 << 20)
-            if not data:
-                raise ChannelClosed(
-                    f"channel {self._port!r} ended: the guest died or was stopped",
-                    hint="the console tells what happened last",
-                )
-            self._buffer += data
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        return line
-
-    async def _drop(self) -> None:
-        channel, self._channel, self._in_step = self._channel, None, False
-        self._buffer.clear()
-        if channel is not None:
-            await channel.close()
-
     async def close(self) -> None:
-        await self._drop()
-
-    # Commands.
+        await self._port.close()
 
     async def run(
         self,
@@ -353,7 +213,7 @@ class QgaChannel(CommandChannel):
         answer = await self.call(
             "guest-exec", path="/bin/sh", arg=arguments, capture_output=True, **more
         )
-        return int(_field(_mapping(answer, "guest-exec"), "pid", int, "guest-exec"))
+        return int(field(mapping(answer, "guest-exec"), "pid", int, "guest-exec"))
 
     async def status(self, pid: int) -> Mapping[str, Any]:
         """What guest-exec-status says of a process.
@@ -369,16 +229,16 @@ class QgaChannel(CommandChannel):
                 hint="it began anew, or its guest was restored; what became of the command is "
                 "unknown",
             ) from error
-        return _mapping(answer, "guest-exec-status")
+        return mapping(answer, "guest-exec-status")
 
     async def _capture(self, script: str, *words: str) -> bytes:
         """Run a short script to its end; returns what it printed."""
         pid = await self.begin(["-c", script, "vmlab", *words])
         pause = _FIRST_PAUSE
-        while not _field(status := await self.status(pid), "exited", bool, "guest-exec-status"):
+        while not field(status := await self.status(pid), "exited", bool, "guest-exec-status"):
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
-        return _decoded(status.get("out-data", ""), "guest-exec-status")
+        return decoded(status.get("out-data", ""), "guest-exec-status")
 
     async def signal(self, process: int, number: int) -> None:
         await self._capture(f"{_signal()}\nsignal {int(number)} {int(process)}")
@@ -418,7 +278,7 @@ class _Run:
         try:
             while True:
                 status = await self._qga.status(pid)
-                if _field(status, "exited", bool, "guest-exec-status"):
+                if field(status, "exited", bool, "guest-exec-status"):
                     break
                 asked += 1
                 # Most commands are at their end before their files are worth a look.
@@ -433,13 +293,13 @@ class _Run:
             self._ended.set()
             await uninterrupted(self._close(self._handles))
         if "signal" in status:
-            return 128 + int(_field(status, "signal", int, "guest-exec-status"))
-        return int(_field(status, "exitcode", int, "guest-exec-status"))
+            return 128 + int(field(status, "signal", int, "guest-exec-status"))
+        return int(field(status, "exitcode", int, "guest-exec-status"))
 
     async def _finish(self, status: Mapping[str, Any]) -> None:
-        out = _decoded(status.get("out-data", ""), "guest-exec-status")
+        out = decoded(status.get("out-data", ""), "guest-exec-status")
         if out.startswith(b"T"):
-            whole = {"out": out[1:], "err": _decoded(status.get("err-data", ""), "err-data")}
+            whole = {"out": out[1:], "err": decoded(status.get("err-data", ""), "err-data")}
             for name, data in whole.items():
                 if rest := data[self._seen[name] :]:
                     await self._sinks[name](rest)
@@ -460,8 +320,8 @@ class _Run:
             answer = await self._qga.call(
                 "guest-file-read", handle=self._handles[name], count=_READ
             )
-            read = _mapping(answer, "guest-file-read")
-            if data := _decoded(read.get("buf-b64", ""), "guest-file-read"):
+            read = mapping(answer, "guest-file-read")
+            if data := decoded(read.get("buf-b64", ""), "guest-file-read"):
                 self._seen[name] += len(data)
                 news = True
                 await sink(data)
@@ -475,12 +335,12 @@ class _Run:
         try:
             await asyncio.wait({opening})
         except asyncio.CancelledError:
-            await asyncio.wait({opening}, timeout=_ASK_AGAIN)
+            await asyncio.wait({opening}, timeout=ASK_AGAIN)
             if opening.done() and opening.exception() is None:
-                handles[name] = _number(opening.result(), "guest-file-open")
+                handles[name] = number(opening.result(), "guest-file-open")
             opening.cancel()
             raise
-        handles[name] = _number(opening.result(), "guest-file-open")
+        handles[name] = number(opening.result(), "guest-file-open")
 
     async def _close(self, handles: dict[str, int]) -> None:
         with suppress(VmlabError, TimeoutError):
@@ -544,9 +404,9 @@ class _Run:
                     answer = await self._qga.call(
                         "guest-file-write", handle=handle, buf_b64=b64encode(view).decode()
                     )
-                    count = _field(_mapping(answer, "guest-file-write"), "count", int, "its answer")
+                    count = field(mapping(answer, "guest-file-write"), "count", int, "its answer")
                     if not 0 < count <= len(view):
-                        raise _strange(answer, "guest-file-write")
+                        raise strange(answer, "guest-file-write")
                     view = view[count:]
         except OperationFailed:
             if self._ended.is_set() or not await self._is_there("out"):
@@ -580,52 +440,3 @@ def _as_text(data: bytes) -> str:
     except UnicodeDecodeError:
         octal = "".join(f"\\0{byte:03o}" for byte in data)
         return f"eval \"$(printf %b '{octal}')\""
-
-
-# What the agent answers is what a guest says, and may be anything.
-
-
-def _strange(answer: object, name: str) -> OperationFailed:
-    text = repr(answer)
-    return OperationFailed(
-        f"the guest's qemu-ga answered {name} with "
-        f"{text if len(text) < 200 else text[:200] + '...'}, which is no answer to that",
-        hint="is it a qemu-ga? Its port must be its own",
-        operation=name,
-    )
-
-
-def _parsed(line: bytes, name: str) -> Mapping[str, Any]:
-    try:
-        answer = json.loads(line)
-    except (ValueError, RecursionError):
-        raise _strange(line, name) from None
-    if not isinstance(answer, dict) or ("return" not in answer and "error" not in answer):
-        raise _strange(answer, name)
-    return answer
-
-
-def _mapping(answer: object, name: str) -> Mapping[str, Any]:
-    if not isinstance(answer, dict):
-        raise _strange(answer, name)
-    return answer
-
-
-def _number(answer: object, name: str) -> int:
-    if not isinstance(answer, int) or isinstance(answer, bool):
-        raise _strange(answer, name)
-    return answer
-
-
-def _field(answer: Mapping[str, Any], key: str, kind: type, name: str) -> Any:
-    value = answer.get(key)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _strange(answer, name)
-    return value
-
-
-def _decoded(text: object, name: str) -> bytes:
-    try:
-        return b64decode(text if isinstance(text, str) else b"!", validate=True)
-    except (Base64Error, ValueError):
-        raise _strange(text, name) from None

@@ -53,7 +53,8 @@ def parse_share(text: str, tag: str) -> Share:
 async def mount_shares(guest: Guest, shares: Iterable[Share]) -> dict[str, ShareKind]:
     """Bring shares to their places in the guest; returns how each tag got there.
 
-    A share of the kind `auto` that can be mounted neither way is copied, and a warning logged.
+    A share of the kind `auto` that can be mounted neither way is copied, and a warning logged, if
+    it is read-only; a copy that is writable is the guest's own, and nothing comes back from it.
 
     Raises:
         OperationFailed: it cannot be mounted the one way that it asks for.
@@ -104,3 +105,9 @@ async def _copy(guest: Guest, share: Share) -> None:
     if not result.ok:
         raise CommandFailed(result, "0", machine=guest.machine.name)
     await guest.copy_in(share.source, share.target)
+    if share.readonly:
+        # As one that is mounted: what the guest must not write to it cannot.
+        await guest.succeed(
+            f"mount -o bind {quote(share.target)} {quote(share.target)} && "
+            f"mount -o remount,bind,ro {quote(share.target)}"
+        )

@@ -13,7 +13,7 @@ from tests.integration.guests.conftest import Lab
 from vmlab.guests.agent import AgentChannel, command_line
 from vmlab.guests.command import AgentRestarted
 from vmlab.guests.guest import CommandFailed, Guest
-from vmlab.machine.errors import DeadlineExceeded, VmlabError
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, VmlabError
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -164,6 +164,39 @@ def test_waits_see_files_and_ports_of_the_guest(lab: Lab) -> None:
         await guest.wait_for_console_text("activate this console", timeout=5)
 
     lab.do(body)
+
+
+def test_a_guest_that_panics_in_the_middle_ends_the_command_and_its_machine_has_failed(
+    lab: Lab,
+) -> None:
+    async def body(original: Guest) -> None:
+        machine = await original.machine.fork("panics")
+        try:
+            guest = Guest(machine, AgentChannel(machine.channel))
+            await guest.connect(timeout=200)
+            seen = bytearray()
+            begun = asyncio.Event()
+
+            async def take(data: bytes) -> None:
+                seen.extend(data)
+                begun.set()
+
+            running = asyncio.ensure_future(
+                guest.execute("echo begun; sleep 4321", stdout=take, timeout=250)
+            )
+            await begun.wait()
+            await guest.crash()
+            with pytest.raises(ChannelClosed):
+                await running
+            assert bytes(seen) == b"begun\n"
+            assert (await machine.status()).state == "failed"
+            with pytest.raises(VmlabError):
+                await guest.execute("true", timeout=5)
+            await guest.close()
+        finally:
+            await machine.delete(force=True)
+
+    lab.do(body, seconds=280)
 
 
 def test_a_reboot_brings_the_guest_back_and_a_shutdown_ends_it(lab: Lab) -> None:

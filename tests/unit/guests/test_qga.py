@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmlab.guests import qga as qga_module
+from vmlab.guests import qga_protocol
 from vmlab.guests.command import AgentRestarted, Command, CommandResult
 from vmlab.guests.qga import PORT, QgaChannel
 from vmlab.hypervisors.base import Channel
@@ -355,7 +356,7 @@ def test_what_an_earlier_request_left_unread_is_not_the_answer_to_the_next() -> 
 def test_an_agent_that_began_anew_is_told_from_one_that_is_slow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(qga_module, "_ASK_AGAIN", 0.05)
+    monkeypatch.setattr(qga_protocol, "ASK_AGAIN", 0.05)
 
     async def main() -> None:
         wire = Wire(lambda request: [])
@@ -371,7 +372,7 @@ def test_an_agent_that_began_anew_is_told_from_one_that_is_slow(
         slow_wire = Wire(slow)
         loop = asyncio.get_running_loop()
         assert await _channel(slow_wire).call("guest-get-time") == 7
-        monkeypatch.setattr(qga_module, "_ANSWER_WITHIN", 0.3)
+        monkeypatch.setattr(qga_protocol, "_ANSWER_WITHIN", 0.3)
 
         def silent(request: dict[str, Any]) -> list[bytes]:
             silent_wire._deaf = 10**6
@@ -446,7 +447,7 @@ def test_an_answer_that_is_none_is_a_clear_error(answers: list[bytes]) -> None:
 
 
 def test_an_answer_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qga_module, "_LONGEST_ANSWER", 1000)
+    monkeypatch.setattr(qga_protocol, "_LONGEST_ANSWER", 1000)
 
     class Endless(Wire):
         async def read(self, size: int = 65536) -> bytes:
