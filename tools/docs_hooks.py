@@ -356,6 +356,58 @@ def schemas() -> Mapping[str, dict[str, Any]]:
     return {document.value: schema_of(document) for document in Document}
 
 
+# ------------------------------------------------------------------------------------- images
+
+
+def images_page() -> str:
+    """The recipes that come with vmlab, and everything that decides where images come from."""
+    from vmlab.images import recipe as recipes
+    from vmlab.images import settings
+    from vmlab.images.debian import mirrors
+    from vmlab.images.tiny import modules
+
+    built_in = [recipes.builtin(name) for name in recipes.builtin_names()]
+    variables = {field: f"`{variable}`" for variable, field in settings.VARIABLES.items()} | {
+        "debian_mirror": f"`{mirrors.VARIABLE}`",
+        "debian_security_mirror": f"`{mirrors.SECURITY_VARIABLE}`",
+    }
+    fields = settings.ImageSettings.model_fields
+    parts = [
+        "# Images\n",
+        "How to use them: [build and import images](../how-to/build-an-image.md).\n",
+        "## Recipes that come with vmlab\n",
+        _table(
+            ("name", "packages", "what it is"),
+            (
+                (f"`{recipe.name}`", ", ".join(recipe.packages), recipe.description)
+                for recipe in built_in
+            ),
+        ),
+        "The fields of a recipe: [files](files.md#recipe).\n",
+        "## Modules that @lab stands for\n",
+        _table(
+            ("list", "modules"),
+            (
+                ("`load`", " ".join(modules.LAB_LOAD)),
+                ("`late`", " ".join(modules.LAB_LATE)),
+                ("`available`", " ".join(modules.LAB_AVAILABLE)),
+            ),
+        ),
+        "## Settings\n",
+        "In the table `[images]` of `config.toml` (`VMLAB_CONFIG` names another file). A variable "
+        "of the environment comes before the file, except for the mirrors, where the file comes "
+        "first.\n",
+        _table(
+            ("setting", "environment", "meaning"),
+            (
+                (f"`{name}`", variables.get(name, ""), field.description or "")
+                for name, field in fields.items()
+            ),
+        ),
+    ]
+    return "\n".join(parts)
+
+
 # ---------------------------------------------------------------------------------- rendering
 
 
@@ -438,4 +490,5 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "reference/events.md": events_page,
     "reference/conformance.md": conformance_page,
     "reference/files.md": files_page,
+    "reference/images.md": images_page,
 }

@@ -23,6 +23,7 @@ class Document(StrEnum):
     PROFILE = "profile"
     CAPABILITIES = "capabilities"
     REPORT = "report"
+    RECIPE = "recipe"
 
 
 def _machine() -> dict[str, Any]:
@@ -55,12 +56,19 @@ def _report() -> dict[str, Any]:
     return report_schema()
 
 
+def _recipe() -> dict[str, Any]:
+    from vmlab.images.recipe import Recipe
+
+    return Recipe.model_json_schema()
+
+
 _MAKERS: dict[Document, Callable[[], dict[str, Any]]] = {
     Document.MACHINE: _machine,
     Document.FAULTS: _faults,
     Document.PROFILE: _profile,
     Document.CAPABILITIES: _capabilities,
     Document.REPORT: _report,
+    Document.RECIPE: _recipe,
 }
 
 

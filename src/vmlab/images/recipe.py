@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from vmlab.images.errors import ImageNotFound, RecipeError
 from vmlab.images.tiny.modules import LAB_AVAILABLE, LAB_LATE, LAB_LOAD
@@ -87,7 +87,11 @@ PackageName = Annotated[str, BeforeValidator(_package)]
 ModuleName = Annotated[str, BeforeValidator(_module)]
 Word = Annotated[str, BeforeValidator(_word)]
 GuestPath = Annotated[str, BeforeValidator(_guest_path)]
-Mode = Annotated[int, BeforeValidator(_mode)]
+Mode = Annotated[
+    int,
+    BeforeValidator(_mode),
+    WithJsonSchema({"anyOf": [{"type": "string", "pattern": "^[0-7]{1,5}$"}, {"type": "integer"}]}),
+]
 Line = Annotated[str, BeforeValidator(_one_line)]
 
 
@@ -98,10 +102,12 @@ class _Part(BaseModel):
 class GuestFile(_Part):
     """A file to put into the image: its text, or the file on this host that it is a copy of."""
 
-    path: GuestPath
-    text: str | None = None
-    source: Path | None = Field(None, description="relative to the recipe's file")
-    mode: Mode = 0o644
+    path: GuestPath = Field(description="absolute, in the guest; its directories are made")
+    text: str | None = Field(None, description="its contents, or else:")
+    source: Path | None = Field(
+        None, description="the file on this host that it is a copy of, relative to the recipe's"
+    )
+    mode: Mode = Field(0o644, description='its permissions in octal, such as "0755"')
 
     @model_validator(mode="after")
     def _one_content(self) -> Self:
@@ -114,13 +120,20 @@ class Script(_Part):
     """A shell script. "boot": run by every guest before its agent starts (tiny images).
     "build": run once, in the root that is being built."""
 
-    name: Name
-    text: str = Field(min_length=1)
-    when: str = Field("boot", pattern="^(boot|build)$")
+    name: Name = Field(description="for people, and the name of the file in the guest")
+    text: str = Field(min_length=1, description="the script, for /bin/sh if it has no #!")
+    when: str = Field(
+        "boot", pattern="^(boot|build)$", description='"boot" or "build"; they run in their order'
+    )
 
 
 class Modules(_Part):
-    """Kernel modules of a tiny image; "@lab" stands for what a lab's guest usually needs."""
+    """Kernel modules of the initramfs, with all that they depend on.
+
+    A question mark at the end of a name: the kernel may do without. "@lab" stands for what a lab's
+    guest usually needs. The drivers of devices that are there at boot are loaded by themselves, if
+    they are among these.
+    """
 
     load: tuple[ModuleName, ...] = Field((_LAB,), description="loaded first, devices or not")
     late: tuple[ModuleName, ...] = Field((_LAB,), description="loaded in the background later")
@@ -145,24 +158,43 @@ def _expanded(names: tuple[str, ...], lab: tuple[str, ...]) -> tuple[str, ...]:
 class Recipe(_Part):
     """What an image is made of."""
 
-    name: Name
-    description: Line = ""
-    distribution: str = Field("debian", pattern="^debian$")
-    suite: Word
-    architecture: Annotated[Architecture, BeforeValidator(parse_architecture)]
-    components: tuple[Word, ...] = Field(("main",), min_length=1)
-    format: Form = Form.INITRAMFS
-    size: Size | None = Field(None, description="size of the disk")
-    kernel: PackageName
-    packages: tuple[PackageName, ...] = ()
+    name: Name = Field(description="what the image is called in lists")
+    description: Line = Field("", description="for people")
+    distribution: str = Field("debian", pattern="^debian$", description="the only one so far")
+    suite: Word = Field(description="suite or codename, such as bookworm")
+    architecture: Annotated[Architecture, BeforeValidator(parse_architecture)] = Field(
+        description="of the guest; Debian's names are understood as well"
+    )
+    components: tuple[Word, ...] = Field(
+        ("main",), min_length=1, description="those of the archive that packages may come from"
+    )
+    format: Form = Field(
+        Form.INITRAMFS,
+        description="initramfs: everything in memory, put together by vmlab alone. raw or qcow2: "
+        "a full root on a disk, installed by mmdebstrap",
+    )
+    size: Size | None = Field(None, description="of the disk; at least 256M, and sparse")
+    kernel: PackageName = Field(
+        description="the kernel's package, or one that depends on it (linux-image-amd64)"
+    )
+    packages: tuple[PackageName, ...] = Field(
+        (),
+        description="with all that they depend on; an initramfs needs busybox-static among them, "
+        "and the packages' own scripts are not run",
+    )
     without: tuple[PackageName, ...] = Field(
         (), description="packages that others depend on, but that an initramfs can do without"
     )
-    modules: Modules = Modules()
-    files: tuple[GuestFile, ...] = ()
-    scripts: tuple[Script, ...] = ()
+    modules: Modules = Field(Modules(), description="kernel modules of the initramfs")
+    files: tuple[GuestFile, ...] = Field((), description="put into the image at the end")
+    scripts: tuple[Script, ...] = Field((), description="run at boot, or once in the new root")
     cmdline: Line = Field("quiet panic=-1", description="the kernel's, besides console=")
-    channels: tuple[str, ...] = Field(("agent", "console"), min_length=1)
+    channels: tuple[str, ...] = Field(
+        ("agent", "console"),
+        min_length=1,
+        description="how its guests can be talked to, the best first: agent (which is then put "
+        "in), qga, ssh, console",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

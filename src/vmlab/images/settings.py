@@ -19,7 +19,7 @@ from vmlab.images.errors import ImageError
 from vmlab.machine.documents import build
 from vmlab.machine.sizes import GIB, Size
 
-_VARIABLES = {
+VARIABLES = {
     "VMLAB_IMAGE_STORE": "store",
     "VMLAB_IMAGE_STORE_LIMIT": "limit",
     "VMLAB_DEBIAN_KEYRING": "debian_keyring",
@@ -80,7 +80,7 @@ def load(environment: Mapping[str, str] | None = None) -> ImageSettings:
     )
     data = dict(_table(file))
     source = str(file)
-    for variable, field in _VARIABLES.items():
+    for variable, field in VARIABLES.items():
         if environment.get(variable):
             data[field] = environment[variable]
             source = f"{file} and {variable}"

@@ -536,3 +536,26 @@ def test_wrong_settings_are_refused(tmp_path: Path, text: str, message: str) -> 
     config.write_text(text)
     with pytest.raises((InvalidSpec, ImageError), match=message):
         load({"VMLAB_CONFIG": str(config)})
+
+
+def test_recipe_of_the_guide_is_valid() -> None:
+    guide = Path(__file__).parents[3] / "docs" / "how-to" / "build-an-image.md"
+    text = guide.read_text("utf-8").split("```toml\n", 1)[1].split("```", 1)[0]
+    recipe = recipes.parse(text)
+    assert recipe.tiny
+    assert "nbd" in recipe.modules.expanded()[0]
+    assert recipe.without == ("debconf",)
+
+
+def test_schema_of_a_recipe_accepts_those_that_come_with_vmlab() -> None:
+    import tomllib
+
+    import jsonschema
+
+    from vmlab.cli.schema import Document, schema_of
+
+    schema = schema_of(Document.RECIPE)
+    for name in recipes.builtin_names():
+        jsonschema.validate(tomllib.loads(recipes.builtin_text(name)), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"name": "x"}, schema)
