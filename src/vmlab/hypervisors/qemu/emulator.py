@@ -28,6 +28,8 @@ MESSAGES: Final = "qemu.log"
 COMMAND_LINE: Final = "command-line"
 _ADOPTION_TIMEOUT: Final = 5.0
 """Seconds that a process found again has to answer: QEMU talks to one client at a time."""
+_KILL_AGAIN: Final = 5.0
+"""Seconds after which a process that was killed, and still runs, is killed again."""
 _QUIT_GRACE: Final = 5.0
 """Seconds that QEMU has to flush its disks and go."""
 
@@ -279,8 +281,14 @@ def _prepare(directory: Path, argv: Sequence[str]) -> None:
 
 
 async def _put_away(process: OwnedProcess) -> None:
-    process.kill()
-    await process.wait()
+    # Once should do. It was seen once that it did not, and nobody may wait for ever for that.
+    while True:
+        process.kill()
+        try:
+            await process.wait(_KILL_AGAIN)
+        except TimeoutError:
+            continue
+        return
 
 
 def _last_words(directory: Path, process: OwnedProcess) -> str:
