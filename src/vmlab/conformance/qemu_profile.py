@@ -76,12 +76,32 @@ class AgentProbe:
         return (await self.ask(command)).decode().strip()
 
     async def vcpus(self) -> int:
-        return int(await self._text("nproc"))
+        # What udev's rules do on larger systems with a vCPU that has come.
+        return int(
+            await self._text(
+                "for c in /sys/devices/system/cpu/cpu[1-9]*/online; do "
+                '[ -e $c ] && [ "$(cat $c)" = 0 ] && echo 1 >$c; done; nproc'
+            )
+        )
 
     async def memory(self) -> int:
-        return memory_of_smbios(
+        at_boot = memory_of_smbios(
             await self.ask("cat /sys/firmware/dmi/tables/DMI 2>/dev/null || true")
         )
+        # The table is of the boot; what came later is behind 4 GiB (QEMU's pc_memory_init).
+        blocks = (
+            await self._text(
+                "cd /sys/devices/system/memory && cat block_size_bytes && "
+                "for m in memory[0-9]*; do cat $m/state $m/phys_index; done"
+            )
+        ).split()
+        size = int(blocks[0], 16)
+        later = [
+            index
+            for state, index in zip(blocks[1::2], blocks[2::2], strict=True)
+            if state == "online" and int(index, 16) * size >= 4 * GIB
+        ]
+        return at_boot + size * len(later)
 
     async def memory_left(self) -> int:
         found = await self._text("grep MemTotal: /proc/meminfo")
@@ -306,14 +326,14 @@ def make_profile(architecture: Architecture) -> ConformanceProfile:
 
     image = ImageStore().ensure(_IMAGES[architecture])
     never = {
-        Capability.HOTPLUG_VCPU,
-        Capability.HOTPLUG_MEMORY,
         Capability.SHARE_VIRTIOFS,
         Capability.SHARE_COPY,
         Capability.GPU_PASSTHROUGH,
         Capability.SRIOV_PASSTHROUGH,
         Capability.DETERMINISTIC,
     }
+    if architecture is not Architecture.X86_64:
+        never |= {Capability.HOTPLUG_VCPU, Capability.HOTPLUG_MEMORY}
     if architecture in {Architecture.RISCV64, Architecture.PPC64LE}:
         never.add(Capability.HOTPLUG_NIC)
     if architecture is Architecture.PPC64LE:

@@ -29,6 +29,7 @@ class Board:
         panic: Device that tells of a guest's panic, if the board does not by itself.
         generation: Device that tells a guest that it was cloned (VM generation id), if there is.
         display: Devices for a display and a keyboard.
+        grows: Whether vCPUs and memory can be added while it runs.
         power_key: Whether a key of a keyboard is the power button, since the board has none.
     """
 
@@ -40,6 +41,7 @@ class Board:
     generation: str | None
     display: tuple[str, ...]
     power_key: bool = False
+    grows: bool = False
     bus: str = "pcie.0"
 
 
@@ -52,6 +54,7 @@ BOARDS: Final[dict[Architecture, Board]] = {
         panic="pvpanic",
         generation="vmgenid,guid=auto",
         display=("VGA", "virtio-keyboard-pci"),
+        grows=True,
     ),
     # Debian's riscv64 kernel is built without CONFIG_HOTPLUG_PCI.
     Architecture.RISCV64: Board(

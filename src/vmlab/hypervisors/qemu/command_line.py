@@ -15,11 +15,20 @@ from typing import Any, Final
 
 from vmlab.hypervisors.qemu.boards import BOARDS, Board
 from vmlab.hypervisors.qemu.disks import DiskFile
-from vmlab.hypervisors.qemu.layout import Layout, disk_device, nic_backend, nic_device
+from vmlab.hypervisors.qemu.layout import (
+    Layout,
+    dimm_device,
+    disk_device,
+    memory_object,
+    nic_backend,
+    nic_device,
+)
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Console, MachineSpec, ShareKind
 
+_MODULES: Final = 16
+"""Memory modules that may be added."""
 QMP_SOCKET: Final = "qmp.sock"
 _FIRST_PORT_SLOT: Final = 0x10
 """Slot of the first root ports on pcie.0; what lies below is for the devices of the board."""
@@ -119,42 +128,56 @@ def _debugger(socket: Path | None) -> list[str]:
 
 def _processor(launch: Launch, board: Board) -> list[str]:
     cpus = launch.spec.cpus
-    topology: dict[str, Any] = {"cpus": cpus.count}
+    came = launch.layout.vcpus
+    at_start = cpus.count - len(came)
+    topology: dict[str, Any] = {"cpus": at_start}
     if cpus.sockets or cpus.cores or cpus.threads:
         topology |= {
             "sockets": cpus.sockets or 1,
             "cores": cpus.cores or 1,
             "threads": cpus.threads or 1,
         }
-    elif cpus.maximum is not None and cpus.maximum > cpus.count:
+    elif cpus.maximum is not None and cpus.maximum > at_start:
         topology["maxcpus"] = cpus.maximum
     model = cpus.model or (board.cpu if launch.accelerator == "tcg" else "host")
     return [
         *("-accel", launch.accelerator),
         *(("-cpu", model) if model is not None else ()),
         *("-smp", keyval(topology)),
+        *(word for options in came for word in ("-device", keyval(options))),
     ]
 
 
 def _memory(launch: Launch, board: Board) -> list[str]:
     """The memory, of one object or one for each NUMA node."""
     memory = launch.spec.memory
-    sizes = [node.memory for node in memory.nodes] or [memory.size]
-    words = ["-m", f"{memory.size // MIB}M" if memory.size % MIB == 0 else f"{memory.size}B"]
+    modules = launch.layout.modules
+    at_start = memory.size - sum(modules)
+    sizes = [node.memory for node in memory.nodes] or [at_start]
+    text = f"{at_start // MIB}M" if at_start % MIB == 0 else f"{at_start}B"
+    if board.grows and memory.maximum is not None and memory.maximum > at_start:
+        text += f",slots={_MODULES},maxmem={memory.maximum}B"
+    words = ["-m", text]
     single = not memory.nodes
     words += ["-machine", board.machine + (",memory-backend=ram0" if single else "")]
-    for number, size in enumerate(sizes):
-        backend: dict[str, Any] = {"qom-type": "memory-backend-memfd", "id": f"ram{number}"}
+    for number, size in enumerate((*sizes, *modules)):
+        backend: dict[str, Any] = {
+            "qom-type": "memory-backend-memfd",
+            "id": memory_object(number),
+        }
         if launch.memory:
             backend["qom-type"] = "memory-backend-file"
             backend["mem-path"] = str(launch.memory[number])
         backend |= {"size": size, "share": not launch.private}
-        if memory.nodes and memory.nodes[number].host_node is not None:
+        if number < len(memory.nodes) and memory.nodes[number].host_node is not None:
             backend |= {"host-nodes": [memory.nodes[number].host_node], "policy": "bind"}
         words += ["-object", json.dumps(backend)]
     for number, node in enumerate(memory.nodes):
         cpus = "".join(f",cpus={cpu}" for cpu in node.cpus)
         words += ["-numa", f"node,nodeid={number}{cpus},memdev=ram{number}"]
+    for number in range(len(sizes), len(sizes) + len(modules)):
+        module = f"pc-dimm,id={dimm_device(number)},memdev={memory_object(number)}"
+        words += ["-device", module]
     return words
 
 
@@ -173,8 +196,15 @@ def _boot(spec: MachineSpec) -> list[str]:
     words += ["-kernel", str(boot.kernel.absolute())]
     if boot.initrd is not None:
         words += ["-initrd", str(boot.initrd.absolute())]
-    cmdline = " ".join(filter(None, (_console_argument(spec), boot.cmdline)))
+    cmdline = " ".join(filter(None, (_console_argument(spec), _growing(spec), boot.cmdline)))
     return [*words, "-append", cmdline] if cmdline else words
+
+
+def _growing(spec: MachineSpec) -> str:
+    """Have the kernel use memory that comes later at once (its admin-guide/kernel-parameters)."""
+    memory = spec.memory
+    comes = memory.maximum is not None and memory.maximum > memory.size
+    return "memhp_default_state=online" if comes else ""
 
 
 def _console_argument(spec: MachineSpec) -> str:

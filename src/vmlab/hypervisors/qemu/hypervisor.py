@@ -64,6 +64,8 @@ SUPPORTED: Final = frozenset(
         Capability.LIVE_MIGRATION,
         Capability.HOTPLUG_DISK,
         Capability.HOTPLUG_NIC,
+        Capability.HOTPLUG_VCPU,
+        Capability.HOTPLUG_MEMORY,
         Capability.RESIZE,
         Capability.RESIZE_DISK,
         Capability.PINNING,
@@ -76,8 +78,6 @@ SUPPORTED: Final = frozenset(
     }
 )
 UNSUPPORTED: Final = {
-    Capability.HOTPLUG_VCPU: "vCPUs are changed at rest",
-    Capability.HOTPLUG_MEMORY: "memory is changed at rest; the fault memory-pressure balloons",
     Capability.DETERMINISTIC: "QEMU's devices are not driven by the instruction count",
     Capability.SHARE_VIRTIOFS: "virtiofsd is not started by this back end",
     Capability.SHARE_COPY: "a copy needs the guest's agent: see vmlab.guests",
@@ -85,6 +85,8 @@ UNSUPPORTED: Final = {
 _LOADS: Final = (Capability.MEMORY_SNAPSHOT, Capability.FORK, Capability.LIVE_MIGRATION)
 """What a process does that loads the state of another one."""
 _NO_PCI_HOTPLUG: Final = "guests of this architecture have no PCI hot-plug"
+_GROWTH: Final = (Capability.HOTPLUG_VCPU, Capability.HOTPLUG_MEMORY)
+_NO_GROWTH: Final = "guests of this architecture are resized at rest"
 FAULTS: Final = frozenset(
     {
         FaultKind.DISK_ERROR,
@@ -146,6 +148,8 @@ def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
         for architecture, program in programs.items()
     )
     lacking = {} if pluggable else {Capability.HOTPLUG_NIC: _NO_PCI_HOTPLUG}
+    if not any(BOARDS[architecture].grows for architecture in programs):
+        lacking |= dict.fromkeys(_GROWTH, _NO_GROWTH)
     lacking |= {} if loadable else dict.fromkeys(_LOADS, timers.WHY_NOT)
     supported = SUPPORTED - set(lacking)
     why = dict(UNSUPPORTED) | lacking

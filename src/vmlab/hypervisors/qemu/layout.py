@@ -46,6 +46,21 @@ def nic_backend(nic: str) -> str:
     return f"net-{nic}"
 
 
+def vcpu_device(number: int) -> str:
+    """The id of a vCPU that came while the machine ran, by its number."""
+    return f"vcpu-{number}"
+
+
+def memory_object(number: int) -> str:
+    """The id of a memory object: first those of the NUMA nodes, then those of modules."""
+    return f"ram{number}"
+
+
+def dimm_device(number: int) -> str:
+    """The id of the memory module with the memory object of that number."""
+    return f"dimm-{number}"
+
+
 def effective_bus(disk: Disk, board: Board, *, live: bool) -> str:
     """The bus that a disk gets: virtio-scsi where a disk plugged in live needs it."""
     return "scsi" if live and board.hotplug == "scsi" else disk.bus
@@ -60,12 +75,16 @@ class Layout:
         places: Device id -> root port, place on the PCI bus, or SCSI target.
         buses: Disk -> "virtio" or "scsi".
         macs: NIC -> MAC address.
+        modules: Bytes of each memory module that came while it ran.
+        vcpus: The devices of the vCPUs that came while it ran, as `device_add` took them.
     """
 
     ports: int = 0
     places: dict[str, int] = field(default_factory=dict)
     buses: dict[str, str] = field(default_factory=dict)
     macs: dict[str, str] = field(default_factory=dict)
+    modules: tuple[int, ...] = ()
+    vcpus: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(cls, spec: MachineSpec, board: Board) -> Self:
@@ -118,6 +137,14 @@ class Layout:
         """The layout with other MAC addresses."""
         return replace(self, macs=macs)
 
+    def with_module(self, size: int) -> Self:
+        """The layout with one memory module more."""
+        return replace(self, modules=(*self.modules, size))
+
+    def with_vcpus(self, vcpus: Iterable[dict[str, Any]]) -> Self:
+        """The layout with other vCPUs that came while it ran."""
+        return replace(self, vcpus=tuple(vcpus))
+
     def _free(self, scsi: bool) -> int:
         on_scsi = {disk_device(disk) for disk, bus in self.buses.items() if bus == "scsi"}
         taken = {place for device, place in self.places.items() if (device in on_scsi) == scsi}
@@ -137,12 +164,22 @@ class Layout:
             "places": self.places,
             "buses": self.buses,
             "macs": self.macs,
+            "modules": self.modules,
+            "vcpus": self.vcpus,
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
         """The layout that `to_record` described."""
-        return cls(record["ports"], record["places"], record["buses"], record["macs"])
+        return cls(
+            record["ports"],
+            record["places"],
+            record["buses"],
+            record["macs"],
+            # Records of earlier versions have none.
+            tuple(record.get("modules", ())),
+            tuple(record.get("vcpus", ())),
+        )
 
 
 def made_mac(spec: MachineSpec, nic: str, taken: Iterable[str] = ()) -> str:

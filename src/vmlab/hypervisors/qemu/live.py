@@ -36,10 +36,12 @@ from vmlab.hypervisors.qemu.streams import ConsoleLine, SocketChannel
 from vmlab.hypervisors.qemu.threads import done_in_thread
 from vmlab.hypervisors.qemu.traffic import Traffic
 from vmlab.hypervisors.qmp import QmpEvent, QmpLost, QmpTimeout
+from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
     MachineCrashed,
     OperationFailed,
     ResourceNotFound,
+    UnsupportedOperation,
     VmlabError,
 )
 from vmlab.machine.events import EventType
@@ -207,6 +209,20 @@ class LiveMachine(OperatedMachine):
         Raises:
             InvalidSpec: naming the field.
         """
+        cpus, memory = self._spec.cpus, self._spec.memory
+        for capability, count, maximum in (
+            (Capability.HOTPLUG_VCPU, cpus.count, cpus.maximum),
+            (Capability.HOTPLUG_MEMORY, memory.size, memory.maximum),
+        ):
+            if maximum is not None and maximum > count and not self.board.grows:
+                raise UnsupportedOperation(
+                    capability.value,
+                    hypervisor="qemu",
+                    machine=self.name,
+                    operation="create",
+                    hint=f"{self._spec.architecture.value} guests cannot grow while they run: "
+                    "leave the maximum out",
+                )
         arguments(self._launch_of(self._spec, (), Layout.of(self._spec, self.board), ()))
 
     # The process.

@@ -13,6 +13,7 @@ from vmlab.hypervisors.operation import UNDO_TIMEOUT, Operation
 from vmlab.hypervisors.qemu import arrival as arriving
 from vmlab.hypervisors.qemu import (
     faults,
+    growth,
     hotplug,
     memory,
     migration,
@@ -407,7 +408,9 @@ class QemuMachine(LiveMachine):
         if made.made:
             await done_in_thread(_unlink_all, (made.path,))
 
-    def _refuse_paused(self, operation: Operation) -> None:
+    def _refuse_paused(
+        self, operation: Operation, why: str = "its guest has to let go of the device"
+    ) -> None:
         """Refuse what a guest has to agree to and cannot, because it stands still."""
         if operation.before is MachineState.PAUSED:
             fitting = OPERATIONS[operation.name] - {MachineState.PAUSED}
@@ -417,7 +420,7 @@ class QemuMachine(LiveMachine):
                 actual=MachineState.PAUSED.value,
                 machine=self.name,
                 hypervisor="qemu",
-                hint="resume it first: its guest has to let go of the device",
+                hint=f"resume it first: {why}",
             )
 
     def _unpluggable(self, capability: Capability, hint: str) -> UnsupportedOperation:
@@ -480,6 +483,8 @@ class QemuMachine(LiveMachine):
 
     async def _do_resize(self, operation: Operation, vcpus: int | None, memory: int | None) -> None:
         self.begin()
+        if self.emulator is not None:
+            return await self._grow(operation, self.emulator, vcpus, memory)
         cpus, ram = self._spec.cpus, self._spec.memory
         if vcpus is not None:
             topology = {"count": vcpus, "sockets": None, "cores": None, "threads": None}
@@ -488,6 +493,64 @@ class QemuMachine(LiveMachine):
             ram = ram.model_copy(update={"size": memory})
         # At rest a machine is its specification.
         self._spec = self._spec.model_copy(update={"cpus": cpus, "memory": ram})
+        return None
+
+    async def _grow(
+        self, operation: Operation, emulator: Emulator, vcpus: int | None, memory: int | None
+    ) -> None:
+        """Add vCPUs and memory under a guest that runs."""
+        if not self.board.grows:
+            missing = Capability.HOTPLUG_VCPU if vcpus is not None else Capability.HOTPLUG_MEMORY
+            raise UnsupportedOperation(
+                missing.value,
+                hypervisor="qemu",
+                machine=self.name,
+                operation=operation.name,
+                hint=f"{self._spec.architecture.value} guests are resized at rest: stop it first",
+            )
+        self._refuse_paused(operation, "its guest has to take part")
+        self.drop_template()
+        if vcpus is not None:
+            await self._add_vcpus(emulator, vcpus)
+        if memory is not None and memory != self._spec.memory.size:
+            await self._add_memory(emulator, memory)
+
+    async def _add_vcpus(self, emulator: Emulator, vcpus: int) -> None:
+        came = list(self.layout.vcpus)
+        at_start = self._spec.cpus.count - len(came)
+        try:
+            await growth.add_vcpus(emulator, vcpus, came)
+        finally:
+            # Also as far as it got.
+            self.layout = self.layout.with_vcpus(came)
+            cpus = self._spec.cpus.model_copy(update={"count": at_start + len(came)})
+            self._spec = self._spec.model_copy(update={"cpus": cpus})
+        await self.apply_pinning(self._spec.cpus.pinning)
+
+    async def _add_memory(self, emulator: Emulator, memory: int) -> None:
+        before = self._spec.memory
+        if memory < before.size:
+            raise OperationFailed(
+                f"the memory of machine {self.name!r} cannot shrink while it runs",
+                hint="stop it first, or inject the fault memory-pressure, which balloons",
+                machine=self.name,
+                hypervisor="qemu",
+                operation="resize",
+            )
+        number = max(1, len(before.nodes)) + len(self.layout.modules)
+        grown = self.layout.with_module(memory - before.size)
+        after = self._spec.model_copy(update={"memory": before.model_copy(update={"size": memory})})
+        # The small blocks of a template do not tell of it.
+        self.blocks = None
+
+        async def take_back() -> None:
+            if not await growth.take_memory_back(emulator, number):
+                self.layout, self._spec = grown, after
+
+        self.on_failure(take_back)
+        await growth.add_memory(emulator, number, memory - before.size)
+        self._steps.remove(take_back)
+        self.layout, self._spec = grown, after
 
     async def _do_pin(self, operation: Operation, pinning: Mapping[int, tuple[int, ...]]) -> None:
         self.begin()
@@ -538,7 +601,7 @@ class QemuMachine(LiveMachine):
             memory=await readback.memory_size(emulator),
             disks=tuple(sorted(disks, key=lambda disk: order.index(disk.name))),
             nics=tuple(await readback.nics(emulator, spec.nics, self._linked)),
-            nodes=tuple(await readback.nodes(emulator, cpus)),
+            nodes=tuple(await readback.nodes(emulator, cpus, len(self.layout.modules))),
             pinning=readback.pinning(emulator.process.pid, cpus),
             consoles=await readback.labels(emulator, "con"),
             channels=await readback.labels(emulator, "chan"),

@@ -227,8 +227,17 @@ async def capture(emulator: Emulator, directory: Path, blocks: SmallBlocks | Non
             # Firmware or its flash changed, or this host lets nobody look into a process: QEMU
             # saves all of it, which takes longer.
             (directory / STREAM).unlink(missing_ok=True)
+    mixed = await done_in_thread(_is_mixed, emulator)
+    if sources and mixed:
+        # Some of its memory is a template's, some came later: the stream takes all of it.
+        sources = []
     stream = await save_stream(emulator, directory, whole=not sources)
     return Captured(stream, tuple(sources))
+
+
+def _is_mixed(emulator: Emulator) -> bool:
+    """Whether a process with memory of its own maps a template as well."""
+    return any(memfds(emulator.process.pid, f"/memfd:{_TEMPLATE}"))
 
 
 async def _capture_private(emulator: Emulator, directory: Path, blocks: SmallBlocks) -> Captured:

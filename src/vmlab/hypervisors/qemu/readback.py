@@ -11,7 +11,7 @@ from typing import Final
 
 from vmlab.hypervisors.base import DiskInfo, NicInfo, NodeInfo
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.layout import disk_device, nic_backend, nic_device
+from vmlab.hypervisors.qemu.layout import disk_device, memory_object, nic_backend, nic_device
 from vmlab.hypervisors.qemu.networks import parse_usernet
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.metrics import CpuMetrics, DiskMetrics, MachineMetrics, MemoryMetrics
@@ -118,13 +118,20 @@ async def nics(
     ]
 
 
-async def nodes(emulator: Emulator, cpus: Sequence[Vcpu]) -> list[NodeInfo]:
-    """The NUMA nodes: memory objects in their order, and the vCPUs that say they belong there."""
+async def nodes(emulator: Emulator, cpus: Sequence[Vcpu], modules: int = 0) -> list[NodeInfo]:
+    """The NUMA nodes: memory objects in their order, and the vCPUs that say they belong there.
+
+    The last `modules` objects came while the machine ran; they are of the first node.
+    """
     backends = await emulator.execute("query-memdev")
-    sizes = {str(backend["id"]): int(backend["size"]) for backend in backends}
+    found = {str(backend["id"]): int(backend["size"]) for backend in backends}
+    sizes = [found[memory_object(number)] for number in range(len(found))]
+    if modules:
+        sizes[0] += sum(sizes[-modules:])
+        del sizes[-modules:]
     return [
         NodeInfo(
-            memory=sizes[f"ram{number}"],
+            memory=sizes[number],
             cpus=tuple(cpu.number for cpu in cpus if (cpu.node or 0) == number),
         )
         for number in range(len(sizes))
