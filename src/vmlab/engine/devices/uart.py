@@ -57,6 +57,8 @@ class UartState:
     divisor: int = 0x0C
     thr_empty_pending: bool = False
     received: bytearray = field(default_factory=bytearray)
+    backlog: deque[int] = field(default_factory=deque)
+    """Bytes from outside that have no room in the FIFO yet."""
 
 
 class Uart:
@@ -75,7 +77,6 @@ class Uart:
         self.send: Callable[[bytes], object] = lambda data: None
         self.wanted: Callable[[], None] = lambda: None
         self._line = line
-        self._backlog: deque[int] = deque()
         self._was_full = False
         self._lock = threading.RLock()
         self._level = False
@@ -83,7 +84,7 @@ class Uart:
     def reset(self) -> None:
         """As at power-on; what waits outside stays."""
         with self._lock:
-            self.state = UartState()
+            self.state = UartState(backlog=self.state.backlog)
             self._update()
 
     def refresh(self) -> None:
@@ -95,13 +96,13 @@ class Uart:
     @property
     def room(self) -> int:
         """Bytes that `receive` takes now; `wanted` is called when there are some again."""
-        return BACKLOG - len(self._backlog)
+        return BACKLOG - len(self.state.backlog)
 
     def receive(self, data: bytes) -> int:
         """Bytes from outside; how many were taken."""
         with self._lock:
             taken = min(len(data), self.room)
-            self._backlog.extend(data[:taken])
+            self.state.backlog.extend(data[:taken])
             self._was_full = self._was_full or not self.room
             self._refill()
             self._update()
@@ -120,10 +121,10 @@ class Uart:
         if self.state.mcr & _MCR_LOOP:
             return
         room = (_FIFO if self.state.fcr & 1 else 1) - len(self.state.received)
-        while room > 0 and self._backlog:
-            self.state.received.append(self._backlog.popleft())
+        while room > 0 and self.state.backlog:
+            self.state.received.append(self.state.backlog.popleft())
             room -= 1
-        if self._was_full and len(self._backlog) <= BACKLOG // 2:
+        if self._was_full and len(self.state.backlog) <= BACKLOG // 2:
             self._was_full = False
             self.wanted()
 

@@ -66,6 +66,11 @@ def test_an_image_that_says_it_is_smaller_than_its_file_is_believed_in_part(ram:
     assert loaded.end == KERNEL + 5064
 
 
+def test_an_image_that_names_no_offset_is_put_where_the_others_are(ram: Ram) -> None:
+    assert load_kernel(ram, image(offset=0)).start == KERNEL
+    assert load_kernel(ram, image(offset=4 * MIB)).start == RAM_BASE + 4 * MIB
+
+
 def test_what_is_nothing_known_is_loaded_raw(ram: Ram) -> None:
     loaded = load_kernel(ram, b"\x13\0\0\0" * 10)
     assert (loaded.kind, loaded.entry, loaded.end) == ("raw", KERNEL, KERNEL + 40)

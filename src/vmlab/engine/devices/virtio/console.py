@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol
 
 from vmlab.engine.devices.virtio.device import Request, VirtioDevice
@@ -65,6 +65,16 @@ class PortState:
 
     guest_ready: bool = False
     guest_open: bool = False
+
+
+@dataclass
+class ConsoleState:
+    """Everything that a snapshot must hold of the device; its ports have states of their own."""
+
+    columns: int = 0
+    rows: int = 0
+    control: deque[bytes] = field(default_factory=deque)
+    """Messages that wait for buffers of the control queue."""
 
 
 class Port:
@@ -133,8 +143,7 @@ class VirtioConsole(VirtioDevice):
         rows: int = 0,
     ) -> None:
         self.ports = ports
-        self._size = (columns, rows)
-        self._control: deque[bytes] = deque()
+        self.own = ConsoleState(columns, rows)
         queues = [128, 128, 32, 32] + [128, 128] * (len(ports) - 1)
         features = 1 << F_SIZE | 1 << F_MULTIPORT | 1 << F_EMERG_WRITE
         super().__init__(name, ram, workers, queues, features)
@@ -143,7 +152,7 @@ class VirtioConsole(VirtioDevice):
 
     def config(self) -> bytes:
         """struct virtio_console_config (5.3.4)."""
-        return _CONFIG.pack(*self._size, len(self.ports), 0)
+        return _CONFIG.pack(self.own.columns, self.own.rows, len(self.ports), 0)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """A character for the emergency console; the driver may do so before it is up."""
@@ -153,7 +162,7 @@ class VirtioConsole(VirtioDevice):
     def resize(self, columns: int, rows: int) -> None:
         """The terminal at the console has another size."""
         with self.lock:
-            self._size = (columns, rows)
+            self.own.columns, self.own.rows = columns, rows
             for port in self.ports:
                 if port.console and port.state.guest_ready:
                     # The spec's text has columns first, Linux and QEMU rows first (5.3.6.2 note).
@@ -162,7 +171,7 @@ class VirtioConsole(VirtioDevice):
 
     def on_reset(self) -> None:
         """No port is open or ready."""
-        self._control.clear()
+        self.own.control.clear()
         for port in self.ports:
             port.state = PortState()
 
@@ -174,8 +183,8 @@ class VirtioConsole(VirtioDevice):
     # --------------------------------------------------------------------------- control queue
 
     def _tell(self, port: int, event: int, value: int, text: bytes = b"") -> None:
-        if len(self._control) < _MAX_CONTROL:
-            self._control.append(_CONTROL.pack(port, event, value) + text)
+        if len(self.own.control) < _MAX_CONTROL:
+            self.own.control.append(_CONTROL.pack(port, event, value) + text)
             self.kick(_CONTROL_RECEIVE)
 
     def tell_open(self, port: Port) -> None:
@@ -228,12 +237,12 @@ class VirtioConsole(VirtioDevice):
                 self._to_guest(self.ports[number], index)
 
     def _send_control(self) -> None:
-        while self._control:
+        while self.own.control:
             request = self.take(_CONTROL_RECEIVE)
             if request is None:
                 return
             try:
-                message = self._control.popleft()
+                message = self.own.control.popleft()
             except IndexError:  # a reset has come between
                 request.put_back()
                 return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from vmlab.engine.devices.storage.disk import Disk
@@ -63,6 +63,8 @@ class ScsiState:
     sense_size: int = _DEFAULT_SENSE_SIZE
     cdb_size: int = _DEFAULT_CDB_SIZE
     events_missed: bool = False
+    events: deque[bytes] = field(default_factory=deque)
+    """Events that wait for buffers of the event queue."""
 
 
 def lun_of(target: int) -> bytes:
@@ -103,7 +105,6 @@ class VirtioScsi(VirtioDevice):
     ) -> None:
         self.own = ScsiState()
         self.disks: dict[int, ScsiDisk] = {}
-        self._events: deque[bytes] = deque()
         features = 1 << F_INOUT | 1 << F_HOTPLUG | 1 << F_CHANGE
         super().__init__(name, ram, workers, [64, 64] + [queue_size] * queues, features)
 
@@ -127,7 +128,6 @@ class VirtioScsi(VirtioDevice):
     def on_reset(self) -> None:
         """Sizes are the defaults again and no event is to be told."""
         self.own = ScsiState()
-        self._events.clear()
 
     def close(self) -> None:
         """Close all disks."""
@@ -187,10 +187,10 @@ class VirtioScsi(VirtioDevice):
                 self._tell(T_PARAM_CHANGE, target, 0x2A | 0x09 << 8)
 
     def _tell(self, event: int, target: int, reason: int) -> None:
-        if len(self._events) == _MAX_EVENTS:
+        if len(self.own.events) == _MAX_EVENTS:
             self.own.events_missed = True
             return
-        self._events.append(_EVENT_MESSAGE.pack(event, lun_of(target), reason))
+        self.own.events.append(_EVENT_MESSAGE.pack(event, lun_of(target), reason))
         self.kick(_EVENT)
 
     # ------------------------------------------------------------------------------- requests
@@ -205,13 +205,15 @@ class VirtioScsi(VirtioDevice):
     def _send_events(self) -> None:
         while True:
             with self.lock:
-                if not self._events and not self.own.events_missed:
+                if not self.own.events and not self.own.events_missed:
                     return
                 request = self.take(_EVENT)
                 if request is None:
                     return
                 missed, self.own.events_missed = self.own.events_missed, False
-                message = self._events.popleft() if self._events else bytes(_EVENT_MESSAGE.size)
+                message = (
+                    self.own.events.popleft() if self.own.events else bytes(_EVENT_MESSAGE.size)
+                )
                 event, lun, reason = _EVENT_MESSAGE.unpack(message)
                 if missed:
                     event |= T_EVENTS_MISSED

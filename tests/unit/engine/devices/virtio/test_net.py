@@ -103,16 +103,14 @@ def test_frames_go_both_ways(driver: Driver, wire: Wire, features: tuple[int]) -
 def test_a_large_frame_is_spread_over_mergeable_buffers(driver: Driver, wire: Wire) -> None:
     up(driver, MRG)
     frame = bytes(n % 251 for n in range(1000))
-    for _ in range(3):
-        driver.rings[0].add([], [256])
+    buffers = [driver.rings[0].add([], [256]) for _ in range(3)]
     driver.kick(0)
     wire.device.arrived(frame)
     assert driver.rings[0].poll() == [], "three buffers do not hold it, so none is taken"
-    for _ in range(3):
-        driver.rings[0].add([], [256])
+    buffers += [driver.rings[0].add([], [256]) for _ in range(3)]
     driver.kick(0)
     done = driver.wait(0, 4)
-    assert len(done) == 4
+    assert done == buffers[:4], "in the order in which they were made available"
     assert packet(driver, done) == struct.pack("<10xH", 4) + frame
 
 
@@ -379,3 +377,30 @@ def test_a_tap_carries_frames(engine: Engine) -> None:
     driver.rings[1].add([bytes(12) + FRAME], [])
     driver.kick(1)
     assert len(driver.wait(1)) == 1, "the interface is down: the frame is lost and that is all"
+
+
+def test_datagrams_join_a_machine_here_and_one_on_qemu(
+    engine: Engine, qemu: Callable[..., Qemu], short_path: Path
+) -> None:
+    here_path, there_path = short_path / "here", short_path / "there"
+    segment = DatagramSegment(engine.reactor, here_path, there_path)
+    engine.plug(lambda e: VirtioNet("net", e.ram, e.workers, ADDRESS, segment))
+    theirs = qemu(
+        "-netdev", f"dgram,id=n,local.type=unix,local.path={there_path},"
+        f"remote.type=unix,remote.path={here_path}",
+        "-device", "virtio-net-device,netdev=n,bus=virtio-mmio-bus.0",
+    )  # fmt: skip
+    here = up(Driver(engine, 0, Memory(0x8010_0000, 0x8080_0000)), MRG)
+    there = up(Driver(theirs, 0, Memory(0x8010_0000, 0x8080_0000)), MRG)
+    for driver in (here, there):
+        driver.rings[0].add([], [2048])
+        driver.kick(0)
+    here.rings[1].add([bytes(12), FRAME], [])
+    here.kick(1)
+    assert packet(there, there.wait(0))[12:] == FRAME
+    there.rings[1].add([bytes(12), FRAME[::-1]], [])
+    there.kick(1)
+    there.wait(1)
+    while not (done := here.rings[0].poll()):
+        engine.reactor.poll(60)
+    assert packet(here, done)[12:] == FRAME[::-1]
