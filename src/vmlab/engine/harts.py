@@ -30,6 +30,7 @@ BUDGET: Final = 1 << 30
 """Instructions between two looks that nobody asked for."""
 _SUPERVISOR: Final = 1
 _MACHINE: Final = 3
+_SSIP: Final = 1
 _STIP: Final = 1 << 5
 _MTIP: Final = 1 << 7
 _STCE: Final = 1 << 63
@@ -94,6 +95,7 @@ class _Seat:
         self.woken = threading.Condition(lock)
         self.stopped = True  # by firmware: it executes nothing until it is started
         self.parked = True
+        self.interrupted = False  # by another hart: SSIP is to be set before the next instruction
         self.thread: threading.Thread | None = None
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
 
@@ -160,7 +162,13 @@ class Harts:
     def set_pending(self, hart: int, bit: int, level: bool) -> None:
         """Raise or lower an interrupt line of a hart: a bit of `mip`."""
         seat = self._seats[hart]
-        seat.hart.set_pending(bit, level)
+        if bit == _SSIP:
+            # Not a line: it is set once, and it is the guest that clears it.
+            with self._lock:
+                seat.interrupted = level
+            seat.hart.request_exit()
+        else:
+            seat.hart.set_pending(bit, level)
         if level:
             self._wake(seat)
 
@@ -225,6 +233,7 @@ class Harts:
         """All harts as after power-on, stopped; they stand still meanwhile."""
         for seat in self._seats:
             seat.stopped = True
+            seat.interrupted = False
             self._prepare(seat, seat.hart.ram.base)
 
     def _prepare(self, seat: _Seat, pc: int) -> None:
@@ -300,6 +309,9 @@ class Harts:
                 seat.parked = True
                 return False
             seat.parked = False
+            if seat.interrupted:
+                seat.interrupted = False
+                seat.hart[layout.MIP] |= 1 << _SSIP
             return True
 
     def _handle(self, seat: _Seat, left: Exit) -> None:
@@ -356,7 +368,7 @@ class Harts:
         """Wait for an interrupt that is enabled, or for being asked to stand."""
         hart = seat.hart
         with self._lock:
-            while not (self._paused or self._leaving or seat.stopped):
+            while not (self._paused or self._leaving or seat.stopped or seat.interrupted):
                 pending, seconds = self._pending(hart)
                 if pending & hart[layout.MIE]:
                     return

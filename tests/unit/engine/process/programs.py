@@ -8,7 +8,7 @@ from vmlab.engine.memory.ram import RAM_BASE
 START = RAM_BASE + 0x20_0000
 T0, T1, T2, A0, A1, A2, A6, A7 = 5, 6, 7, 10, 11, 12, 16, 17
 POWEROFF, REBOOT, FAIL = 0x5555, 0x7777, 0x3333
-SSTATUS, SIE, STVEC, SCAUSE, STIMECMP, TIME = 0x100, 0x104, 0x105, 0x142, 0x14D, 0xC01
+SSTATUS, SIE, STVEC, SCAUSE, SIP, STIMECMP, TIME = 0x100, 0x104, 0x105, 0x142, 0x144, 0x14D, 0xC01
 
 
 def word(name: str, **operands: int) -> bytes:
@@ -109,3 +109,43 @@ STARTS_ANOTHER = (
     + end(POWEROFF)
 )
 """The second hart writes what it was given, and the first one waits for that."""
+
+_COUNT, _READY = START + 0x1000, START + 0x1008
+_INTERRUPTED = handled(
+    number(T1, 2)
+    + csr("csrrs", SIE, T1)
+    + csr("csrrs", SSTATUS, T1)
+    + number(T0, _READY)
+    + word("sw", rs1=T0, rs2=T1)
+    + IDLE,
+    number(T1, 2)
+    + csr("csrrc", SIP, T1)
+    + number(T0, _COUNT)
+    + word("lw", rd=T1, rs1=T0)
+    + word("addi", rd=T1, rs1=T1, imm=1)
+    + word("sw", rs1=T0, rs2=T1)
+    + word("sret"),
+)
+
+
+def _until_not_zero(address: int) -> bytes:
+    return number(T0, address) + word("lw", rd=T2, rs1=T0) + word("beq", rs1=T2, rs2=0, imm=-4)
+
+
+INTERRUPTS_ANOTHER = (
+    jump(4 + len(_INTERRUPTED))
+    + _INTERRUPTED
+    + call(0x48_534D, 0, 1, START + 4, 0)
+    + _until_not_zero(_READY)
+    + call(0x73_5049, 0, 2, 0)
+    + _until_not_zero(_COUNT)
+    + number(T1, 20_000)
+    + word("addi", rd=T1, rs1=T1, imm=-1)
+    + word("bne", rs1=T1, rs2=0, imm=-4)
+    + word("lw", rd=T2, rs1=T0)
+    + number(T1, 1)
+    + word("bne", rs1=T2, rs2=T1, imm=4 + len(end(POWEROFF)))
+    + end(POWEROFF)
+    + end(FAIL | 1 << 16)
+)
+"""The first hart interrupts the second one, which counts how often that is seen."""

@@ -55,6 +55,12 @@ def test_a_hart_starts_another_one(build: Build, execution: Execution) -> None:
     assert built.outcome()[0] is Happening.POWEROFF
 
 
+def test_a_hart_interrupts_another_one_once(build: Build, execution: Execution) -> None:
+    built = build(programs.INTERRUPTS_ANOTHER, execution=execution, harts=2)
+    built.machine.resume()
+    assert built.outcome() == (Happening.POWEROFF, "the guest wrote to the system controller")
+
+
 def test_a_paused_machine_executes_nothing_and_its_time_stands(
     build: Build, execution: Execution
 ) -> None:
