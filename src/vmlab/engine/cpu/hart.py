@@ -146,12 +146,9 @@ class Hart:
         """How the last run ended."""
         reason = Reason(self[layout.REASON])
         if reason in (Reason.READ, Reason.WRITE):
-            return Exit(
-                reason,
-                self[layout.EXIT_ADDRESS],
-                self[layout.EXIT_SIZE],
-                self[layout.EXIT_DATA] if reason is Reason.WRITE else 0,
-            )
+            address, size = self[layout.EXIT_ADDRESS], self[layout.EXIT_SIZE]
+            data = self[layout.EXIT_DATA] & mask(8 * size) if reason is Reason.WRITE else 0
+            return Exit(reason, address, size, data)
         return Exit(reason)
 
     def complete_read(self, value: int) -> None:

@@ -47,7 +47,7 @@ def assemble(tmp_path: Path) -> Callable[[str], bytes]:
 
     def run(text: str) -> bytes:
         source, made, image = tmp_path / "a.S", tmp_path / "a.elf", tmp_path / "a.bin"
-        source.write_text(".globl _start\n_start:\n" + text + "\n")
+        source.write_text(".option nopic\n.globl _start\n_start:\n" + text + "\n")
         options = "-march=rv64gc_zicsr_zifencei -mabi=lp64d -nostdlib -static -Wl,--build-id=none"
         command = [PREFIX + "gcc", *options.split(), "-Wl,-Ttext=0x80000000", "-o", made, source]
         subprocess.run(command, check=True)
