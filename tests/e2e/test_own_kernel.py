@@ -80,6 +80,19 @@ def test_a_kernel_that_could_not_be_talked_to_is_refused_before_it_boots(
         assert b"hint:" in done.stderr and b"Traceback" not in done.stderr
 
 
+def test_an_initramfs_of_one_s_own_is_talked_to_on_its_console(
+    vmlab: Vmlab, built: tuple[Path, Path]
+) -> None:
+    """Any initramfs with a shell on its console will do; this one has an agent that is off."""
+    initrd = ImageStore(IMAGE_STORE).ensure("debian-12-amd64-tiny").initrd
+    done = vmlab.run(
+        "run", "--kernel", str(built[0]), "--initrd", str(initrd), "--append", "vmlab.agent=off",
+        "--", "echo out; echo err >&2; exit 9",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (9, b"out\n", b"err\n")
+    assert not vmlab.processes() and not vmlab.files() and not vmlab.runs
+
+
 def test_a_kernel_that_panics_is_given_up_at_once_with_what_it_said(
     vmlab: Vmlab, built: tuple[Path, Path]
 ) -> None:

@@ -15,6 +15,7 @@ from vmlab.guests.shares import parse_share
 from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
+from vmlab.lab.ways import label_of, ways_into
 from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.spec import MachineSpec, ShareKind
@@ -76,6 +77,8 @@ class Bootable:
     """Whether it waits for a debugger before its first instruction."""
     symbols: Path | None = None
     """The kernel's vmlinux, for the debugger."""
+    ways: tuple[str, ...] = ("agent",)
+    """How its guest can be talked to, the best first; see `vmlab.lab.ways`."""
 
 
 def check(wish: Wish) -> None:
@@ -148,6 +151,7 @@ def booted_by(wish: Wish, image: Image) -> Bootable:
         whole.with_changes(shares=copied),
         debugged=wish.gdb,
         symbols=symbols_of(wish.kernel) if wish.gdb and wish.kernel is not None else None,
+        ways=ways_into(whole),
     )
 
 
@@ -179,6 +183,8 @@ def specification(wish: Wish, cmdline: str, image: Image | None = None) -> Machi
     consoles = [{"name": "serial", "kind": "serial"}]
     if wish.terminal:
         consoles.append({"name": TERMINAL, "kind": "virtio"})
+    if image is not None:
+        fields["labels"] = label_of(image.channels)
     return MachineSpec.of(
         name=wish.name,
         cpus=wish.cpus,

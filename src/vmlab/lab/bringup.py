@@ -6,17 +6,20 @@ What a guest printed last belongs to every error here: nobody can look at a mach
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from vmlab.guests.agent import AgentChannel
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
 from vmlab.guests.shares import mount_shares
 from vmlab.hypervisors.base import Console, Machine
 from vmlab.lab.boot import Bootable
 from vmlab.lab.timeline import Timeline
-from vmlab.machine.errors import MachineCrashed, VmlabError
+from vmlab.lab.ways import channel_into
+from vmlab.machine.errors import DeadlineExceeded, MachineCrashed, VmlabError
+
+_LOG: Final = logging.getLogger(__name__)
 
 PATIENCE: Final = 30 * 86400.0
 """Seconds that somebody at a debugger has before the guest answers."""
@@ -50,14 +53,13 @@ async def booted(
         await machine.start()
     if started is not None:
         started()
-    guest = Guest(machine, AgentChannel(machine.channel))
+    with timeline.step("boot"):
+        try:
+            guest = await _reached(machine, wanted)
+        except VmlabError as error:
+            error.message = f"{error.message}\n{await last_words(machine)}"
+            raise
     try:
-        with timeline.step("boot"):
-            try:
-                await _answers(machine, guest, PATIENCE if wanted.debugged else CONNECT_TIMEOUT)
-            except VmlabError as error:
-                error.message = f"{error.message}\n{await last_words(machine)}"
-                raise
         shares = (*machine.spec.shares, *wanted.copies.shares)
         if shares:
             with timeline.step("shares"):
@@ -65,6 +67,25 @@ async def booted(
         yield guest
     finally:
         await guest.close()
+
+
+async def _reached(machine: Machine, wanted: Bootable) -> Guest:
+    """The guest, by the first of its ways that it answers on; each has its time, which is said."""
+    limit = PATIENCE if wanted.debugged else CONNECT_TIMEOUT
+    for way in wanted.ways:
+        guest = Guest(machine, channel_into(machine, way))
+        try:
+            await _answers(machine, guest, limit)
+            return guest
+        except DeadlineExceeded as error:
+            await guest.close()
+            if way == wanted.ways[-1]:
+                raise
+            _LOG.warning("%s does not answer by its %s: %s", machine.name, way, error)
+        except BaseException:
+            await guest.close()
+            raise
+    raise AssertionError("a machine has a way into its guest")
 
 
 async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
