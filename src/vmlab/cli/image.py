@@ -180,7 +180,7 @@ def import_(
 
     Examples: `vmlab image import mine --kernel bzImage --initrd initrd.img`; `vmlab image import
     cloud --disk image.qcow2 --architecture x86_64`; `vmlab image import alpine --root
-    rootfs.tar.gz --kernel bzImage`. Imported images are never pruned: only `vmlab image remove`
+    rootfs.tar.gz`. Imported images are never pruned: only `vmlab image remove`
     takes them away.
     """
     from vmlab.images.importing import Parts, import_image

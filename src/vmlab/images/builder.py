@@ -174,7 +174,7 @@ def build(
         ImageError: of the kind that says what went wrong.
     """
     index = package_index(recipe, suite, snapshot, progress=progress)
-    kernel = _kernel_package(recipe, index)
+    kernel = kernel_package(recipe, index)
     kernel_deb = suite.package(kernel, progress=progress)
     if not recipe.tiny:
         from vmlab.images.roots.build import build_root
@@ -317,7 +317,7 @@ def _optional(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name.removesuffix('?')}?" for name in names)
 
 
-def _kernel_package(recipe: Recipe, index: PackageIndex) -> Package:
+def kernel_package(recipe: Recipe, index: PackageIndex) -> Package:
     """The package that holds the kernel: `linux-image-amd64` only depends on it."""
     package = index.get(recipe.kernel)
     for _ in range(4):

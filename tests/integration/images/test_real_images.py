@@ -6,13 +6,17 @@ They need a Debian mirror (the host's apt names one) or a store that has been fi
 from __future__ import annotations
 
 import base64
+import gzip
+import io
 import json
+import lzma
 import os
 import re
 import selectors
 import shutil
 import socket
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +27,8 @@ import pytest
 from vmlab.images import Image, ImageStore
 from vmlab.images.debian import openpgp
 from vmlab.images.errors import MirrorError
+from vmlab.images.formats import deb, tarball
+from vmlab.images.importing import Parts, import_image
 from vmlab.images.roots import tools
 from vmlab.images.settings import default_store
 from vmlab.images.store.usage import unused
@@ -57,11 +63,13 @@ class Guest:
     """A QEMU with the guest's console on its standard input and output."""
 
     def __init__(self, image: Image, append: str, *more: str, memory: str = "512") -> None:
+        boot = [] if image.kernel is None else [
+            "-kernel", str(image.kernel), "-initrd", str(image.initrd),
+            "-append", f"console={image.architecture.console} {image.cmdline} {append}",
+        ]  # fmt: skip
         command = [
             *MACHINES[image.architecture], "-m", memory, "-display", "none", "-nodefaults",
-            "-no-user-config", "-no-reboot", "-serial", "stdio",
-            "-kernel", str(image.kernel), "-initrd", str(image.initrd),
-            "-append", f"console={image.architecture.console} {image.cmdline} {append}", *more,
+            "-no-user-config", "-no-reboot", "-serial", "stdio", *boot, *more,
         ]  # fmt: skip
         self.seen = b""
         self.process = subprocess.Popen(
@@ -287,3 +295,136 @@ def test_full_root_boots_to_systemd_with_the_agent_lent_to_it(
         assert not free
     guest.type("poweroff\n")
     assert guest.process.wait(timeout=SECONDS) == 0
+
+
+@pytest.fixture
+def own_store(store: ImageStore, tmp_path: Path) -> ImageStore:
+    """A store for imports, with what was fetched for the other one."""
+    root = tmp_path / "store"
+    root.mkdir()
+    for folder in ("cache", "index"):
+        (store.root / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder).symlink_to(store.root / folder)
+    return ImageStore(root)
+
+
+def container_root(busybox: Path) -> bytes:
+    """What a container's root often is: a few programs, no kernel, no modules, no systemd."""
+    contents: dict[str, bytes] = {}
+    with deb.data_archive(busybox) as stream:
+        for entry, program in tarball.entries(stream, source="busybox"):
+            if entry.path.endswith("bin/busybox") and program is not None:
+                contents["bin/busybox"] = program.read()
+    contents["etc/inittab"] = b"::askfirst:-/bin/sh\n"
+    contents["etc/passwd"] = b"root:x:0:0:root:/:/bin/sh\n"
+    contents["etc/os-release"] = b"ID=other\n"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for folder in ("dev", "proc", "sys", "run", "tmp", "sbin", "lib"):
+            info = tarfile.TarInfo(folder)
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(info)
+        for link, target in (("bin/sh", "busybox"), ("sbin/init", "../bin/busybox"),
+                             ("bin/modprobe", "busybox"), ("bin/ps", "busybox"),
+                             ("bin/cat", "busybox"), ("bin/grep", "busybox"),
+                             ("bin/sleep", "busybox"), ("bin/mkdir", "busybox")):  # fmt: skip
+            info = tarfile.TarInfo(link)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+        for path, data in contents.items():
+            info = tarfile.TarInfo(path)
+            info.size, info.mode = len(data), 0o755
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * SECONDS)
+def test_root_of_a_container_boots_with_a_kernel_modules_and_agent_lent_to_it(
+    store: ImageStore, own_store: ImageStore, booted: list[Guest], tmp_path: Path
+) -> None:
+    missing = [name for name in ("mke2fs", "debugfs") if tools.find(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    needs_qemu(Architecture.X86_64)
+    ensured(store, "debian-12-amd64-tiny")
+    suite = own_store.suite("debian", "bookworm")
+    index = suite.index(suite.snapshot(), components=["main"], architecture="amd64")
+    tarred = tmp_path / "root.tar.gz"
+    tarred.write_bytes(container_root(suite.package(index.get("busybox-static"))))
+    image = import_image(own_store, "container", Parts(root=tarred))
+    assert (image.architecture, image.channels) == (Architecture.X86_64, ("agent", "console"))
+    guest = Guest(
+        image, "", "-device", "virtio-serial-pci", "-chardev", "null,id=c",
+        "-device", "virtserialport,chardev=c,name=vmlab.agent",
+        "-drive", f"if=none,id=d,file={image.disk},format={image.disk_format},snapshot=on",
+        "-device", "virtio-blk-pci,drive=d",
+    )  # fmt: skip
+    booted.append(guest)
+    guest.wait_for(b"Please press Enter")
+    guest.type("\n")
+    guest.wait_for(rb"# ")
+    assert "ID=other" in guest.shell("cat /etc/os-release")
+    guest.shell("grep -q ' / ext4 ' /proc/mounts")
+    guest.shell("modprobe 9p && grep -q ^9pnet /proc/modules")
+    assert "/run/vmlab/agent" in guest.shell("ps")
+
+
+def boot_sector() -> bytes:
+    """The first sector of a PC's disk: says so on the first serial port, and stops there."""
+    words = b"the boot loader runs\r\n\0"
+    code = bytes([
+        0x31, 0xC0, 0x8E, 0xD8,  # xor ax, ax; mov ds, ax
+        0xBE, 0x14, 0x7C,  # mov si, 0x7c14
+        0xBA, 0xF8, 0x03,  # mov dx, 0x3f8: COM1
+        0xAC, 0x84, 0xC0,  # next: lodsb; test al, al
+        0x74, 0x03,  # jz stop
+        0xEE, 0xEB, 0xF8,  # out dx, al; jmp next
+        0xF4, 0xFD,  # stop: hlt; (never reached)
+    ])  # fmt: skip
+    assert len(code) == 0x14
+    return (code + words).ljust(510, b"\0") + b"\x55\xaa"
+
+
+@pytest.mark.parametrize("form", ["raw", "raw.xz", "qcow2"])
+def test_disk_that_was_imported_boots_by_its_own_boot_loader(
+    own_store: ImageStore, booted: list[Guest], tmp_path: Path, form: str
+) -> None:
+    needs_qemu(Architecture.X86_64)
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(boot_sector() + bytes(1 << 20))
+    disk = raw
+    if form == "raw.xz":
+        disk = tmp_path / "disk.raw.xz"
+        disk.write_bytes(lzma.compress(raw.read_bytes()))
+    elif form == "qcow2":
+        if shutil.which("qemu-img") is None:
+            pytest.skip("qemu-img is not installed")
+        disk = tmp_path / "disk.qcow2"
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, disk], check=True)
+    image = import_image(own_store, "cloud", Parts(disk=disk), architecture=Architecture.X86_64)
+    assert (image.kernel, image.disk_format) == (None, form.removesuffix(".xz"))
+    guest = Guest(
+        image, "", "-drive",
+        f"if=none,id=d,file={image.disk},format={image.disk_format},snapshot=on",
+        "-device", "virtio-blk-pci,drive=d,bootindex=0", memory="64",
+    )  # fmt: skip
+    booted.append(guest)
+    guest.wait_for(b"the boot loader runs")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * SECONDS)
+def test_kernel_and_initramfs_that_were_imported_boot(
+    store: ImageStore, own_store: ImageStore, booted: list[Guest], tmp_path: Path
+) -> None:
+    tiny = ensured(store, "debian-12-amd64-tiny")
+    needs_qemu(tiny.architecture)
+    assert tiny.initrd is not None
+    (tmp_path / "initrd.gz").write_bytes(gzip.compress(tiny.initrd.read_bytes(), 1))
+    parts = Parts(kernel=tiny.packaged_kernel, initrd=tmp_path / "initrd.gz")
+    image = import_image(own_store, "mine", parts, cmdline="panic=-1")
+    assert image.kernel_release == tiny.kernel_release
+    guest = Guest(image, "quiet")
+    booted.append(guest)
+    guest.wait_for(b"Please press Enter")

@@ -163,6 +163,80 @@ def test_tarred_root_becomes_a_disk_with_a_kernel_and_an_initramfs(
     assert store.ensure("mine") == image
 
 
+def elf_program(machine: int) -> bytes:
+    return b"\x7fELF\x02\x01\x01" + bytes(11) + machine.to_bytes(2, "little") + bytes(100)
+
+
+@needs_ext4
+def test_root_without_a_kernel_is_lent_the_one_of_a_tiny_image_and_its_modules(
+    make_store: MakeStore,
+    tmp_path: Path,
+    forms: Forms,
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vmlab.images import recipe as recipes
+    from vmlab.images.roots import imported
+
+    asked: list[Architecture] = []
+
+    def base(store: ImageStore, name: str | None, architecture: Architecture) -> recipes.Recipe:
+        asked.append(architecture)
+        return recipes.read(recipe_file)
+
+    monkeypatch.setattr(imported, "base_recipe", base)
+    path = tmp_path / "root.tar"
+    path.write_bytes(forms["tar"]([
+        ("bin/tool", elf_program(243), 0o755), ("lib/x", b"", 0o644), ("boot", "/boot", 0o777),
+    ]))  # fmt: skip
+    image = import_image(make_store(), "container", Parts(root=path), size=16 << 20)
+    assert asked == [Architecture.RISCV64]
+    assert (image.architecture, image.kernel_release) == (Architecture.RISCV64, "6.99-test")
+    assert image.kernel is not None
+    assert image.kernel.read_bytes() == forms["riscv"]()
+    assert image.disk is not None
+    table = debugfs(image.disk, "cat /lib/modules/6.99-test/modules.dep")
+    assert "kernel/drivers/net/virtio_net.ko: kernel/net/failover.ko" in table
+    assert "unwanted" not in table
+    assert "Mode:  0755" in debugfs(image.disk, "stat /lib/modules/6.99-test/kernel")
+    with pytest.raises(ImageError, match="holds programs for riscv64"):
+        import_image(make_store(), "c", Parts(root=path), architecture=Architecture.X86_64)
+
+
+@needs_ext4
+def test_links_of_a_root_that_lead_out_of_it_are_not_followed(
+    make_store: MakeStore,
+    tmp_path: Path,
+    forms: Forms,
+    recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vmlab.images import recipe as recipes
+    from vmlab.images.roots import imported
+
+    monkeypatch.setattr(imported, "base_recipe", lambda *_: recipes.read(recipe_file))
+    outside = tmp_path / "outside"
+    (outside / "modules" / "6.99-test").mkdir(parents=True)
+    (outside / "vmlinuz-9.9").write_bytes(forms["riscv"]("9.9"))
+    path = tmp_path / "root.tar"
+    path.write_bytes(forms["tar"]([
+        ("bin/tool", elf_program(243), 0o755), ("boot", str(outside), 0o777),
+        ("lib", str(outside), 0o777), ("usr/lib/modules", str(outside / "modules"), 0o777),
+    ]))  # fmt: skip
+    image = import_image(make_store(), "sly", Parts(root=path), size=16 << 20)
+    assert image.kernel_release == "6.99-test"
+    assert [each.name for each in outside.rglob("*")] == ["modules", "vmlinuz-9.9", "6.99-test"]
+
+
+def test_newest_kernel_of_a_root_is_taken(tmp_path: Path) -> None:
+    from vmlab.images.roots import imported
+
+    (tmp_path / "boot").mkdir()
+    for release in ("6.1.0-9-amd64", "6.1.0-10-amd64", "5.10.0-30-amd64"):
+        (tmp_path / "boot" / f"vmlinuz-{release}").write_bytes(b"")
+    assert imported._kernel(tmp_path) == tmp_path / "boot" / "vmlinuz-6.1.0-10-amd64"
+
+
 def test_missing_tools_are_named_with_what_to_install(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
