@@ -7,7 +7,6 @@ drivers/firmware/efi/libstub/zboot-header.S. Files may come from anybody: every 
 from __future__ import annotations
 
 import io
-import lzma
 import struct
 import zlib
 from collections.abc import Callable
@@ -109,6 +108,8 @@ def _decompress(method: str, data: bytes, limit: int) -> bytes:
             with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as reader:
                 plain = reader.read(limit + 1)
         elif method in {"xz", "xzkern", "lzma"}:
+            import lzma
+
             plain = lzma.LZMADecompressor().decompress(data, limit + 1)
         else:
             raise BootError(

@@ -15,7 +15,6 @@ import mmap
 import os
 import platform
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -56,6 +55,8 @@ def _memory_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("vmlab-ram", os.MFD_CLOEXEC)
     else:  # macOS: an unlinked file
+        import tempfile
+
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     os.ftruncate(fd, size)
