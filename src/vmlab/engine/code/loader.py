@@ -23,6 +23,7 @@ _X86_64, _AARCH64 = 62, 183
 _PROGBITS, _SYMTAB, _RELA, _NOBITS = 1, 2, 4, 8
 _ALLOCATED: Final = 2
 _UNDEFINED, _FIRST_RESERVED = 0, 0xFF00
+_PAGE: Final = 4096  # the arena's alignment is no larger
 _NAMED_TYPES: Final = (0, 1, 2)  # no type, object, function
 
 # Distances from the place, as signed words of so many bytes: R_X86_64_PC32, PLT32, PC64;
@@ -64,7 +65,7 @@ def load(data: bytes, arena: Arena) -> dict[str, int]:
     """
     try:
         return _load(data, arena)
-    except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
+    except (struct.error, IndexError, KeyError, OverflowError, ValueError) as error:
         raise LoadError(f"the object is damaged: {error!r}") from error
 
 
@@ -89,6 +90,8 @@ def _load(data: bytes, arena: Arena) -> dict[str, int]:
         if section.flags & _ALLOCATED:
             if section.kind not in (_PROGBITS, _NOBITS):
                 raise LoadError(f"section {index} is of type {section.kind}")
+            if section.alignment & (section.alignment - 1) or section.alignment > _PAGE:
+                raise LoadError(f"section {index} wants an alignment of {section.alignment}")
             places[index] = arena.reserve(section.size, max(section.alignment, 16))
             content = data[section.offset : section.offset + section.size]
             images[index] = bytearray(content if section.kind == _PROGBITS else bytes(section.size))
