@@ -9,6 +9,7 @@ into the output: binary data mostly passes, but nothing promises it.
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from base64 import b64encode
 from collections.abc import AsyncIterable, Awaitable, Callable
@@ -59,6 +60,10 @@ _RUNNER: Final = (
 
 # A process that is waited for is gone; its id may be another's from then on.
 _FORGET: Final = '[ "$p" ] && wait $p; p='
+
+_PANIC: Final = re.compile(rb"\[ *\d+\.\d{6}\](?:\[ *[TC]\d+\])? Kernel panic - not syncing")
+_SILENCE: Final = 10.0
+"""Seconds of silence after which a panic that was printed is this guest's, and not some log's."""
 
 OpenConsole = Callable[[], Awaitable[Console]]
 
@@ -141,7 +146,7 @@ class ConsoleChannel(CommandChannel):
             else:
                 line = f"sh -c {quote(_LOOP.replace('TOKEN', split))} 2>/dev/null"
             answer = await dialogue.ask(line, f"loop-{token}".encode())
-        self._stream = MarkedStream(lambda: more(console))
+        self._stream = MarkedStream(_Printed(console).read)
         directory, _, base64 = answer.decode().partition(":")
         self._directory = directory
         self._base64 = base64 == "64"
@@ -273,6 +278,29 @@ class ConsoleChannel(CommandChannel):
         console, self._console = self._console, None
         if console is not None:
             await console.close()
+
+
+class _Printed:
+    """What the console prints, until the guest's kernel panics: nothing comes after that."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = b""
+        self._panicked = False
+
+    async def read(self) -> bytes:
+        try:
+            async with asyncio.timeout(_SILENCE if self._panicked else None):
+                data = await more(self._console)
+        except TimeoutError:
+            raise ChannelClosed(
+                "the guest's kernel panicked", hint="the console's log tells why"
+            ) from None
+        self._last = (self._last + data)[-4096:]
+        if _PANIC.search(self._last):
+            self._panicked = True
+            self._last = b""
+        return data
 
 
 class _Running:

@@ -25,6 +25,7 @@ from vmlab.guests.command import (
     Sink,
     quote,
 )
+from vmlab.guests.forwarding import PortForward, relay
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import (
@@ -83,6 +84,7 @@ class Guest:
         self.machine = machine
         self.channel = channel
         self._blocked: dict[str, str] = {}
+        self._forwards: list[PortForward] = []
 
     async def connect(self, *, timeout: float = CONNECT_TIMEOUT) -> None:
         """Wait until the guest answers.
@@ -524,8 +526,29 @@ class Guest:
             await self.machine.clear_fault(fault)
             del self._blocked[name]
 
+    async def forward_port(self, guest_port: int, host_port: int = 0) -> PortForward:
+        """Lead a TCP port of this host to one of the guest, until the guest is let go of.
+
+        Args:
+            guest_port: The port in the guest, at its 127.0.0.1 unless the machine's specification
+                forwards it.
+            host_port: The port of this host, at 127.0.0.1; 0 is a free one.
+
+        Raises:
+            OperationFailed: the port of this host is not free.
+        """
+        for nic in (await self.machine.info()).nics:
+            for protocol, host, guest in nic.forwards:
+                if (protocol, guest) == ("tcp", guest_port) and host_port in (0, host):
+                    return PortForward(host)
+        forward = await relay(self.channel, guest_port, host_port=host_port)
+        self._forwards.append(forward)
+        return forward
+
     async def close(self) -> None:
         """Let go of the guest."""
+        while self._forwards:
+            await self._forwards.pop().close()
         with suppress(VmlabError):
             await self.channel.close()
 
