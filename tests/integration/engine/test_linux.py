@@ -1,0 +1,158 @@
+"""Debian's kernel on the embedded engine: it boots, answers, sees what is done to its machine."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from qemu.qmp import QMPClient, QMPError
+
+from vmlab.guests.agent import CHANNELS, AgentChannel
+from vmlab.guests.command import Command
+from vmlab.hypervisors.qemu.streams import SocketChannel
+from vmlab.images import ImageStore
+from vmlab.images.settings import default_store
+
+T = TypeVar("T")
+
+pytestmark = [pytest.mark.boots, pytest.mark.timeout(600)]
+
+IMAGE = "debian-13-riscv64-tiny"
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+_PATIENCE = 300
+
+
+class Guest:
+    """A guest on an engine process: commands by its agent, and the process by QMP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, "-m", "vmlab.engine", folder / "m.toml"])
+        self.runner = asyncio.Runner()
+        self.qmp = QMPClient("test")
+        self.agent = AgentChannel(self._open)
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(asyncio.wait_for(work, _PATIENCE))
+
+    async def _open(self, name: str) -> SocketChannel:
+        path = self.folder / f"{name}.sock"
+        while not path.exists():
+            assert self.process.poll() is None, "the engine has ended"
+            await asyncio.sleep(0.02)
+        return await SocketChannel.open(name, "vm", path)
+
+    async def connect(self) -> None:
+        await self.agent.connect(timeout=_PATIENCE)
+        await self.qmp.connect(str(self.folder / "q.sock"))
+
+    def order(self, command: str, **arguments: Any) -> Any:
+        return self.do(self.qmp.execute(command, arguments or None))
+
+    def run(self, text: str) -> str:
+        """What a command prints; its status has to be 0."""
+        out, err = bytearray(), bytearray()
+
+        async def take_out(data: bytes) -> None:
+            out.extend(data)
+
+        async def take_err(data: bytes) -> None:
+            err.extend(data)
+
+        status = self.do(self.agent.run(Command(text), stdout=take_out, stderr=take_err))
+        assert status == 0, f"{text}: {status} {err.decode()}"
+        return out.decode()
+
+    def close(self) -> None:
+        try:
+            self.do(self.agent.close())
+            # An engine that has ended has said so already.
+            with suppress(EOFError):
+                self.do(self.qmp.disconnect())
+        finally:
+            self.runner.close()
+            self.process.kill()
+            self.process.wait()
+
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> Iterator[Boot]:
+    """Boot the tiny image with so many harts and more lines of the machine's file."""
+    image = ImageStore(_STORE).ensure(IMAGE)
+    made: list[Guest] = []
+
+    def start(harts: int, more: str = "") -> Guest:
+        lines = [f'name = "vm"\nmemory = {256 << 20}\nharts = {harts}\nqmp = "q.sock"', more]
+        lines += [f'[boot]\nkernel = "{image.kernel}"\ninitrd = "{image.initrd}"']
+        lines += [f'cmdline = "{image.cmdline} console=ttyS0"']
+        lines += ['[serial]\nsocket = "s.sock"\nlog = "s.log"']
+        lines += [f'[[channels]]\nname = "{name}"\nsocket = "{name}.sock"' for name in CHANNELS]
+        (tmp_path / "m.toml").write_text("\n".join(lines))
+        made.append(Guest(tmp_path))
+        made[-1].do(made[-1].connect())
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def test_debian_runs_on_two_harts_and_sees_what_is_done_to_its_machine(
+    boot: Boot, tmp_path: Path
+) -> None:
+    (tmp_path / "d.raw").write_bytes(bytes(4 << 20))
+    guest = boot(2, "[[disks]]\nname = 'data'\nfile = 'd.raw'\n")
+    assert guest.run("uname -sm") == "Linux riscv64\n"
+    assert guest.run("grep -c ^processor /proc/cpuinfo") == "2\n"
+    assert "zba_zbb_zbs_sstc" in guest.run("grep -m 1 isa /proc/cpuinfo")
+    assert guest.run("seq 100000 | md5sum") == f"{_sequence_digest(100_000)}  -\n"
+
+    # What the guest wrote is in the file.
+    fill = "dd if=/dev/urandom of=/dev/vda bs=64k count=64 2>/dev/null; sync; md5sum < /dev/vda"
+    digest = guest.run(fill).split()[0]
+    assert hashlib.md5((tmp_path / "d.raw").read_bytes()).hexdigest() == digest
+
+    # A disk comes and goes.
+    (tmp_path / "h.raw").write_bytes(bytes(2 << 20))
+    file = {"driver": "file", "filename": str(tmp_path / "h.raw")}
+    guest.order("blockdev-add", **{"node-name": "h", "driver": "raw", "file": file})
+    guest.order("device_add", driver="scsi-hd", id="h", drive="h")
+    guest.run("until [ -b /dev/sda ]; do sleep 0.1; done")
+    assert guest.run("cat /sys/block/sda/size") == f"{(2 << 20) // 512}\n"
+    guest.order("device_del", id="h")
+    guest.run("while [ -b /dev/sda ]; do sleep 0.1; done")
+    guest.order("blockdev-del", **{"node-name": "h"})
+
+    # No time passes in a guest that stands.
+    guest.order("stop")
+    before = [hart["retired"] for hart in guest.order("x-query-harts")]
+    threading.Event().wait(0.2)
+    assert [hart["retired"] for hart in guest.order("x-query-harts")] == before
+    guest.order("cont")
+    assert guest.run("echo on") == "on\n"
+
+    # The power button, until somebody has heard it.
+    while guest.process.poll() is None:
+        with suppress(QMPError, EOFError, subprocess.TimeoutExpired):
+            guest.order("system_powerdown")
+            guest.process.wait(5)
+    assert guest.process.returncode == 0
+    assert "reboot: Power down" in (tmp_path / "s.log").read_text(errors="replace")
+
+
+def _sequence_digest(last: int) -> str:
+    text = "".join(f"{number}\n" for number in range(1, last + 1))
+    return hashlib.md5(text.encode()).hexdigest()
