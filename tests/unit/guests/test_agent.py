@@ -142,8 +142,15 @@ def test_a_command_that_reads_no_input_ends_and_the_next_one_is_in_step(
 def test_input_is_taken_straight_from_the_port_and_a_failure_leaves_the_slot_in_step(
     hosted: HostedAgent, tmp_path: Path
 ) -> None:
-    payload = bytes(range(256)) * 20_000 + b"\x01end 00 0\n0 0\nrest"
     path = tmp_path / "file"
+    line = shell_line("run", "00", f"touch {tmp_path}/ran")
+    payload = (
+        bytes(range(256)) * 20_000
+        + b"\x01end 00 0\n0 0\n"
+        + line * 300
+        + b"\n9 65536\n" * 300
+        + b"rest"
+    )
 
     async def pieces() -> AsyncIterator[bytes]:
         yield payload
@@ -160,6 +167,8 @@ def test_input_is_taken_straight_from_the_port_and_a_failure_leaves_the_slot_in_
         assert (refused.status, refused.stderr) == (9, "no\n")
         assert (await run(channel, "echo in step; type take")).stdout.startswith("in step\n")
         assert (await run(channel, "take")).status == 127
+        # What nobody took was not taken for commands either.
+        assert not (tmp_path / "ran").exists()
 
     with_agent(hosted, body)
 

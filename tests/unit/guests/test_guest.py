@@ -318,6 +318,26 @@ def test_copies_that_cannot_be_are_refused_with_nothing_left(drive: Drive, tmp_p
     drive(body)
 
 
+def test_a_file_that_cannot_be_read_to_its_end_is_not_there_in_part(
+    drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(guest: Guest) -> None:
+        (tmp_path / "file").write_bytes(os.urandom(100_000))
+        (tmp_path / "guest").mkdir()
+
+        async def breaking(path: Path) -> AsyncIterator[bytes]:
+            yield path.read_bytes()
+            raise OperationFailed(f"cannot read {path}: Input/output error")
+
+        monkeypatch.setattr(trees, "contents", breaking)
+        with pytest.raises(OperationFailed, match="Input/output error"):
+            await guest.copy_in(tmp_path / "file", str(tmp_path / "guest" / "file"))
+        assert list((tmp_path / "guest").iterdir()) == []
+        assert (await guest.succeed("echo next")).stdout == "next\n"
+
+    drive(body)
+
+
 async def _cancel_in(part: str, guest: Guest, tree: Path, target: Path) -> None:
     """Cancel a copy after the first piece of one of its parts."""
     real = getattr(trees, part)
@@ -350,9 +370,10 @@ def test_a_copy_that_is_cancelled_in_the_middle_leaves_nothing(
         for number in range(40):
             (tree / str(number)).write_bytes(os.urandom(200_000))
         (tree / "large").write_bytes(os.urandom(6 << 20))
-        for part in ("packed", "contents"):
-            await _cancel_in(part, guest, tree, tmp_path / part)
-            assert list((tmp_path / part).iterdir()) == []
+        for part, source in (("packed", tree), ("contents", tree), ("contents", tree / "large")):
+            target = tmp_path / f"{part} of {source.name}"
+            await _cancel_in(part, guest, source, target)
+            assert list(target.iterdir()) == []
 
         taken = asyncio.Event()
         take = trees.Unpacker.take
