@@ -492,12 +492,24 @@ def test_store_that_another_process_talks_to_and_a_damaged_record_are_told(store
         async with provider.open(store.owner) as first:
             machine = await first.create(_bare("busy"))
             await machine.start()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(emulator, "_ADOPTION_TIMEOUT", 0.2)
-                async with provider.open(store.owner) as second:
-                    (seen,) = await second.list()
-                    assert seen.state is MachineState.UNKNOWN
-                    assert "does not answer" in seen.reason
+            async with provider.open(store.owner) as second:
+                (seen,) = await second.list()
+                # It is there for both, and what one does the other sees.
+                assert seen.state is MachineState.RUNNING
+                await seen.pause()
+                assert (await machine.status()).state is MachineState.PAUSED
+                assert (await seen.info()).pid == (await machine.info()).pid
+                await machine.resume()
+                assert (await seen.status()).state is MachineState.RUNNING
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(emulator, "_ADOPTION_TIMEOUT", 0.5)
+                    async with provider.open(store.owner) as third:
+                        (unseen,) = await third.list()
+                        assert unseen.state is MachineState.UNKNOWN
+                        assert "two other processes use the machine" in unseen.reason
+            # A process that has let go of it makes room for the next one.
+            async with provider.open(store.owner) as fourth:
+                assert [each.state for each in await fourth.list()] == [MachineState.RUNNING]
             await machine.delete(force=True)
         broken = machine.qemu.records.create("0" * 32)
         (broken / "machine.json").write_text('{"spec": {"name": "x"}}')

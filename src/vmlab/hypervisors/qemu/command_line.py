@@ -30,6 +30,9 @@ from vmlab.machine.spec import Console, MachineSpec, ShareKind
 _MODULES: Final = 16
 """Memory modules that may be added."""
 QMP_SOCKET: Final = "qmp.sock"
+SECOND_QMP_SOCKET: Final = "qmp-2.sock"
+"""For another process that finds the machine while the first one talks to it: QEMU serves one
+client of a socket at a time."""
 _FIRST_PORT_SLOT: Final = 0x10
 """Slot of the first root ports on pcie.0; what lies below is for the devices of the board."""
 
@@ -107,6 +110,7 @@ def arguments(launch: Launch) -> list[str]:
         *("-action", "reboot=reset,shutdown=pause,panic=pause"),
         *("-msg", "timestamp=on"),
         *("-qmp", f"unix:{QMP_SOCKET},server=on,wait=off"),
+        *("-qmp", f"unix:{SECOND_QMP_SOCKET},server=on,wait=off"),
         # Nothing of the guest runs before everything watches it.
         "-S",
         *_debugger(launch.debugger),

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.operation import uninterrupted
-from vmlab.hypervisors.qemu.command_line import QMP_SOCKET
+from vmlab.hypervisors.qemu.command_line import QMP_SOCKET, SECOND_QMP_SOCKET
 from vmlab.hypervisors.qemu.threads import done_in_thread
-from vmlab.hypervisors.qmp import COMMAND_TIMEOUT, QmpConnection, QmpEvent, QmpLost
+from vmlab.hypervisors.qmp import COMMAND_TIMEOUT, QmpConnection, QmpEvent, QmpLost, QmpTimeout
 from vmlab.machine.errors import MachineCrashed, OperationFailed
 
 if TYPE_CHECKING:
@@ -110,21 +110,28 @@ class Emulator:
         machine: str,
         on_event: Callable[[QmpEvent], None],
     ) -> Emulator:
-        """Connect to a QEMU that somebody else started.
+        """Connect to a QEMU that somebody else started, and that one other may still talk to.
 
         Raises:
-            QmpTimeout: it talks to another process, or hangs.
+            QmpTimeout: it talks to two other processes, or hangs.
             QmpLost: it is gone.
         """
-        qmp = await QmpConnection.open(
-            directory / QMP_SOCKET,
-            machine=machine,
-            hypervisor="qemu",
-            log=directory / QMP_LOG,
-            ended=lambda: None if process.running else "the process has ended",
-            timeout=_ADOPTION_TIMEOUT,
-            on_event=on_event,
-        )
+
+        async def open_(name: str) -> QmpConnection:
+            return await QmpConnection.open(
+                directory / name,
+                machine=machine,
+                hypervisor="qemu",
+                log=directory / QMP_LOG,
+                ended=lambda: None if process.running else "the process has ended",
+                timeout=_ADOPTION_TIMEOUT,
+                on_event=on_event,
+            )
+
+        try:
+            qmp = await open_(QMP_SOCKET)
+        except QmpTimeout:
+            qmp = await open_(SECOND_QMP_SOCKET)
         return cls(machine, directory, process, qmp)
 
     def watch(self, on_end: Callable[[Emulator, str], None]) -> None:

@@ -25,6 +25,7 @@ from vmlab.hypervisors.qemu import memory, timers
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
+from vmlab.hypervisors.qmp import QmpTimeout
 from vmlab.hypervisors.records import MachineRecords
 from vmlab.hypervisors.remembered import facts_of, remembered
 from vmlab.machine.architecture import Architecture, parse_architecture
@@ -277,7 +278,7 @@ class QemuHypervisor(OperatedHypervisor):
             state = await machine.find_process()
         except VmlabError as error:
             state = MachineState.UNKNOWN
-            machine.found(state, f"its QEMU does not answer: {error}")
+            machine.found(state, _unanswered(error))
         else:
             reason = "found again" if state is kept else "it changed while nobody watched"
             machine.found(state, reason)
@@ -294,6 +295,16 @@ class QemuHypervisor(OperatedHypervisor):
         finally:
             while self._frozen:
                 self._frozen.popitem()[1].close()
+
+
+def _unanswered(error: VmlabError) -> str:
+    """Why a machine that was found is unknown."""
+    if isinstance(error, QmpTimeout):
+        return (
+            "its QEMU does not answer: it hangs, or two other processes use the machine, and "
+            "QEMU talks to no more than that; it can be found again when one of them has ended"
+        )
+    return f"its QEMU does not answer: {error}"
 
 
 def _find_programs(only: Architecture | None) -> dict[Architecture, Program]:
