@@ -68,8 +68,12 @@ class ScsiState:
 
 
 def lun_of(target: int) -> bytes:
-    """The address of unit 0 of a target (5.6.6.1)."""
-    return bytes((1, target, 0x40, 0, 0, 0, 0, 0))
+    """The address of unit 0 of a target in an event.
+
+    Peripheral addressing (SAM-6, 4.7.7.2), as in the answer to REPORT LUNS: Linux takes bytes 2
+    and 3 of an event for the number itself, where a request has 0x40 in byte 2.
+    """
+    return bytes((1, target, 0, 0, 0, 0, 0, 0))
 
 
 class _Transfer:

@@ -234,6 +234,8 @@ def events(guest: Initiator) -> list[tuple[int, int, int]]:
     told = []
     for buffer in guest.driver.rings[1].poll():
         event, lun, reason = struct.unpack("<I8sI", guest.driver.rings[1].data(buffer))
+        # Linux takes bytes 2 and 3 for the unit's number as they are.
+        assert lun == bytes((1, lun[1], 0, 0, 0, 0, 0, 0))
         told.append((event, lun[1], reason))
     return told
 
