@@ -44,7 +44,7 @@ bench: $(STAMP) ## run every benchmark in benchmarks/
 		echo "== $$file"; $(PYTHON_IN_VENV) $$file; done
 
 soak: $(STAMP) ## the tests marked `soak`: minutes to hours
-	$(PYTHON_IN_VENV) -m pytest -m soak --timeout 0 -ra $(ARGS)
+	VMLAB_RESULTS=$(CURDIR)/benchmarks/results $(PYTHON_IN_VENV) -m pytest -m soak --timeout 0 -ra $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/
 	@tools/debian-packages docs

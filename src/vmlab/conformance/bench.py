@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from vmlab.conformance.probe import GuestProbe
+from vmlab.conformance.probe import GuestCannotTell, GuestProbe
 from vmlab.conformance.profiles import ConformanceProfile
 from vmlab.conformance.registry import Means
 from vmlab.conformance.results import Expectation
@@ -287,6 +287,14 @@ class Bench:
         if self.profile.probe is not None:
             await self.guest(machine).ticks()
             self._record(f"{what}: the guest answers", True)
+
+    async def told(self, answer: Awaitable[T], what: str) -> T | None:
+        """What the guest answers; None, with a note, if its probe does not know the question."""
+        try:
+            return await answer
+        except GuestCannotTell as reason:
+            self.note(f"the guest's probe cannot tell {what}: {reason}")
+            return None
 
     def note(self, text: str) -> None:
         """Say something in the report that is neither right nor wrong."""

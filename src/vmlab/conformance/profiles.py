@@ -77,9 +77,11 @@ class ConformanceProfile:
         stall: Seconds that a guest may stand still during a hot-plug.
         slack: Seconds that something may take which waits for nothing, and that what happens
             beside an operation may take to be seen; on a busy host a multiple of the usual.
+        lag: Seconds that a busy host may let something wait that is due, such as a deadline.
         triggers: Triggers of faults that have to work; another one may be refused by its name.
         patience: Seconds that one check may take, on the hypervisor's clock.
         processes: Whether machines are processes of this host.
+        variant: The profile for other options, where they change what machines are made of.
         reliable: Whether operations, events and answers can be relied on with given options.
     """
 
@@ -100,9 +102,11 @@ class ConformanceProfile:
     settle: float = 2.0
     stall: float = 1.0
     slack: float = 60.0
+    lag: float = 0.0
     triggers: frozenset[str] = frozenset({"time"})
     patience: float = 3600.0
     processes: bool = True
+    variant: Callable[[Mapping[str, str]], ConformanceProfile] | None = None
     reliable: Callable[[Mapping[str, str]], bool] = lambda options: True
 
     def with_changes(self, **changes: object) -> ConformanceProfile:

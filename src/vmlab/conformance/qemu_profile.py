@@ -19,9 +19,9 @@ from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import Guest
 from vmlab.guests.shares import mount_shares
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
-from vmlab.machine.architecture import Architecture, host_architecture
+from vmlab.machine.architecture import Architecture, host_architecture, parse_architecture
 from vmlab.machine.capabilities import Capability
-from vmlab.machine.errors import ChannelClosed, OperationFailed
+from vmlab.machine.errors import ChannelClosed, InvalidSpec, OperationFailed, SpecProblem
 from vmlab.machine.sizes import GIB, KIB, MIB
 from vmlab.machine.spec import Boot, Disk, MachineSpec, Nic
 
@@ -34,6 +34,7 @@ _IMAGES: Final = {
 _CONNECT: Final = 300.0
 """Seconds that a guest has to boot, several at once on a slow host."""
 _MEMORY_FILE: Final = "/dev/shm/conformance"
+_NO_PACKETS: Final = "a tiny image has no program for packets of its own"
 _MEMORY_DEVICE: Final = 17
 """The SMBIOS structure of a memory module (SMBIOS 3.0, 7.18)."""
 _MODULE_SIZE: Final = 0x0C
@@ -85,9 +86,16 @@ class AgentProbe:
         )
 
     async def memory(self) -> int:
-        at_boot = memory_of_smbios(
-            await self.ask("cat /sys/firmware/dmi/tables/DMI 2>/dev/null || true")
-        )
+        table = await self.ask("cat /sys/firmware/dmi/tables/DMI 2>/dev/null || true")
+        if not table:
+            # A board without SMBIOS has a device tree: an address and a size in each range.
+            ranges = await self.ask(
+                "cat /sys/firmware/devicetree/base/memory@*/reg 2>/dev/null || true"
+            )
+            if not ranges:
+                raise GuestCannotTell("its board has neither SMBIOS nor a device tree")
+            return sum(size for _, size in struct.iter_unpack(">QQ", ranges))
+        at_boot = memory_of_smbios(table)
         # The table is of the boot; what came later is behind 4 GiB (QEMU's pc_memory_init).
         blocks = (
             await self._text(
@@ -111,7 +119,7 @@ class AgentProbe:
         return await self._text("uname -m")
 
     async def hostname(self) -> str:
-        raise GuestCannotTell
+        raise GuestCannotTell("QEMU tells a guest no name")
 
     async def _disks(self) -> dict[str, tuple[str, int, bool]]:
         """Name -> device, bytes, whether it is read-only; the serial number is the name."""
@@ -144,7 +152,8 @@ class AgentProbe:
         return found
 
     async def nodes(self) -> Sequence[GuestNode]:
-        # MemTotal is less than what there is by what the kernel has reserved: blocks are counted.
+        # MemTotal is less than what there is by what the kernel has reserved: blocks are counted,
+        # so that a node of no whole number of them looks larger.
         rows = await self._text(
             "cat /sys/devices/system/memory/block_size_bytes 2>/dev/null || echo 0; "
             "for n in /sys/devices/system/node/node[0-9]*; do "
@@ -215,7 +224,7 @@ class AgentProbe:
         await self.ask("cat > /dev/console", f"\n{text}\n".encode())
 
     async def typed(self) -> bytes:
-        raise GuestCannotTell
+        raise GuestCannotTell("what is typed goes to the shell on its console")
 
     async def show(self, text: str) -> None:
         if self._machine.spec.architecture is not Architecture.X86_64:
@@ -245,10 +254,11 @@ class AgentProbe:
         await self._end("poweroff -f")
 
     async def _end(self, command: str) -> None:
+        """Run what the guest does not survive, a moment after the answer is out."""
         try:
-            await self.ask(command)
+            await self.ask(f"(usleep 200000; {command}) >/dev/null 2>&1 &")
         except ChannelClosed:
-            # The guest ended before its answer was out, which is what it was asked to do.
+            # It ended before its answer was out, which is what it was asked to do.
             return
 
     async def ignore_powerdown(self, on: bool) -> None:
@@ -257,10 +267,10 @@ class AgentProbe:
         await self.ask(f"{gone} 2>/dev/null; true" if on else "acpid -d >/dev/null 2>&1 & true")
 
     async def send(self, nic: str, data: bytes) -> None:
-        raise GuestCannotTell
+        raise GuestCannotTell(_NO_PACKETS)
 
     async def received(self, nic: str) -> Sequence[bytes]:
-        raise GuestCannotTell
+        raise GuestCannotTell(_NO_PACKETS)
 
 
 def _bound(pid: int) -> dict[int, tuple[int, ...]]:
@@ -364,8 +374,25 @@ def make_profile(architecture: Architecture) -> ConformanceProfile:
         cancel_points=(0.0, 0.5),
         settle=1.0,
         slack=300.0,
+        lag=10.0,
         patience=1800.0,
+        variant=for_options,
     )
+
+
+def for_options(options: Mapping[str, str]) -> ConformanceProfile:
+    """The profile for guests of the architecture that the options name.
+
+    Raises:
+        InvalidSpec: there is no such architecture.
+    """
+    name = options["architecture"]
+    try:
+        return make_profile(parse_architecture(name))
+    except ValueError as error:
+        raise InvalidSpec(
+            [SpecProblem("architecture", name, str(error))], hypervisor="qemu"
+        ) from error
 
 
 def __getattr__(name: str) -> ConformanceProfile:

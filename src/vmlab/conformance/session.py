@@ -271,8 +271,6 @@ def _subject(
             hint=probe.hint or "`vmlab doctor` explains this host",
             hypervisor=name,
         )
-    if settings.spec is not None:
-        profile = _with_spec(profile, MachineSpec.load(settings.spec))
     options: dict[str, str] = {}
     for key, value in settings.options.items():
         whose, separator, option = key.partition(":")
@@ -280,6 +278,10 @@ def _subject(
             options[key] = value
         elif whose == name:
             options[option] = value
+    if profile.variant is not None:
+        profile = profile.variant({**profile.options, **options})
+    if settings.spec is not None:
+        profile = _with_spec(profile, MachineSpec.load(settings.spec))
     return Subject(provider, profile, settings.seed, settings.place).with_options(options)
 
 

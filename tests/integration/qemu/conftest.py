@@ -223,3 +223,24 @@ def new_bench(home: Home) -> Iterator[Callable[..., Bench]]:
     for bench in made:
         bench.runner.close()
         bench.lease.close()
+
+
+@pytest.fixture
+def profile_of(images: Callable[[Architecture], Image], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The conformance suite's profile of an architecture, with the image that is there."""
+    from vmlab.conformance.qemu_profile import make_profile
+
+    def make(architecture: Architecture) -> Any:
+        image = images(architecture)
+        monkeypatch.setenv("VMLAB_IMAGE_STORE", str(image.directory.parent.parent))
+        return make_profile(architecture)
+
+    return make
+
+
+@pytest.fixture
+def subject_of(profile_of: Any) -> Any:
+    """QEMU as the conformance suite has it, for guests of an architecture."""
+    from vmlab.conformance.runner import Subject
+
+    return lambda architecture: Subject(provider, profile_of(architecture))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
 
 from vmlab.conformance import qemu_profile
 from vmlab.conformance.probe import GuestCannotTell
-from vmlab.conformance.profiles import ConformanceProfile
-from vmlab.conformance.qemu_profile import AgentProbe, corrupt, make_profile, memory_of_smbios
+from vmlab.conformance.qemu_profile import AgentProbe, corrupt, memory_of_smbios, parse_cpus
 from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.capabilities import Capability
-from vmlab.machine.errors import CorruptSnapshot, OperationFailed
+from vmlab.machine.errors import CorruptSnapshot, InvalidSpec, OperationFailed
 from vmlab.machine.sizes import MIB
 from vmlab.machine.states import MachineState
 
@@ -30,18 +30,22 @@ def test_memory_is_the_sum_of_the_modules_in_the_smbios_table() -> None:
             memory_of_smbios(nothing)
 
 
-@pytest.fixture
-def profile_of(images: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def make(architecture: Architecture) -> ConformanceProfile:
-        image = images(architecture)
-        monkeypatch.setenv("VMLAB_IMAGE_STORE", str(image.directory.parent.parent))
-        return make_profile(architecture)
+def test_lists_of_processors_are_read() -> None:
+    assert parse_cpus("0-2,5\n") == (0, 1, 2, 5)
+    assert parse_cpus("") == ()
 
-    return make
+
+def test_profile_is_that_of_the_architecture_in_the_options(profile_of: Any) -> None:
+    profile = profile_of(Architecture.X86_64)
+    other = profile.variant({"architecture": "riscv64"})
+    assert other.spec.architecture is Architecture.RISCV64
+    with pytest.raises(InvalidSpec, match="architecture"):
+        profile.variant({"architecture": "z80"})
 
 
 @pytest.mark.boots
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_guest_of_the_profile_answers_every_question_that_it_can(
     bench: Any, profile_of: Any
 ) -> None:
@@ -72,6 +76,12 @@ def test_guest_of_the_profile_answers_every_question_that_it_can(
         with pytest.raises(OperationFailed, match="no disk 'none'"):
             await probe.read_disk("none", 0, 1)
         assert await probe.ticks() > 0
+        assert 64 * MIB < await probe.memory_left() < 192 * MIB
+        (node,) = await probe.nodes()
+        assert (node.cpus, node.memory >= 192 * MIB) == ((0,), True)
+        assert await probe.pinning() == {0: tuple(sorted(os.sched_getaffinity(0)))}
+        await machine.pin({0: (min(os.sched_getaffinity(0)),)})
+        assert await probe.pinning() == {0: (min(os.sched_getaffinity(0)),)}
         assert await probe.clock() > 1e9
         assert len(await probe.entropy()) == 16
         await probe.print("hello from the guest")
@@ -81,8 +91,6 @@ def test_guest_of_the_profile_answers_every_question_that_it_can(
             await probe.read_file("/none")
         for cannot in (
             probe.hostname(),
-            probe.nodes(),
-            probe.pinning(),
             probe.typed(),
             probe.send("net", b""),
             probe.received("net"),
@@ -96,20 +104,20 @@ def test_guest_of_the_profile_answers_every_question_that_it_can(
         with pytest.raises(CorruptSnapshot):
             await machine.restore("one")
         await probe.panic("on purpose")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             async for event in bench.qemu.subscribe(0):
                 if event.data.get("to") == "failed":
                     break
         assert b"on purpose" in await (await machine.console()).log()
         await machine.start()
         await probe.poweroff()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             async for event in bench.qemu.subscribe(0):
                 if event.data.get("to") == "stopped":
                     break
         assert machine.state is MachineState.STOPPED
 
-    bench.run(test())
+    bench.run(test(), 600)
 
 
 @pytest.mark.boots

@@ -146,8 +146,9 @@ async def resize_at_rest(lab: Bench) -> None:
         lab.equal((told.vcpus, told.memory), (vcpus, memory), "what resize answers")
         await machine.start()
         guest = lab.guest(machine)
-        seen = (await guest.vcpus(), await guest.memory())
-        lab.equal(seen, (vcpus, memory), "vCPUs and memory by the guest's word")
+        lab.equal(await guest.vcpus(), vcpus, "vCPUs by the guest's word")
+        if (size := await lab.told(guest.memory(), "its memory")) is not None:
+            lab.equal(size, memory, "memory by the guest's word")
         asked = (machine.spec.cpus.count, machine.spec.memory.size)
         lab.equal(asked, (vcpus, memory), "vCPUs and memory in the specification")
         await machine.stop()

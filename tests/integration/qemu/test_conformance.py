@@ -1,0 +1,92 @@
+"""QEMU keeps the contract: a sample of the suite here, all of it on each architecture in `soak`.
+
+`make soak` runs the whole through the command, as a user would, and writes the figures of each run
+to the directory that VMLAB_RESULTS names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmlab.conformance.registry import select
+from vmlab.conformance.runner import Subject, run_check
+from vmlab.machine.architecture import Architecture
+from vmlab.report import Outcome
+
+pytestmark = [pytest.mark.boots, pytest.mark.slow]
+
+SAMPLE = {
+    # One of each room that the mutants do not visit: see test_mutants.
+    Architecture.X86_64: (
+        "cancel.making",
+        "change.resize-at-rest",
+        "fault.guest",
+        "metrics.present",
+        "migration.live",
+        "share.seen",
+        "states.illegal",
+    ),
+    Architecture.RISCV64: ("change.hotplug-disk", "fork.copies", "snapshot.memory-returns"),
+}
+CASES = [(architecture, check) for architecture, ids in SAMPLE.items() for check in ids]
+WHOLE = {
+    Architecture.X86_64: (),
+    Architecture.RISCV64: (),
+    Architecture.AARCH64: ("lifecycle.*", "console.*", "configuration.*"),
+    Architecture.PPC64LE: ("lifecycle.*", "console.*", "configuration.*"),
+}
+"""The checks that each architecture has to pass; none named is all."""
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("architecture", "check"), CASES, ids=[f"{arch.value}-{check}" for arch, check in CASES]
+)
+def test_sample_of_the_contract_is_kept(
+    subject_of: Any, architecture: Architecture, check: str
+) -> None:
+    subject: Subject = subject_of(architecture)
+    (found,) = select([check])
+    result = run_check(found, subject)
+    assert result.outcome is Outcome.PASS, f"{result.reason}\n{result.details}"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("architecture", WHOLE)
+def test_whole_suite_passes(images: Any, tmp_path: Path, architecture: Architecture) -> None:
+    image = images(architecture)
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "vmlab", "conformance", "qemu", "--json", str(report)]
+    command += ["--option", f"architecture={architecture.value}"]
+    command += [f"--select={pattern}" for pattern in WHOLE[architecture]]
+    environment = {
+        **os.environ,
+        "VMLAB_HOME": str(tmp_path / "home"),
+        "VMLAB_IMAGE_STORE": str(image.directory.parent.parent),
+    }
+    begun = time.time()
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    totals = json.loads(report.read_text())["totals"]
+    figures = {
+        "hypervisor": "qemu",
+        "architecture": architecture.value,
+        "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
+        "minutes": round((time.time() - begun) / 60, 1),
+        "processors": os.cpu_count(),
+        "load": round(os.getloadavg()[1], 1),
+        **{name: count for name, count in totals.items() if isinstance(count, int) and count},
+    }
+    if where := os.environ.get("VMLAB_RESULTS"):
+        path = Path(where) / f"conformance-qemu-{architecture.value}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    assert ended.returncode == 0, f"{figures}\n{ended.stdout}\n{ended.stderr}"
