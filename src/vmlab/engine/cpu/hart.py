@@ -46,6 +46,7 @@ class Hart:
 
     def reset(self, pc: int) -> None:
         """As after power-on, about to execute the instruction at a physical address."""
+        self.executor = None  # whoever runs it next forgets what it remembers
         for index in range(layout.STATE_SIZE // 8):
             self.words[index] = 0
         self[layout.PC] = pc

@@ -1,0 +1,95 @@
+"""Two harts on two threads: atomics, reservations, and code that one changes under the other."""
+
+from __future__ import annotations
+
+import threading
+
+from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
+from vmlab.engine.cpu.exits import Exit, Reason
+from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.memory.ram import Ram
+
+BASE = 0x8000_0000
+COUNTER, LOCK, GUARDED = BASE + 0x2000, BASE + 0x2040, BASE + 0x2080
+ROUNDS = 200_000
+
+
+def run_both(ram: Ram) -> list[Exit]:
+    """Run two harts, a0 their number, until both leave."""
+    pages = CodePages(ram, native_code())
+    harts = [Hart(ram, number) for number in range(2)]
+    executors = [InterpreterExecutor(hart, pages) for hart in harts]
+    exits: list[Exit | None] = [None, None]
+
+    def run(number: int) -> None:
+        harts[number].set_x(10, number)
+        exits[number] = executors[number].run(1 << 40)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [left for left in exits if left is not None]
+
+
+def test_no_increment_is_lost(ram, assemble) -> None:
+    ram.write(
+        BASE,
+        assemble(
+            f"""
+            li s0, {COUNTER}
+            li s1, {LOCK}
+            li s2, {GUARDED}
+            li s3, {ROUNDS}
+            li t1, 1
+            1: amoadd.d zero, t1, (s0)
+            acquire: lr.w.aq t2, (s1)
+            bnez t2, acquire
+            sc.w.aq t2, t1, (s1)
+            bnez t2, acquire
+            ld t3, (s2)
+            addi t3, t3, 1
+            sd t3, (s2)
+            amoswap.w.rl zero, zero, (s1)
+            addi s3, s3, -1
+            bnez s3, 1b
+            wfi
+            """
+        ),
+    )
+    assert [left.reason for left in run_both(ram)] == [Reason.WAIT] * 2
+    assert ram.load64(COUNTER) == 2 * ROUNDS
+    assert ram.load64(GUARDED) == 2 * ROUNDS
+
+
+def test_code_that_another_hart_changes_is_executed_as_changed(ram, assemble) -> None:
+    """Hart 1 waits in a loop that hart 0 overwrites with the way out."""
+    ram.write(
+        BASE,
+        assemble(
+            """
+            .option norvc
+            lla t0, loop
+            lw t1, way_out
+            bnez a0, loop
+            li t2, 100000
+            1: addi t2, t2, -1
+            bnez t2, 1b
+            sw t1, (t0)
+            fence
+            wfi
+            way_out: j done
+            .balign 4096
+            loop: addi a1, a1, 1
+            j loop
+            .balign 64
+            done: wfi
+            """
+        ),
+    )
+    code = bytearray(ram.read(BASE, 0x1100))
+    # The way out is a jump from `loop`, not from where it is kept: 64 bytes ahead.
+    place = code.index((0x10500073).to_bytes(4, "little")) + 4
+    ram.write(BASE + place, (0x0400_006F).to_bytes(4, "little"))
+    assert [left.reason for left in run_both(ram)] == [Reason.WAIT] * 2
