@@ -488,6 +488,21 @@ def test_disk_that_cannot_be_used_is_refused(tmp_path: Path, data: bytes, messag
         disk.inspect(path)
 
 
+@given(st.binary(max_size=200))
+def test_any_file_is_a_disk_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any-disk"
+    qcow2 = b"QFI\xfb" + struct.pack(">IQIIQI", 3, 0, 0, 16, 1 << 20, 0)
+    for head in (b"", qcow2[:4], qcow2, b"KDMV", b"\xfd7zXZ\x00", bytes(512)):
+        path.write_bytes(head + data)
+        try:
+            disk.inspect(path)
+            disk.copy(path, path.with_name("copied-disk"))
+        except FormatError:
+            continue
+
+
 def test_copied_disk_has_holes_where_there_are_zeros(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     data = b"x" * 512 + bytes(8 << 20) + b"y" * 512 + bytes(1 << 20)
