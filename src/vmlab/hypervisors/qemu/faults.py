@@ -1,6 +1,10 @@
 """Faults that a running QEMU can be given: on its disks, its wires, its memory, its vCPUs, itself.
 
 A disk's errors come from QEMU's blkdebug filter, put between the disk and its image while it runs.
+
+`kill` ends the process as SIGKILL does: what the guest wrote is with the host's kernel by then and
+stays, flushed or not. `power-cut`, which takes what was not flushed, is not declared: QEMU keeps no
+writes back that could be lost.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def argv(spec: MachineSpec, **options: Any) -> list[str]:
             id="0123456789abcdef0123456789abcdef",
             spec=spec,
             accelerator=options.pop("accelerator", "tcg"),
-            layout=Layout.of(spec, board),
+            layout=options.pop("layout", None) or Layout.of(spec, board),
             disks=disks,
             netdevs=tuple(networks.backend(nic, OWNER, "id") for nic in spec.nics),
             logs=Path("/logs, with a comma"),
@@ -130,6 +130,33 @@ def test_memory_of_a_copy_is_mapped_privately_from_files() -> None:
     (backend,) = map(json.loads, after(words, "-object"))
     assert (backend["mem-path"], backend["share"]) == ("/proc/1/fd/3", False)
     assert after(words, "-incoming") == ["defer"]
+
+
+def test_room_to_grow_is_on_the_command_line_and_so_is_what_came() -> None:
+    spec = spec_of(
+        cpus={"count": 3, "maximum": 4},
+        memory={"size": "384M", "maximum": "1G"},
+        boot={"kernel": "/k"},
+    )
+    fresh = argv(spec)
+    assert after(fresh, "-smp") == ["3,maxcpus=4"]
+    assert after(fresh, "-m") == ["384M,slots=16,maxmem=1073741824B"]
+    assert "memhp_default_state=online" in after(fresh, "-append")[0]
+    assert not any("pc-dimm" in word for word in fresh)
+    vcpu = {"driver": "max-x86_64-cpu", "id": "vcpu-2", "core-id": 2}
+    layout = Layout.of(spec, BOARDS[Architecture.X86_64])
+    layout = layout.with_module(128 << 20).with_vcpus([vcpu])
+    assert Layout.from_record(json.loads(json.dumps(layout.to_record()))) == layout
+    grown = argv(spec, layout=layout)
+    assert after(grown, "-smp") == ["2,maxcpus=4"]
+    assert after(grown, "-m") == ["256M,slots=16,maxmem=1073741824B"]
+    devices = after(grown, "-device")
+    assert {"pc-dimm,id=dimm-1,memdev=ram1", "max-x86_64-cpu,id=vcpu-2,core-id=2"} <= set(devices)
+    objects = [json.loads(word) for word in after(grown, "-object")]
+    assert [(each["id"], each["size"]) for each in objects] == [
+        ("ram0", 256 << 20),
+        ("ram1", 128 << 20),
+    ]
 
 
 def test_odd_memory_sizes_are_given_in_bytes() -> None:
