@@ -19,7 +19,8 @@ from vmlab.machine.errors import OperationFailed, VmlabError
 _LOG: Final = logging.getLogger(__name__)
 _READ: Final = 65536
 
-# What ends one direction ends only that one, but for bash, which cannot shut down a half.
+# What ends one direction ends only that one, but for bash, which cannot shut down a half: there it
+# ends the connection.
 _PYTHON: Final = """
 import os, socket, sys, threading
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])))
@@ -36,7 +37,10 @@ _RELAY: Final = (
     "elif command -v python3 >/dev/null; then exec python3 -c {python} {host} {port}; "
     "else exec bash -c {bash}; fi"
 )
-_BASH: Final = "exec 3<>/dev/tcp/{host}/{port} || exit; cat >&3 & cat <&3; kill $!"
+_BASH: Final = (
+    "exec 3<>/dev/tcp/{host}/{port} || exit; cat <&3 & r=$!; cat <&0 >&3 & w=$!; "
+    "wait -n; kill $r $w; exit 0"
+)
 
 
 class PortForward:
