@@ -61,7 +61,7 @@ def test_streams_status_disk_share_and_copies_pass_through(vmlab: Vmlab, tmp_pat
     done = vmlab.run(
         "run", "--image", "debian-12-amd64-tiny", "--memory", "256M", "--cpus", "2",
         "--disk", "64M", "--share", f"{tmp_path}/here:/src", "--timeline",
-        "--share", f"{tmp_path}/there:/there:rw", "--share", f"{tmp_path}/here:/copied:copy",
+        "--share", f"{tmp_path}/there:/there:rw", "--share", f"{tmp_path}/here:/copied:rw:copy",
         "--copy-out", f"/root/out:{tmp_path}/out", "--",
         "cat; nproc >&2; cat /src/file >&2; echo >&2; cat /sys/block/vda/size >&2; "
         "mkdir /root/out; echo made >/root/out/file; cp /copied/file /there/back; "
