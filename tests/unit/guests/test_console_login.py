@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmlab.guests.console import ConsoleChannel
+from vmlab.guests.console import ConsoleChannel, _Printed
 from vmlab.guests.console_login import LOOP_HERE, Asked, Dialogue
+from vmlab.guests.marks import MarkedStream
 from vmlab.hypervisors.base import Console
 from vmlab.hypervisors.simulated.clock import VirtualClockLoop
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
@@ -328,3 +329,24 @@ def test_a_console_that_ends_says_so() -> None:
             await dialogue.shell()
 
     drive(guest, body)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_panic_ends_a_command_but_a_log_that_tells_of_one_does_not(goes_on: bool) -> None:
+    async def main() -> None:
+        console = SlowGuest()
+        printed = b"[   12.345678] Kernel panic - not syncing: sysrq triggered crash\n"
+        for piece in (b"output ", printed[:30], printed[30:]):
+            await console.show(piece)
+        stream = MarkedStream(_Printed(console).read)
+        waiting = asyncio.ensure_future(stream.until(b"mark"))
+        await asyncio.sleep(5)
+        if goes_on:
+            await console.show(b"and more\nmark 0\n")
+            assert await waiting == b"0"
+            return
+        with pytest.raises(ChannelClosed, match="kernel panicked"):
+            await waiting
+
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        runner.run(main())
