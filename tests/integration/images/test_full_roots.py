@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,19 +157,18 @@ def test_full_root_that_is_killed_in_the_middle_leaves_no_process_no_mount_and_n
 
 
 @pytest.fixture
-def nobodys(tmp_path: Path) -> Iterator[Path]:
-    """A directory of an ordinary user's, in a place that others may enter."""
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(0o755)
-    directory = tmp_path / "nobodys"
-    directory.mkdir()
+def nobodys() -> Iterator[Path]:
+    """A directory of an ordinary user's, where pytest does not close it to others."""
+    directory = Path(tempfile.mkdtemp(prefix="vmlab-u-"))
+    directory.chmod(0o755)
+    (directory / "small.toml").write_text(SMALL)
     shutil.copytree(_STORE / "index", directory / "store" / "index")
     (directory / "store" / "cache").mkdir()
     shutil.copytree(_STORE / "cache" / "sha256", directory / "store" / "cache" / "sha256")
     for place in (directory, *directory.rglob("*")):
         os.chown(place, NOBODY, NOBODY)
     yield directory
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(directory)
 
 
 # In a mount namespace of its own, where /etc/subuid lends the ordinary user ids, and where the
@@ -208,8 +208,8 @@ def test_ordinary_user_builds_the_same_full_root_as_root_does(
     )
     store = nobodys / "store"
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh",
-               sys.executable, "-m", "vmlab", "image", "build", str(small), "--store",
-               str(store)]  # fmt: skip
+               sys.executable, "-m", "vmlab", "image", "build", str(nobodys / "small.toml"),
+               "--store", str(store)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (image,) = ImageStore(store).images()

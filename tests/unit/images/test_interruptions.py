@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 import vmlab.images
 from vmlab.images import ImageStore
+from vmlab.images import recipe as recipes
 from vmlab.images.errors import StoreError
 from vmlab.images.store import disk
 
@@ -301,12 +302,26 @@ def as_nobody(work: Callable[[], object]) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), words
 
 
-def let_others_enter(path: Path) -> None:
-    """Open the test's directory and those of pytest's above it."""
-    for directory in (path, *path.parents):
-        if directory == Path(tempfile.gettempdir()):
-            return
-        directory.chmod(0o755)
+@pytest.fixture
+def for_all() -> Iterator[Path]:
+    """A directory that every user may enter: pytest closes its own to others, again and again."""
+    directory = Path(tempfile.mkdtemp(prefix="vmlab-u-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+def store_for_all(store: ImageStore, directory: Path) -> ImageStore:
+    """An empty store in `directory`, with all that it reads in there as well."""
+    assert store.settings.debian_keyring is not None
+    keyring = directory / "keyring"
+    shutil.copyfile(store.settings.debian_keyring, keyring)
+    settings = store.settings.model_copy(
+        update={"store": directory / "store", "debian_keyring": keyring}
+    )
+    made = ImageStore(settings=settings, apt=store.apt, environment={})
+    made.root.mkdir()
+    return made
 
 
 def readable_by_all(path: Path) -> bool:
@@ -318,14 +333,13 @@ def readable_by_all(path: Path) -> bool:
     not readable_by_all(Path(vmlab.images.__file__)), reason="nobody may not read this checkout"
 )
 def test_unprivileged_user_builds_an_image(
-    make_store: MakeStore, recipe_file: Path, tmp_path: Path
+    make_store: MakeStore, recipe_file: Path, for_all: Path
 ) -> None:
     make_store("roots").ensure(recipe_file)  # so that all that is imported later is imported
-    let_others_enter(tmp_path)
-    store = make_store("nobodys")
-    store.root.mkdir()
+    store = store_for_all(make_store(), for_all)
+    recipe = recipes.read(recipe_file)
     os.chown(store.root, NOBODY, NOBODY)
-    status, words = as_nobody(lambda: store.ensure(recipe_file).digest)
+    status, words = as_nobody(lambda: store.build(recipe).digest)
     assert status == 0, words
     image = store.directory_of(words)
     assert image.stat().st_uid == NOBODY
@@ -334,17 +348,17 @@ def test_unprivileged_user_builds_an_image(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("mode", [0o755, 0o700])
 def test_store_that_may_not_be_written_is_an_error_with_a_hint(
-    make_store: MakeStore, recipe_file: Path, tmp_path: Path
+    make_store: MakeStore, recipe_file: Path, for_all: Path, mode: int
 ) -> None:
     make_store("roots").ensure(recipe_file)
-    let_others_enter(tmp_path)
-    store = make_store("locked")
-    store.root.mkdir()
+    store = store_for_all(make_store(), for_all)
+    store.root.chmod(mode)
 
     def refused() -> str:
         with pytest.raises(StoreError, match="cannot be written") as caught:
-            store.ensure(recipe_file)
+            store.ensure("debian-12-amd64-tiny")
         return caught.value.hint or ""
 
     status, words = as_nobody(refused)

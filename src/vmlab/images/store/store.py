@@ -122,12 +122,13 @@ class ImageStore:
             ImageNotFound: nothing is called that.
             ImageError: of the kind that says why it cannot be built.
         """
-        with suppress(StoreError):  # a store that may only be read is good enough
-            clear_leftovers(self.root)
-        recipe = self.recipe(reference)
-        if recipe is None:
-            return self._sound(self._stored(str(reference)), progress)
-        return self.build(recipe, refresh=refresh, index=index, progress=progress)
+        with storing(self.root):
+            with suppress(StoreError):  # a store that may only be read is good enough
+                clear_leftovers(self.root)
+            recipe = self.recipe(reference)
+            if recipe is None:
+                return self._sound(self._stored(str(reference)), progress)
+            return self.build(recipe, refresh=refresh, index=index, progress=progress)
 
     def recipe(self, reference: str | Path) -> Recipe | None:
         """The recipe that `reference` names, or None if it can only be a stored image.
