@@ -11,7 +11,7 @@ from vmlab.engine.memory.ram import Ram
 
 BASE = 0x8000_0000
 COUNTER, LOCK, GUARDED = BASE + 0x2000, BASE + 0x2040, BASE + 0x2080
-ROUNDS = 200_000
+ROUNDS = 10_000_000  # enough that the two overlap on a busy host
 
 
 def run_both(ram: Ram) -> list[Exit]:
@@ -33,25 +33,29 @@ def run_both(ram: Ram) -> list[Exit]:
     return [left for left in exits if left is not None]
 
 
+TOGETHER = f"""
+    li s4, {GUARDED + 64}
+    li t1, 1
+    li t2, 2
+    amoadd.d zero, t1, (s4)
+    together: ld t3, (s4)
+    bne t3, t2, together
+    li s3, {ROUNDS}
+"""
+
+
 def test_no_increment_is_lost(ram, assemble) -> None:
     ram.write(
         BASE,
         assemble(
             f"""
+            {TOGETHER}
             li s0, {COUNTER}
-            li s1, {LOCK}
-            li s2, {GUARDED}
-            li s3, {ROUNDS}
-            li t1, 1
             1: amoadd.d zero, t1, (s0)
-            acquire: lr.w.aq t2, (s1)
-            bnez t2, acquire
-            sc.w.aq t2, t1, (s1)
-            bnez t2, acquire
-            ld t3, (s2)
-            addi t3, t3, 1
-            sd t3, (s2)
-            amoswap.w.rl zero, zero, (s1)
+            2: lr.d t2, (s0)
+            add t2, t2, t1
+            sc.d t3, t2, (s0)
+            bnez t3, 2b
             addi s3, s3, -1
             bnez s3, 1b
             wfi
@@ -59,7 +63,30 @@ def test_no_increment_is_lost(ram, assemble) -> None:
         ),
     )
     assert [left.reason for left in run_both(ram)] == [Reason.WAIT] * 2
-    assert ram.load64(COUNTER) == 2 * ROUNDS
+    assert ram.load64(COUNTER) == 4 * ROUNDS
+
+
+def test_a_lock_keeps_others_out(ram, assemble) -> None:
+    ram.write(
+        BASE,
+        assemble(
+            f"""
+            {TOGETHER}
+            li s1, {LOCK}
+            li s2, {GUARDED}
+            acquire: amoswap.w.aq t2, t1, (s1)
+            bnez t2, acquire
+            ld t3, (s2)
+            addi t3, t3, 1
+            sd t3, (s2)
+            amoswap.w.rl zero, zero, (s1)
+            addi s3, s3, -1
+            bnez s3, acquire
+            wfi
+            """
+        ),
+    )
+    assert [left.reason for left in run_both(ram)] == [Reason.WAIT] * 2
     assert ram.load64(GUARDED) == 2 * ROUNDS
 
 
