@@ -270,6 +270,17 @@ def test_unplugging_waits_for_the_guest_and_gives_up_in_time(bench: Any, make_sp
     bench.run(test(), 30)
 
 
+def test_nodes_that_hang_a_guest_are_refused_before_anything_is_made(
+    bench: Any, make_spec: Any
+) -> None:
+    nodes = [{"memory": 128 * MIB, "cpus": (0,)}, {"memory": 128 * MIB, "cpus": (1,)}]
+    memory = {"size": 256 * MIB, "nodes": nodes}
+    spec = make_spec(architecture="riscv64", cpus=2, memory=memory)
+    with pytest.raises(UnsupportedOperation, match="numa"):
+        bench.run(bench.qemu.create(spec))
+    assert bench.run(bench.qemu.list()) == []
+
+
 def test_machine_that_is_said_to_have_failed_can_be_started_at_once(
     bench: Any, make_spec: Any
 ) -> None:

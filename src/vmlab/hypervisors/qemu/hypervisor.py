@@ -23,6 +23,7 @@ from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
 from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT
 from vmlab.hypervisors.qemu import memory, timers
 from vmlab.hypervisors.qemu.boards import BOARDS
+from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
 from vmlab.hypervisors.qmp import QmpTimeout
@@ -152,6 +153,8 @@ def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
     if not any(BOARDS[architecture].grows for architecture in programs):
         lacking |= dict.fromkeys(_GROWTH, _NO_GROWTH)
     lacking |= {} if loadable else dict.fromkeys(_LOADS, timers.WHY_NOT)
+    if programs and set(programs) <= set(HANGS_WITH_NODES):
+        lacking[Capability.NUMA] = "; ".join(HANGS_WITH_NODES[name] for name in programs)
     supported = SUPPORTED - set(lacking)
     why = dict(UNSUPPORTED) | lacking
     found: dict[str, None] = {}

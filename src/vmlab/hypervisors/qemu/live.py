@@ -36,6 +36,7 @@ from vmlab.hypervisors.qemu.streams import ConsoleLine, SocketChannel
 from vmlab.hypervisors.qemu.threads import done_in_thread
 from vmlab.hypervisors.qemu.traffic import Traffic
 from vmlab.hypervisors.qmp import QmpEvent, QmpLost, QmpTimeout
+from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
     MachineCrashed,
@@ -51,6 +52,10 @@ from vmlab.machine.states import MachineState
 if TYPE_CHECKING:
     from vmlab.hypervisors.qemu.hypervisor import QemuHypervisor
 
+HANGS_WITH_NODES: Final[Mapping[Architecture, str]] = {
+    Architecture.RISCV64: "Linux 6.12 hangs at boot with an interrupt controller for each node"
+}
+"""Architectures whose guests do not boot with several NUMA nodes, and why."""
 _ASK_AGAIN_S: Final = 2.0
 """Seconds after which a guest that has not begun to power down is asked again: it was booting."""
 
@@ -204,11 +209,20 @@ class LiveMachine(OperatedMachine):
         self.save()
 
     def check_launch(self) -> None:
-        """Refuse what the command line cannot say, before anything is made.
+        """Refuse what the command line cannot say or no guest survives, before anything is made.
 
         Raises:
             InvalidSpec: naming the field.
+            UnsupportedOperation: guests of the architecture do not boot so.
         """
+        architecture = self._spec.architecture
+        if len(self._spec.memory.nodes) > 1 and architecture in HANGS_WITH_NODES:
+            raise UnsupportedOperation(
+                Capability.NUMA.value,
+                hypervisor="qemu",
+                machine=self.name,
+                hint=HANGS_WITH_NODES[architecture],
+            )
         cpus, memory = self._spec.cpus, self._spec.memory
         for capability, count, maximum in (
             (Capability.HOTPLUG_VCPU, cpus.count, cpus.maximum),

@@ -44,6 +44,8 @@ def test_capabilities_are_those_of_the_architectures_that_are_offered(owner: Own
     assert riscv.architectures == {Architecture.RISCV64}
     assert Capability.HOTPLUG_NIC not in riscv
     assert "PCI hot-plug" in riscv.unsupported[Capability.HOTPLUG_NIC]
+    assert "for each node" in riscv.unsupported[Capability.NUMA]
+    assert Capability.NUMA in everything
     assert asyncio.run(provider.open(owner).probe()).available
 
 
