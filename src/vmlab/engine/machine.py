@@ -130,7 +130,7 @@ class Machine:
         self.harts = Harts(harts, self._executors(harts), self.clock, self.board.bus, self._failed)
         self._stack.callback(self.clock.halt)
         self._stack.callback(self.harts.join)
-        self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware)
+        self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware, self._debug_console)
         self.harts.call = self.firmware.call
         self.disks: dict[str, Disk] = {}
         self._nodes: dict[str, DiskFile] = {}
@@ -326,6 +326,11 @@ class Machine:
     def _ended_by_firmware(self, what: Literal["poweroff", "reboot"], reason: int) -> None:
         why = "for a failure" if reason else "without a reason"
         self._tell(Happening(what), f"the guest asked firmware, {why}")
+
+    def _debug_console(self, data: bytes) -> int:
+        """What S mode writes by firmware goes the way of the UART's output."""
+        self.board.uart.send(data)
+        return len(data)
 
     def _failed(self, reason: str) -> None:
         self._tell(Happening.FAILED, reason)

@@ -19,6 +19,7 @@ from vmlab.engine.devices.virtio.balloon import VirtioBalloon
 from vmlab.engine.devices.virtio.block import VirtioBlock
 from vmlab.engine.devices.virtio.console import Port, VirtioConsole
 from vmlab.engine.devices.virtio.device import VirtioDevice
+from vmlab.engine.devices.virtio.keyboard import VirtioKeyboard
 from vmlab.engine.devices.virtio.net import VirtioNet
 from vmlab.engine.devices.virtio.rng import VirtioRng
 from vmlab.engine.devices.virtio.scsi import VirtioScsi
@@ -412,6 +413,20 @@ def _balloon_works(driver: Driver) -> None:
     assert driver.rings[0].poll() == [buffer]
 
 
+def _keyboard_host(device: VirtioDevice, source: Bytes) -> None:
+    assert isinstance(device, VirtioKeyboard)
+    device.press(source.byte())
+
+
+def _keyboard_works(driver: Driver) -> None:
+    driver.negotiate()
+    ring = driver.queue(1, 8)
+    driver.go()
+    buffer = ring.add([bytes(8)], [])
+    driver.kick(1)
+    assert ring.poll() == [buffer]
+
+
 def _make_scsi(engine: Engine) -> VirtioScsi:
     host = VirtioScsi("scsi", engine.ram, engine.workers)
     host.plug(MemoryDisk(), "one", 0)
@@ -472,6 +487,12 @@ def _targets() -> dict[str, Target]:
             [bytes(12) + bytes(60), bytes(12), bytes(2000), b"\3\0", b"\1\0"],
             _net_host,
             _net_works,
+        ),
+        "keyboard": Target(
+            lambda e: VirtioKeyboard("keyboard", e.ram, e.workers),
+            [b"", bytes(8)],
+            _keyboard_host,
+            _keyboard_works,
         ),
         "balloon": Target(
             lambda e: VirtioBalloon("balloon", e.ram, e.workers),

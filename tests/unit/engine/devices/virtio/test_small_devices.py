@@ -1,4 +1,4 @@
-"""Entropy and balloon; the balloon's pages are given back, its statistics are heard."""
+"""Entropy, balloon and keyboard; the balloon's pages are given back, its statistics are heard."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.unit.engine.devices.driver import Driver, Memory
 from tests.unit.engine.devices.machines import Engine, Qemu
 
 from vmlab.engine.devices.virtio.balloon import VirtioBalloon
+from vmlab.engine.devices.virtio.keyboard import KEY_POWER, VirtioKeyboard
 from vmlab.engine.devices.virtio.rng import VirtioRng
 from vmlab.engine.memory.ram import CODE, PAGE_SIZE
 
@@ -144,3 +145,51 @@ def test_reported_free_pages_are_given_back_in_whole_pages(engine: Engine, drive
     assert engine.peek(start, PAGE_SIZE) == b"x" * PAGE_SIZE
     assert engine.peek(start + PAGE_SIZE, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)
     assert engine.peek(start + 3 * PAGE_SIZE, PAGE_SIZE) == b"x" * PAGE_SIZE
+
+
+@pytest.fixture
+def keyboard(engine: Engine) -> VirtioKeyboard:
+    device = VirtioKeyboard("keyboard", engine.ram, engine.workers)
+    engine.board.plug(device)
+    return device
+
+
+def test_a_key_goes_down_and_up_once_somebody_listens(
+    engine: Engine, keyboard: VirtioKeyboard
+) -> None:
+    assert not keyboard.press(KEY_POWER)
+    driver = Driver(engine, 0, Memory(0x8010_0000, 0x8080_0000))
+    driver.negotiate()
+    ring = driver.queue(0, 8)
+    driver.go()
+    buffers = [ring.add([], [8]) for _ in range(2)]
+    assert keyboard.press(KEY_POWER)
+    buffers += [ring.add([], [8]) for _ in range(2)]
+    driver.kick(0)
+    ring.poll()
+    events = [struct.unpack("<HHI", ring.data(buffer)) for buffer in buffers]
+    assert events == [(1, KEY_POWER, 1), (0, 0, 0), (1, KEY_POWER, 0), (0, 0, 0)]
+    for _ in range(16):
+        assert keyboard.press(KEY_POWER)
+    assert not keyboard.press(KEY_POWER), "what nobody fetches is bounded"
+    driver.negotiate()
+    driver.queue(0, 8)
+    driver.go()
+    assert keyboard.press(KEY_POWER), "a reset forgets what nobody fetched"
+
+
+def test_a_keyboard_says_what_it_is(engine: Engine, keyboard: VirtioKeyboard) -> None:
+    driver = Driver(engine, 0, Memory(0x8010_0000, 0x8080_0000))
+    driver.negotiate()
+
+    def selected(select: int, subselect: int) -> bytes:
+        engine.write(driver.base + 0x100, 1, select)
+        engine.write(driver.base + 0x101, 1, subselect)
+        return driver.config(8, driver.config(2, 1)[0])
+
+    assert selected(1, 0) == b"vmlab keyboard"
+    assert struct.unpack("<4H", selected(3, 0))[1] == 0x1AF4
+    keys = int.from_bytes(selected(0x11, 1), "little")
+    assert keys >> KEY_POWER & 1 and not keys & 1
+    assert selected(0x11, 2) == b"", "it is no mouse"
+    assert selected(2, 0) == b""
