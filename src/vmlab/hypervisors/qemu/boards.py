@@ -48,7 +48,8 @@ class Board:
 BOARDS: Final[dict[Architecture, Board]] = {
     Architecture.X86_64: Board(
         machine="q35",
-        cpu="max",
+        # TCG executes "rep movsb" byte by byte; kernels that do not see ERMS copy by words.
+        cpu="max,-erms",
         hotplug="port",
         serials=4,
         panic="pvpanic",

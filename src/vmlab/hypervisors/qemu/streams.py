@@ -79,6 +79,9 @@ class SocketChannel(Channel):
 
     async def close(self) -> None:
         self.closed = True
+        if self._writer.transport.get_write_buffer_size():
+            # Nobody may ever take the rest: closing would wait for that.
+            self._writer.transport.abort()
         self._writer.close()
         try:
             await self._writer.wait_closed()

@@ -299,3 +299,25 @@ def test_channel_to_nobody_is_closed(tmp_path: Path) -> None:
         server.close()
 
     asyncio.run(asyncio.wait_for(test(), 10))
+
+
+def test_channel_is_closed_although_nobody_takes_what_was_written(tmp_path: Path) -> None:
+    async def test() -> None:
+        gone = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await gone.wait()
+            writer.transport.abort()
+
+        server = await asyncio.start_unix_server(serve, tmp_path / "s.sock", limit=1)
+        channel = await SocketChannel.open("c", "m", tmp_path / "s.sock")
+        writing = asyncio.create_task(channel.write(b"x" * 10_000_000))
+        await asyncio.sleep(0)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        await channel.close()
+        gone.set()
+        server.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
