@@ -15,7 +15,7 @@ from vmlab.guests.shares import parse_share
 from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
-from vmlab.lab.ways import label_of, ways_into
+from vmlab.lab.ways import label_of
 from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.spec import MachineSpec, ShareKind
@@ -77,8 +77,6 @@ class Bootable:
     """Whether it waits for a debugger before its first instruction."""
     symbols: Path | None = None
     """The kernel's vmlinux, for the debugger."""
-    ways: tuple[str, ...] = ("agent",)
-    """How its guest can be talked to, the best first; see `vmlab.lab.ways`."""
 
 
 def check(wish: Wish) -> None:
@@ -151,7 +149,6 @@ def booted_by(wish: Wish, image: Image) -> Bootable:
         whole.with_changes(shares=copied),
         debugged=wish.gdb,
         symbols=symbols_of(wish.kernel) if wish.gdb and wish.kernel is not None else None,
-        ways=ways_into(whole),
     )
 
 

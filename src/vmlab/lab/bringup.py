@@ -6,7 +6,6 @@ What a guest printed last belongs to every error here: nobody can look at a mach
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
@@ -17,9 +16,7 @@ from vmlab.hypervisors.base import Console, Machine
 from vmlab.lab.boot import Bootable
 from vmlab.lab.timeline import Timeline
 from vmlab.lab.ways import channel_into
-from vmlab.machine.errors import DeadlineExceeded, MachineCrashed, VmlabError
-
-_LOG: Final = logging.getLogger(__name__)
+from vmlab.machine.errors import MachineCrashed, VmlabError
 
 PATIENCE: Final = 30 * 86400.0
 """Seconds that somebody at a debugger has before the guest answers."""
@@ -53,13 +50,14 @@ async def booted(
         await machine.start()
     if started is not None:
         started()
-    with timeline.step("boot"):
-        try:
-            guest = await _reached(machine, wanted)
-        except VmlabError as error:
-            error.message = f"{error.message}\n{await last_words(machine)}"
-            raise
+    guest = Guest(machine, channel_into(machine))
     try:
+        with timeline.step("boot"):
+            try:
+                await _answers(machine, guest, PATIENCE if wanted.debugged else CONNECT_TIMEOUT)
+            except VmlabError as error:
+                error.message = f"{error.message}\n{await last_words(machine)}"
+                raise
         shares = (*machine.spec.shares, *wanted.copies.shares)
         if shares:
             with timeline.step("shares"):
@@ -67,25 +65,6 @@ async def booted(
         yield guest
     finally:
         await guest.close()
-
-
-async def _reached(machine: Machine, wanted: Bootable) -> Guest:
-    """The guest, by the first of its ways that it answers on; each has its time, which is said."""
-    limit = PATIENCE if wanted.debugged else CONNECT_TIMEOUT
-    for way in wanted.ways:
-        guest = Guest(machine, channel_into(machine, way))
-        try:
-            await _answers(machine, guest, limit)
-            return guest
-        except DeadlineExceeded as error:
-            await guest.close()
-            if way == wanted.ways[-1]:
-                raise
-            _LOG.warning("%s does not answer by its %s: %s", machine.name, way, error)
-        except BaseException:
-            await guest.close()
-            raise
-    raise AssertionError("a machine has a way into its guest")
 
 
 async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:

@@ -21,7 +21,7 @@ from vmlab.lab.boot import Bootable
 from vmlab.lab.bringup import booted, last_words
 from vmlab.lab.debugger import gdb_command
 from vmlab.lab.timeline import Timeline
-from vmlab.lab.ways import channel_into, ways_into
+from vmlab.lab.ways import channel_into
 from vmlab.machine.errors import InvalidSpec, MachineCrashed, UnsupportedOperation, VmlabError
 
 T = TypeVar("T")
@@ -194,7 +194,7 @@ def attach_session(
 
     async def attached(interrupts: Interrupts) -> T:
         machine = await opened.get(name)
-        guest = Guest(machine, channel_into(machine, ways_into(machine.spec)[0]))
+        guest = Guest(machine, channel_into(machine))
         try:
             await guest.connect(timeout=_ANSWER_TIMEOUT)
             return await body(Session(machine, guest), interrupts)

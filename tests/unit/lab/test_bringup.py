@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from vmlab.guests.agent import CHANNELS
 from vmlab.images.image import Image
 from vmlab.lab import bringup
 from vmlab.lab.boot import Bootable
 from vmlab.lab.timeline import Timeline
-from vmlab.lab.ways import channel_into, label_of, ways_into
+from vmlab.lab.ways import declared_by, label_of
 from vmlab.machine.architecture import Architecture
-from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, MachineCrashed
+from vmlab.machine.errors import ChannelClosed, MachineCrashed, OperationFailed
 from vmlab.machine.spec import MachineSpec
 
 PANIC = b"[ 1.0] Kernel panic - not syncing: VFS: Unable to mount root fs\n[ 1.0] Call Trace:\n"
@@ -49,7 +50,8 @@ class MuteMachine:
     name = "mute"
 
     def __init__(self, *pieces: bytes, ends: bool = False, **fields: Any) -> None:
-        self.spec = MachineSpec.of(name="mute", architecture="x86_64", **fields)
+        base = {"channels": CHANNELS} | fields
+        self.spec = MachineSpec.of(name="mute", architecture="x86_64", **base)
         self._pieces = list(pieces)
         self._ends = ends
 
@@ -111,43 +113,14 @@ def test_whoever_wants_to_know_is_told_that_it_has_started() -> None:
     assert told == ["started"]
 
 
-def test_the_next_way_is_taken_when_one_does_not_answer_and_that_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tried: list[str] = []
-
-    class Way:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        async def connect(self, *, timeout: float) -> None:
-            tried.append(self.name)
-            if self.name != "console":
-                raise DeadlineExceeded("waiting for the agent", seconds=timeout)
-
-        async def close(self) -> None:
-            tried.append(f"{self.name} closed")
-
-    async def main(*ways: str) -> None:
-        machine: Any = MuteMachine()
-        image = Image("0" * 64, "i", Architecture.X86_64, Path("/"), {})
-        wanted = Bootable(machine.spec, image, machine.spec, ways=ways)
-        async with bringup.booted(machine, wanted, Timeline()) as guest:
-            assert guest.channel.name == "console"
-
-    monkeypatch.setattr(bringup, "channel_into", lambda machine, way: Way(way))
-    asyncio.run(main("agent", "console"))
-    assert tried == ["agent", "agent closed", "console", "console closed"]
-    assert "does not answer by its agent" in caplog.text
-    with pytest.raises(DeadlineExceeded, match="printed nothing"):
-        asyncio.run(main("agent", "qga"))
-
-
-def test_ways_are_those_of_the_image_and_known_again_by_the_machine() -> None:
-    assert label_of(("ssh", "telepathy")) == {}
+def test_channels_are_those_of_the_image_and_known_again_by_the_machine() -> None:
     labels = label_of(("qga", "ssh", "console"))
-    assert ways_into(MachineSpec.of(name="m", labels=labels)) == ("qga", "console")
-    assert ways_into(MachineSpec.of(name="m")) == ("agent",)
-    machine: Any = MuteMachine()
-    for way in ("agent", "qga", "console"):
-        assert channel_into(machine, way).name == way
+    assert declared_by(MachineSpec.of(name="m", labels=labels)) == ("qga", "ssh", "console")
+    assert declared_by(MachineSpec.of(name="m", labels=label_of(()))) == ("agent",)
+
+
+def test_a_guest_that_declares_nothing_that_works_is_told_so() -> None:
+    with pytest.raises(
+        OperationFailed, match=r"no way to talk.*no port for it(?s:.*)printed nothing"
+    ):
+        bring_up(MuteMachine(channels=(), labels=label_of(("qga",))))
