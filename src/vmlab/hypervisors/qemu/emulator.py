@@ -16,7 +16,14 @@ from vmlab.hypervisors import processes
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu.command_line import QMP_SOCKET, SECOND_QMP_SOCKET
 from vmlab.hypervisors.qemu.threads import done_in_thread
-from vmlab.hypervisors.qmp import COMMAND_TIMEOUT, QmpConnection, QmpEvent, QmpLost, QmpTimeout
+from vmlab.hypervisors.qmp import (
+    COMMAND_TIMEOUT,
+    QmpConnection,
+    QmpError,
+    QmpEvent,
+    QmpLost,
+    QmpTimeout,
+)
 from vmlab.machine.errors import MachineCrashed, OperationFailed
 
 if TYPE_CHECKING:
@@ -215,16 +222,19 @@ class Emulator:
                 event.data.get("id") == job and event.data.get("status") == "concluded"
             ),
         ) as concluded:
-            await self.execute(command, {"job-id": job, **arguments})
             try:
+                await self.execute(command, {"job-id": job, **arguments})
                 await concluded.wait(timeout)
+            except (QmpError, MachineCrashed):
+                # There is no job.
+                raise
             except QmpLost as error:
                 raise await self.crashed(command, error) from error
             except BaseException:
                 # A job that saves or loads cannot be cancelled half-way: wait for it.
                 await uninterrupted(self._settle_job(job))
                 raise
-        await self._dismiss(job, command)
+        await uninterrupted(self._dismiss(job, command))
 
     async def _settle_job(self, job: str) -> None:
         while self.running:
