@@ -325,7 +325,7 @@ def _report(error: Exception) -> int:
         return ExitCode.INTERNAL
     if os.environ.get("VMLAB_DEBUG", "") not in {"", "0"}:
         traceback.print_exception(error)
-    output.print_error(str(error), hint=error.hint)
+    output.print_error(str(error), hint=error.hint, notes=getattr(error, "__notes__", ()))
     return error.exit_code
 
 

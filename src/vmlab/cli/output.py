@@ -161,10 +161,12 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def print_error(message: str, *, hint: str | None = None) -> None:
-    """Print ``error: ...`` and ``hint: ...`` on stderr."""
+def print_error(message: str, *, hint: str | None = None, notes: Sequence[str] = ()) -> None:
+    """Print ``error: ...``, a ``note: ...`` for each note, and ``hint: ...`` on stderr."""
     stream = sys.stderr
     print(f"{_paint('error:', '1;31', stream)} {message}", file=stream)
+    for note in notes:
+        print(f"{_paint('note:', '1', stream)} {note}", file=stream)
     if hint:
         print(f"{_paint('hint:', '1;36', stream)} {hint}", file=stream)
 

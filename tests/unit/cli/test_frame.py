@@ -135,13 +135,16 @@ def test_error_is_printed_with_its_hint_and_without_traceback(
     command: Callable[[object], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def probe() -> None:
-        raise VmlabError("it cannot be done", hint="do something else", machine="web1")
+        error = VmlabError("it cannot be done", hint="do something else", machine="web1")
+        error.add_note("undoing it failed too")
+        raise error
 
     command(probe)
     assert frame.main(["probe"]) == ExitCode.CANNOT
     assert capsys.readouterr() == (
         "",
-        "error: it cannot be done (machine 'web1')\nhint: do something else\n",
+        "error: it cannot be done (machine 'web1')\n"
+        "note: undoing it failed too\nhint: do something else\n",
     )
 
 
