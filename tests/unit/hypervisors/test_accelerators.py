@@ -346,7 +346,9 @@ def test_hardware_runs_guests_of_the_host_s_own_kind_only() -> None:
     assert accelerators_for(x86, probe=broken, host=x86) == ("tcg",)
 
 
-def test_kvm_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kvm_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # What is found here must not be found by tests that start machines.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = []
 
     def probe() -> ProbeItem:
