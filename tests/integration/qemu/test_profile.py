@@ -125,6 +125,7 @@ def test_profile_is_made_for_the_host_when_it_is_asked_for(
     profile_of: Any,
 ) -> None:
     assert Capability.HOTPLUG_NIC not in profile_of(Architecture.RISCV64).must_declare
+    assert Capability.FORK not in profile_of(Architecture.PPC64LE).must_declare
     profile_of(host_architecture() or Architecture.X86_64)
     assert qemu_profile.profile.hypervisor == "qemu"
     with pytest.raises(AttributeError):

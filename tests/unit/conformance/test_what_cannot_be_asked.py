@@ -1,0 +1,63 @@
+"""What the suite does where there is nothing to ask: no limits, and guests that cannot tell."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from mutants.base import PROFILE, BrokenHypervisor, BrokenProvider
+
+from vmlab.conformance.probe import GuestCannotTell
+from vmlab.conformance.qemu_profile import AgentProbe
+from vmlab.conformance.registry import checks
+from vmlab.conformance.runner import Subject, run_check
+from vmlab.machine.architecture import Architecture
+from vmlab.machine.capabilities import Limits
+
+
+class Boundless(BrokenHypervisor):
+    """Declares no limit."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._capabilities = self._capabilities.model_copy(update={"limits": Limits()})
+
+
+def test_limits_that_are_not_declared_are_not_asked_for() -> None:
+    result = run_check(checks()["errors.limits"], Subject(BrokenProvider(Boundless), PROFILE))
+    assert result.findings == []
+    assert "declares no limit" in result.reason
+
+
+class Told(AgentProbe):
+    """A probe whose guest is played: what it prints is given, by a piece of the command."""
+
+    def __init__(self, architecture: str = "riscv64", **answers: bytes) -> None:
+        machine: Any = SimpleNamespace(
+            spec=SimpleNamespace(architecture=Architecture(architecture))
+        )
+        super().__init__(machine)
+        self.answers = answers
+
+    async def ask(self, command: str, data: bytes | None = None) -> bytes:
+        return next((said for piece, said in self.answers.items() if piece in command), b"")
+
+
+def test_memory_is_read_from_a_device_tree_where_there_is_no_smbios() -> None:
+    ranges = struct.pack(">4Q", 0x8000_0000, 96 << 20, 0x1_0000_0000, 32 << 20)
+    assert asyncio.run(Told(devicetree=ranges).memory()) == 128 << 20
+    with pytest.raises(GuestCannotTell, match="neither SMBIOS nor a device tree"):
+        asyncio.run(Told().memory())
+
+
+def test_what_a_guest_cannot_tell_is_said() -> None:
+    probe = Told(block_size_bytes=b"0\n")
+    with pytest.raises(GuestCannotTell, match="no memory blocks"):
+        asyncio.run(probe.nodes())
+    for question in (probe.typed(), probe.pressed(), probe.show("text")):
+        with pytest.raises(GuestCannotTell):
+            asyncio.run(question)
+    asyncio.run(Told("x86_64").show("text"))
