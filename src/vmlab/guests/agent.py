@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Final
 
 from vmlab.guests.command import AgentRestarted, Command, CommandChannel, Sink, quote
 from vmlab.hypervisors.base import Channel
-from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed, VmlabError
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, VmlabError
 
 SLOTS: Final = 8
 CONTROL: Final = "vmlab.agent"
@@ -34,9 +34,6 @@ CHANNELS: Final = (
     CONTROL,
 )
 """The channels that a machine with the agent needs; the control port has to be the last one."""
-
-LONGEST_COMMAND: Final = 120_000
-"""Bytes; Linux takes no single argument of 128 KiB or more (MAX_ARG_STRLEN)."""
 
 INPUT_BLOCK: Final = 65536
 _PIECE: Final = 4 << 20
@@ -247,12 +244,6 @@ class AgentChannel(CommandChannel):
         started: Callable[[int], None] | None = None,
     ) -> int:
         text = command.script(own_take=True)
-        if len(text.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND or "\0" in text:
-            raise OperationFailed(
-                f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
-                hint="write it to a file in the guest and run that",
-                operation="execute",
-            )
         async with self._slot() as slot:
             return await _Run(self, slot, command, text).go(stdout, stderr, started)
 

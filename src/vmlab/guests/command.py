@@ -6,9 +6,12 @@ import signal as signals
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from vmlab.machine.errors import VmlabError
+from vmlab.machine.errors import OperationFailed, VmlabError
+
+LONGEST_COMMAND: Final = 120_000
+"""Bytes; Linux takes no single argument of 128 KiB or more (MAX_ARG_STRLEN)."""
 
 Sink = Callable[[bytes], Awaitable[None]]
 """Takes output as it comes; while it waits, so does the guest."""
@@ -30,11 +33,22 @@ class Command:
     takes: bool = False
 
     def script(self, *, own_take: bool = False) -> str:
-        """The text with directory and environment in front, and `take` unless the guest has it."""
+        """The text with directory and environment in front, and `take` unless the guest has it.
+
+        Raises:
+            OperationFailed: no shell could be given it.
+        """
         lines = ["take() { cat; }"] if self.takes and not own_take else []
         lines += [f"cd {quote(self.directory)} || exit 126"] if self.directory else []
         lines += [f"export {name}={quote(value)}" for name, value in self.environment.items()]
-        return "\n".join([*lines, self.text])
+        text = "\n".join([*lines, self.text])
+        if len(text.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND or "\0" in text:
+            raise OperationFailed(
+                f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
+                hint="write it to a file in the guest and run that",
+                operation="execute",
+            )
+        return text
 
 
 @dataclass(frozen=True, slots=True)

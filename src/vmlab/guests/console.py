@@ -16,7 +16,6 @@ from collections.abc import AsyncIterable, Awaitable, Callable
 from contextlib import suppress
 from typing import ClassVar, Final
 
-from vmlab.guests.agent import LONGEST_COMMAND
 from vmlab.guests.command import Command, CommandChannel, Sink, quote
 from vmlab.guests.console_login import Asked, Dialogue, more
 from vmlab.guests.marks import MarkedStream, blocks
@@ -172,12 +171,6 @@ class ConsoleChannel(CommandChannel):
         started: Callable[[int], None] | None = None,
     ) -> int:
         text = command.script()
-        if len(text.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND or "\0" in text:
-            raise OperationFailed(
-                f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
-                hint="write it to a file in the guest and run that",
-                operation="execute",
-            )
         async with self._lock:
             console = await self._shell()
             if command.input is not None and not self._directory:

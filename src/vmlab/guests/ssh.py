@@ -13,7 +13,6 @@ from collections.abc import AsyncIterable, Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from vmlab.guests.agent import LONGEST_COMMAND
 from vmlab.guests.command import Command, CommandChannel, Sink, quote
 from vmlab.guests.marks import MarkedStream, blocks
 from vmlab.guests.ssh_keys import MachineKeys
@@ -170,12 +169,6 @@ class SshChannel(CommandChannel):
         started: Callable[[int], None] | None = None,
     ) -> int:
         text = command.script()
-        if len(text.encode("utf-8", "surrogateescape")) > LONGEST_COMMAND or "\0" in text:
-            raise OperationFailed(
-                f"a command has at most {LONGEST_COMMAND} bytes and no NUL",
-                hint="write it to a file in the guest and run that",
-                operation="execute",
-            )
         ssh = _asyncssh()
         connection = await self._connected()
         running = _Running(text, command.input, started)

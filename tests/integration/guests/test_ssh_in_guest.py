@@ -21,7 +21,6 @@ from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Home, Run
 from vmlab.hypervisors.qemu import provider
 from vmlab.images import ImageStore
-from vmlab.images.errors import ImageError
 from vmlab.images.settings import default_store
 from vmlab.machine.errors import DeadlineExceeded, OperationFailed
 from vmlab.machine.spec import MachineSpec
@@ -39,12 +38,7 @@ Drive = Callable[[Callable[[Machine, Path], Awaitable[None]]], None]
 @pytest.fixture
 def drive() -> Iterator[Drive]:
     """Runs a coroutine function with a Debian that has just been started, and a directory."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("qemu-system-x86_64 is not installed")
-    try:
-        image = ImageStore(_IMAGE_STORE).ensure("debian-12-amd64")
-    except ImageError as error:
-        pytest.skip(f"there is no image: {error.message}")
+    image = ImageStore(_IMAGE_STORE).ensure("debian-12-amd64")
     directory = Path(tempfile.mkdtemp(prefix="vmlab-d-"))
     run = Run.begin(Home.open(directory))
     spec = MachineSpec.of(
