@@ -71,10 +71,11 @@ class Holdings:
 
 def _descriptors() -> Iterator[tuple[int, str]]:
     folder = "/proc/self/fd" if _LINUX else "/dev/fd"
-    for name in os.listdir(folder):  # noqa: PTH208  # a Path for each descriptor is slow
+    for name in os.listdir(folder):  # noqa: PTH208 (a Path for each descriptor is slow)
         # The descriptor of the listing itself is gone by now.
         with suppress(OSError):
             path = f"{folder}/{name}"
+            # As above: no Path for each.
             target = os.readlink(path) if _LINUX else str(os.fstat(int(name)).st_ino)  # noqa: PTH115
             yield int(name), target
 
@@ -121,8 +122,9 @@ def marked_processes(mark: str) -> list[int]:
         return []
     entry = f"{MARK}={mark}".encode()
     found = []
-    for name in os.listdir(_PROC):  # noqa: PTH208  # called after every check
+    for name in os.listdir(_PROC):  # noqa: PTH208 (called after every check: no Path for each)
         if name.isdigit() and int(name) != os.getpid():
+            # As above: no Path for each.
             with suppress(OSError), open(f"/proc/{name}/environ", "rb") as file:  # noqa: PTH123
                 if entry in file.read().split(b"\0"):
                     found.append(int(name))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 from vmlab.conformance.bench import Bench, CheckFailed
@@ -235,8 +236,7 @@ class Walk:
         for hypervisor in (self.lab.hypervisor, self.target):
             for machine in await patiently(hypervisor.list, "the machines are listed"):
                 await patiently(
-                    lambda machine=machine: machine.delete(force=True),  # type: ignore[misc]
-                    f"{machine.name} can be deleted",
+                    partial(machine.delete, force=True), f"{machine.name} can be deleted"
                 )
             left = await patiently(hypervisor.list, "the machines are listed")
             self.lab.equal([each.name for each in left], [], "machines in the end")

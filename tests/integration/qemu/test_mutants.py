@@ -181,6 +181,6 @@ def test_broken_driver_is_caught(subject_of: Any, kind: type[QemuMachine]) -> No
     # What never comes is not waited for as long as what comes late on a busy host.
     profile = sound.profile.with_changes(slack=30.0)
     (check,) = select([MUTANTS[kind]])
-    result = run_check(check, Subject(BrokenProvider(kind), profile))  # type: ignore[arg-type]
+    result = run_check(check, Subject(BrokenProvider(kind), profile))
     expected = "audit.processes" if kind is LeavesTheProcess else check.id
     assert expected in result.found, f"{kind.__doc__} Found: {result.found} {result.reason}"

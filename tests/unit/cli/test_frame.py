@@ -41,7 +41,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
     def install(target: object) -> None:
         entry = frame.CommandEntry("probe", "vmlab.cli.probe", "probe", "A probe.", "Test")
         module = type(sys)("vmlab.cli.probe")
-        module.probe = target  # type: ignore[attr-defined]  # a module made here
+        module.probe = target  # a module made here
         monkeypatch.setitem(sys.modules, "vmlab.cli.probe", module)
         monkeypatch.setattr(frame.CommandTable, "entries", (entry,))
 

@@ -185,7 +185,7 @@ def test_a_table_without_remarks(
     install: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     provider = PlayedProvider(lambda: GOOD.model_copy(update={"unsupported": {}}))
-    provider.probe = lambda: Probe(hypervisor="good", available=True)  # type: ignore[method-assign]  # a host in order
+    provider.probe = lambda: Probe(hypervisor="good", available=True)  # a host in order
     install(provider)
     assert main(["hypervisors"]) == ExitCode.OK
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "faults"

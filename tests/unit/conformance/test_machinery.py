@@ -159,7 +159,7 @@ def test_crash_by_signal_kills_the_machines_process() -> None:
                     return info.model_copy(update={"pid": process.pid})
 
             for _again in range(2):
-                await crash_by_signal(WithProcess(), 1.0)  # type: ignore[arg-type]
+                await crash_by_signal(WithProcess(), 1.0)
                 await asyncio.sleep(2)
                 process.wait()
             assert process.returncode == -signal.SIGKILL
@@ -171,7 +171,7 @@ def test_crash_by_signal_kills_the_machines_process() -> None:
 def test_simulated_profile_refuses_other_hypervisors() -> None:
     assert simulated.corrupt is not None
     with pytest.raises(TypeError, match="not a simulated"):
-        asyncio.run(simulated.corrupt(object(), object(), object()))  # type: ignore[arg-type]
+        asyncio.run(simulated.corrupt(object(), object(), object()))
 
 
 # Bench and runner.

@@ -275,7 +275,7 @@ def test_a_guest_without_agent_is_a_deadline_with_advice() -> None:
         async def open_silent(name: str) -> _SilentChannel:
             return _SilentChannel()
 
-        channel = AgentChannel(open_silent)  # type: ignore[arg-type]  # a stand-in of the shape
+        channel = AgentChannel(open_silent)  # a stand-in of the shape
         with pytest.raises(DeadlineExceeded, match="agent") as caught:
             await channel.connect(timeout=0.05)
         assert "console" in (caught.value.hint or "")
@@ -315,7 +315,7 @@ def test_a_guest_that_dies_ends_the_command_and_what_it_printed_is_delivered() -
         async def open_dying(name: str) -> _SilentChannel:
             return _SilentChannel() if name.endswith(".err") else _DyingChannel()
 
-        channel = AgentChannel(open_dying)  # type: ignore[arg-type]  # a stand-in of the shape
+        channel = AgentChannel(open_dying)  # a stand-in of the shape
         seen = bytearray()
 
         async def take(data: bytes) -> None:
@@ -336,7 +336,7 @@ def test_garbage_from_the_guest_is_a_clear_error(pieces: list[bytes]) -> None:
         async def open_scripted(name: str) -> _ScriptedChannel:
             return _ScriptedChannel([piece for piece in pieces if piece])
 
-        channel = AgentChannel(open_scripted)  # type: ignore[arg-type]  # a stand-in of the shape
+        channel = AgentChannel(open_scripted)  # a stand-in of the shape
         async with asyncio.timeout(5):
             with pytest.raises(ChannelClosed):
                 await run(channel, "true")

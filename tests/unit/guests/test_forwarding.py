@@ -70,7 +70,7 @@ class Here(CommandChannel):
             with suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGKILL)
             await shell.wait()
-            shell._transport.close()  # type: ignore[attr-defined]  # nothing else closes its pipes
+            shell._transport.close()  # nothing else closes its pipes
 
     async def signal(self, process: int, number: int) -> None:
         raise AssertionError("nobody signals a relay")

@@ -80,7 +80,7 @@ async def session(process: Any) -> None:
         for task in (*shown, given, gone):
             task.cancel()
         await asyncio.wait([*shown, given, gone])
-        shell._transport.close()  # type: ignore[attr-defined]  # nothing else closes its pipes
+        shell._transport.close()  # nothing else closes its pipes
         await shell.wait()
 
 
@@ -344,7 +344,7 @@ def test_a_machine_s_own_key_logs_in_and_the_host_key_is_pinned(tmp_path: Path) 
         with pytest.raises(OperationFailed, match="refuses the login of 'root'"):
             await channel.connect(timeout=TIMEOUT)
         for _ in range(2):
-            await authorize(keys, Here())  # type: ignore[arg-type]  # the one method it calls
+            await authorize(keys, Here())  # the one method it calls
         assert len((tmp_path / ".ssh" / "authorized_keys").read_text().splitlines()) == 1
         await channel.connect(timeout=TIMEOUT)
         assert (await run(channel, "echo in"))[1] == b"in\n"

@@ -176,7 +176,7 @@ def test_a_reader_that_stops_early_leaves_no_thread(tmp_path: Path) -> None:
     async def main() -> None:
         pieces = trees.packed(tmp_path / "large", "large")
         assert len(await anext(aiter(pieces))) >= trees.PIECE
-        await pieces.aclose()  # type: ignore[attr-defined]  # it is an async generator
+        await pieces.aclose()  # it is an async generator
 
     before = threading.active_count()
     asyncio.run(main())

@@ -261,8 +261,8 @@ def test_the_library_is_asked_as_documented(monkeypatch: pytest.MonkeyPatch) -> 
         @staticmethod
         def WHvGetCapability(code: int, buffer: object, size: int, written: object) -> int:
             assert (code, size) == (0, 8)
-            buffer.raw = b"\x01" + bytes(7)  # type: ignore[attr-defined]  # ctypes' char array
-            written._obj.value = 4  # type: ignore[attr-defined]  # ctypes' reference
+            buffer.raw = b"\x01" + bytes(7)  # ctypes' char array
+            written._obj.value = 4  # ctypes' reference
             return 0
 
     monkeypatch.setattr(accelerators.ctypes, "CDLL", lambda name: Library)

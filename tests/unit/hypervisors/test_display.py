@@ -103,10 +103,10 @@ def test_only_a_machine_with_a_display_is_looked_at() -> None:
         image = await machine.screenshot()
         assert pixels_of(image) == (1, 1, b"\0toy")
         await machine.send_keys(["a", "shift-b"])
-        assert machine.pressed == [("a",), ("shift", "b")]  # type: ignore[attr-defined]
+        assert machine.pressed == [("a",), ("shift", "b")]
         with pytest.raises(InvalidSpec):
             await machine.send_keys(["a", "nonsense"])
-        assert len(machine.pressed) == 2  # type: ignore[attr-defined]
+        assert len(machine.pressed) == 2
         blind = await ToyHypervisor().machine(RUNNING)
         for call in (blind.screenshot(), blind.send_keys(["a"])):
             with pytest.raises(UnsupportedOperation, match="display") as caught:

@@ -68,7 +68,7 @@ def look(host: Host, tmp_path: Path) -> Callable[..., Diagnosis]:
     """Diagnose the host, with some things changed."""
 
     def diagnosis(home: Path | None = None, **changes: object) -> Diagnosis:
-        changed = replace(host, **changes)  # type: ignore[arg-type]  # fields by name
+        changed = replace(host, **changes)  # fields by name
         return diagnose(changed, home or tmp_path / "home")
 
     return diagnosis

@@ -273,7 +273,7 @@ def test_whatever_is_asked_at_once_is_never_interleaved(
             "force": lambda: machine.delete(force=True),
         }
         try:
-            await calls.get(name, getattr(machine, name, None))()  # type: ignore[misc]  # by name
+            await calls.get(name, getattr(machine, name, None))()  # by name
         except VmlabError:
             return
 
@@ -1188,7 +1188,7 @@ async def test_a_migration_to_nowhere_is_refused() -> None:
     before = here.log.last
     for target in (here, None, "there"):
         with pytest.raises(InvalidSpec, match="another hypervisor of the kind 'toy'"):
-            await machine.migrate(target)  # type: ignore[arg-type]  # that is refused
+            await machine.migrate(target)  # that is refused
     with pytest.raises(InvalidState, match="has to be created or stopped"):
         await machine.migrate(there, live=False)
     await there.machine(name="a")

@@ -198,7 +198,7 @@ class ToyMachine(OperatedMachine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.guest = STOPPED if self.state is MachineState.CREATED else self.state
-        self.toy: ToyHypervisor = self._hypervisor  # type: ignore[assignment]  # new_machine's
+        self.toy: ToyHypervisor = self._hypervisor  # new_machine's
         self.saved: dict[str, Snapshot] = {}
         self.pressed: list[tuple[str, ...]] = []
         self.memory = 0

@@ -440,8 +440,8 @@ def test_local_mirror_serves_the_snapshot_and_nothing_else(
     store = make_store()
     suite = store.suite("debian", "trixie")
     snapshot = suite.snapshot()
-    archive.date += 1000  # type: ignore[attr-defined]  # the mirror moves on
-    archive.publish()  # type: ignore[attr-defined]
+    archive.date += 1000  # the mirror moves on
+    archive.publish()
     with serving(suite, snapshot, components=("main",), architecture="riscv64",
                  progress=lambda event: None) as (sources, failures):  # fmt: skip
         (only,) = sources
@@ -454,14 +454,14 @@ def test_local_mirror_serves_the_snapshot_and_nothing_else(
 
         assert b"Suite: stable" in get("dists/trixie/InRelease")
         name = "pool/busybox-static_1.0_riscv64.deb"
-        assert get(name) == archive.path("busybox-static").read_bytes()  # type: ignore[attr-defined]
+        assert get(name) == archive.path("busybox-static").read_bytes()
         for path in ("etc/passwd", "../../etc/passwd", "pool/none.deb", "",
                      "../trixie-updates/dists/trixie-updates/InRelease"):  # fmt: skip
             with pytest.raises(urllib.error.HTTPError) as caught:
                 get(path)
             assert caught.value.code == 404
             caught.value.close()
-        (archive.root / "pool" / "linux-image-riscv64_1.0_riscv64.deb").write_bytes(b"")  # type: ignore[attr-defined]
+        (archive.root / "pool" / "linux-image-riscv64_1.0_riscv64.deb").write_bytes(b"")
         with pytest.raises(urllib.error.HTTPError) as caught:
             get("pool/linux-image-riscv64_1.0_riscv64.deb")
         assert caught.value.code == 502

@@ -109,7 +109,7 @@ def test_another_file_or_command_line_gives_another_digest(
 def test_warm_store_asks_nobody(
     make_store: MakeStore, recipe_file: Path, mirror: object, behaviour: object
 ) -> None:
-    requests = behaviour.requests  # type: ignore[attr-defined]  # the conftest's own class
+    requests = behaviour.requests  # the conftest's own class
     store = make_store()
     image = store.ensure(recipe_file)
     before = len(requests)
@@ -141,7 +141,7 @@ def test_cold_store_without_network_says_so(make_store: MakeStore, recipe_file: 
 def test_tampered_release_is_refused_and_nothing_is_kept(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    inrelease = archive.root / "dists" / "trixie" / "InRelease"  # type: ignore[attr-defined]
+    inrelease = archive.root / "dists" / "trixie" / "InRelease"
     data = inrelease.read_bytes()
     inrelease.write_bytes(data.replace(b"Version: 13.0", b"Version: 13.9"))
     store = make_store()
@@ -155,7 +155,7 @@ def test_tampered_release_is_refused_and_nothing_is_kept(
 def test_text_around_the_signed_part_is_not_believed(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    inrelease = archive.root / "dists" / "trixie" / "InRelease"  # type: ignore[attr-defined]
+    inrelease = archive.root / "dists" / "trixie" / "InRelease"
     data = inrelease.read_bytes()
     for forged in (b"Suite: evil\n\n" + data, data + b"\nSHA256:\n 0 0 evil\n"):
         inrelease.write_bytes(forged)
@@ -173,8 +173,8 @@ def test_release_signed_by_a_strange_key_is_refused(
 ) -> None:
     import pysequoia
 
-    archive.key = pysequoia.Tsk.generate("Stranger")  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
+    archive.key = pysequoia.Tsk.generate("Stranger")
+    archive.publish()
     with pytest.raises(UntrustedArchive, match="no valid signature of a known archive key"):
         make_store().ensure(recipe_file)
 
@@ -189,7 +189,7 @@ def test_debians_own_keys_do_not_vouch_for_the_small_archive(
 def test_another_suite_under_this_name_is_refused(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    dists = archive.root / "dists"  # type: ignore[attr-defined]
+    dists = archive.root / "dists"
     (dists / "trixie").rename(dists / "bookworm")
     recipe_file.write_text(recipe_file.read_text().replace('"trixie"', '"bookworm"'))
     with pytest.raises(UntrustedArchive, match="not of 'bookworm'"):
@@ -199,8 +199,8 @@ def test_another_suite_under_this_name_is_refused(
 def test_expired_index_is_refused_unless_told_otherwise(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    archive.valid_until = 1_700_100_000.0  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
+    archive.valid_until = 1_700_100_000.0
+    archive.publish()
     with pytest.raises(UntrustedArchive, match="has expired") as caught:
         make_store().ensure(recipe_file)
     assert "Check-Valid-Until" in (caught.value.hint or "")
@@ -210,8 +210,8 @@ def test_expired_index_is_refused_unless_told_otherwise(
 def test_index_from_the_future_is_refused(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    archive.date = time.time() + 3600  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
+    archive.date = time.time() + 3600
+    archive.publish()
     with pytest.raises(UntrustedArchive, match="made in the future"):
         make_store().ensure(recipe_file)
 
@@ -221,18 +221,18 @@ def test_older_index_does_not_replace_a_newer_one(
 ) -> None:
     store = make_store()
     newer = store.suite("debian", "trixie").snapshot()
-    archive.date -= 86_400  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
+    archive.date -= 86_400
+    archive.publish()
     assert store.suite("debian", "trixie").snapshot(refresh=True).digest == newer.digest
-    archive.date += 2 * 86_400  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
+    archive.date += 2 * 86_400
+    archive.publish()
     assert store.suite("debian", "trixie").snapshot(refresh=True).date > newer.date
 
 
 def test_tampered_package_is_refused_by_name_and_the_right_one_fetched_afterwards(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    path = archive.path("busybox-static")  # type: ignore[attr-defined]
+    path = archive.path("busybox-static")
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     store = make_store()
@@ -247,7 +247,7 @@ def test_tampered_package_is_refused_by_name_and_the_right_one_fetched_afterward
 def test_tampered_index_is_refused(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    for path in (archive.root / "dists").rglob("*"):  # type: ignore[attr-defined]
+    for path in (archive.root / "dists").rglob("*"):
         if path.is_file() and path.name != "InRelease":
             data = path.read_bytes()
             path.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
@@ -258,7 +258,7 @@ def test_tampered_index_is_refused(
 def test_package_of_another_size_is_refused(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    path = archive.path("busybox-static")  # type: ignore[attr-defined]
+    path = archive.path("busybox-static")
     path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(MirrorError, match="the index promises"):
         make_store().ensure(recipe_file)
@@ -345,11 +345,11 @@ def test_changed_snapshot_in_the_store_is_not_used(
 def test_mirror_that_dies_in_the_middle_is_resumed_where_it_died(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
-    behaviour.cut["busybox-static_1.0_riscv64.deb"] = [100, 150]  # type: ignore[attr-defined]
+    behaviour.cut["busybox-static_1.0_riscv64.deb"] = [100, 150]
     make_store().ensure(recipe_file)
     ranges = [
         wanted
-        for path, wanted in behaviour.requests  # type: ignore[attr-defined]
+        for path, wanted in behaviour.requests
         if path.endswith("busybox-static_1.0_riscv64.deb")
     ]
     assert ranges == [None, "bytes=100-", "bytes=250-"]
@@ -358,8 +358,8 @@ def test_mirror_that_dies_in_the_middle_is_resumed_where_it_died(
 def test_mirror_without_ranges_that_dies_is_survived_too(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
-    behaviour.ranges = False  # type: ignore[attr-defined]
-    behaviour.cut["busybox-static_1.0_riscv64.deb"] = [100, 250]  # type: ignore[attr-defined]
+    behaviour.ranges = False
+    behaviour.cut["busybox-static_1.0_riscv64.deb"] = [100, 250]
     assert make_store().ensure(recipe_file).name == "small-tiny"
 
 
@@ -367,34 +367,34 @@ def test_mirror_that_dies_for_good_leaves_a_download_that_the_next_run_resumes(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
     name = "busybox-static_1.0_riscv64.deb"
-    behaviour.cut[name] = [200] + [0] * 10  # type: ignore[attr-defined]
+    behaviour.cut[name] = [200] + [0] * 10
     with pytest.raises(MirrorError, match=r"busybox-static.*the connection ended") as caught:
         make_store().ensure(recipe_file)
     assert "goes on where it stopped" in (caught.value.hint or "")
-    behaviour.cut.clear()  # type: ignore[attr-defined]
-    behaviour.requests.clear()  # type: ignore[attr-defined]
+    behaviour.cut.clear()
+    behaviour.requests.clear()
     make_store().ensure(recipe_file)
-    assert (f"/pool/{name}", "bytes=200-") in behaviour.requests  # type: ignore[attr-defined]
+    assert (f"/pool/{name}", "bytes=200-") in behaviour.requests
 
 
 def test_wrong_bytes_from_an_earlier_download_are_replaced(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
     name = "busybox-static_1.0_riscv64.deb"
-    behaviour.cut[name] = [200] + [0] * 10  # type: ignore[attr-defined]
+    behaviour.cut[name] = [200] + [0] * 10
     store = make_store()
     with pytest.raises(MirrorError):
         store.ensure(recipe_file)
     (partial,) = (store.root / "cache" / "partial").iterdir()
     partial.write_bytes(b"x" * 200)
-    behaviour.cut.clear()  # type: ignore[attr-defined]
+    behaviour.cut.clear()
     assert store.ensure(recipe_file).name == "small-tiny"
 
 
 def test_overloaded_mirror_is_asked_again(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
-    behaviour.replies["InRelease"] = [503, 503]  # type: ignore[attr-defined]
+    behaviour.replies["InRelease"] = [503, 503]
     assert make_store().ensure(recipe_file).name == "small-tiny"
 
 
@@ -408,7 +408,7 @@ def test_mirror_without_the_suite_says_so(make_store: MakeStore, recipe_file: Pa
 def test_silent_mirror_ends_in_an_error_not_in_a_hang(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
-    behaviour.silent.add("InRelease")  # type: ignore[attr-defined]
+    behaviour.silent.add("InRelease")
     started = time.monotonic()
     with pytest.raises(MirrorError, match="silent for too long"):
         make_store(timeout_seconds=0.2).ensure(recipe_file)
@@ -419,19 +419,19 @@ def test_mirror_without_by_hash_is_read(
     make_store: MakeStore, recipe_file: Path, archive: object, behaviour: object
 ) -> None:
     make_store("one").ensure(recipe_file)
-    assert any("by-hash" in path for path, _ in behaviour.requests)  # type: ignore[attr-defined]
-    archive.by_hash = False  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
-    behaviour.requests.clear()  # type: ignore[attr-defined]
+    assert any("by-hash" in path for path, _ in behaviour.requests)
+    archive.by_hash = False
+    archive.publish()
+    behaviour.requests.clear()
     make_store("two").ensure(recipe_file)
-    asked = behaviour.requests  # type: ignore[attr-defined]
+    asked = behaviour.requests
     assert not any("by-hash" in path for path, _ in asked)
 
 
 def test_directory_can_be_the_mirror(
     make_store: MakeStore, recipe_file: Path, archive: object
 ) -> None:
-    url = archive.root.as_uri()  # type: ignore[attr-defined]
+    url = archive.root.as_uri()
     assert make_store(debian_mirror=url).ensure(recipe_file).name == "small-tiny"
 
 
@@ -440,18 +440,18 @@ def test_package_that_a_point_release_dropped_renews_the_index(
 ) -> None:
     store = make_store()
     old = store.suite("debian", "trixie").snapshot()
-    archive.path("busybox-static").unlink()  # type: ignore[attr-defined]
-    busybox = archive.packages.pop("busybox-static")  # type: ignore[attr-defined]
+    archive.path("busybox-static").unlink()
+    busybox = archive.packages.pop("busybox-static")
     control, data = busybox
-    archive.packages["busybox-static"] = (  # type: ignore[attr-defined]
+    archive.packages["busybox-static"] = (
         control.replace("Version: 1.0", "Version: 1.1"), data + b"\n" * (len(data) % 2),
     )  # fmt: skip
-    archive.date += 86_400  # type: ignore[attr-defined]
+    archive.date += 86_400
     store.suite("debian", "trixie").index(old, components=["main"], architecture="riscv64")
     with pytest.raises(PackageGone):
         store.ensure(recipe_file, index=old.digest)
-    archive.publish()  # type: ignore[attr-defined]
-    archive.path("busybox-static").write_bytes(data)  # type: ignore[attr-defined]
+    archive.publish()
+    archive.path("busybox-static").write_bytes(data)
     image = store.ensure(recipe_file, refresh=True)
     assert image.source["packages"]["busybox-static"] == "1.1"
 
@@ -461,8 +461,8 @@ def test_pin_keeps_the_index_although_there_is_a_newer_one(
 ) -> None:
     store = make_store()
     first = store.ensure(recipe_file)
-    archive.date += 86_400  # type: ignore[attr-defined]
-    archive.publish()  # type: ignore[attr-defined]
+    archive.date += 86_400
+    archive.publish()
     newer = store.ensure(recipe_file, refresh=True)
     assert newer.digest != first.digest
     assert store.ensure(recipe_file).digest == newer.digest

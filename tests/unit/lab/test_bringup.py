@@ -72,7 +72,7 @@ def bring_up(machine: MuteMachine, started: Any = None) -> None:
     async def main() -> None:
         image = Image("0" * 64, "i", Architecture.X86_64, Path("/"), {})
         wanted = Bootable(machine.spec, image, machine.spec)
-        async with bringup.booted(machine, wanted, Timeline(), started):  # type: ignore[arg-type]
+        async with bringup.booted(machine, wanted, Timeline(), started):
             raise AssertionError("it does not answer")
 
     asyncio.run(asyncio.wait_for(main(), 60))

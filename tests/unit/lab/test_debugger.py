@@ -13,7 +13,7 @@ from vmlab.machine.architecture import Architecture
 SOCKET = Path("/run/vm's/gdb.sock")
 
 
-def has(*programs: str):  # type: ignore[no-untyped-def]  # a stand-in for shutil.which
+def has(*programs: str):  # a stand-in for shutil.which
     return lambda name: f"/usr/bin/{name}" if name in programs else None
 
 

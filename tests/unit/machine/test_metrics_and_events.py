@@ -56,7 +56,7 @@ def test_an_event_is_the_same_in_another_process() -> None:
     )
     assert Event.model_validate_json(event.model_dump_json()) == event
     with pytest.raises(ValidationError):
-        event.sequence = 2  # type: ignore[misc]  # that it is refused is the test
+        event.sequence = 2  # that it is refused is the test
 
 
 def test_errors_and_states_import_no_pydantic() -> None:

@@ -98,7 +98,7 @@ def test_every_passing_state_belongs_to_an_operation() -> None:
 def test_operations_are_refused_for_a_deleted_machine() -> None:
     assert [name for name, states in OPERATIONS.items() if S.DELETED in states] == []
     with pytest.raises(TypeError):
-        OPERATIONS["fly"] = frozenset()  # type: ignore[index]  # that it is refused is the test
+        OPERATIONS["fly"] = frozenset()  # that it is refused is the test
 
 
 @given(st.sampled_from(list(MachineState)), st.lists(st.sampled_from(list(MachineState))))

@@ -213,7 +213,7 @@ def test_nothing_is_recorded_after_the_end(attempt: AttemptRecorder, recorder: R
 
 def test_pending_is_no_end(attempt: AttemptRecorder) -> None:
     with pytest.raises(VmlabError, match="cannot end as pending"):
-        attempt.finish(Outcome.PENDING)  # type: ignore[arg-type]  # what a caller might try
+        attempt.finish(Outcome.PENDING)  # what a caller might try
     with pytest.raises(VmlabError, match="cannot be pending"):
         attempt.check("c", Outcome.PENDING)
     assert attempt.finish() is Outcome.PASS

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from vmlab.machine.errors import VmlabError
+
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 RAM_BASE: Final = 0x8000_0000
@@ -92,7 +94,9 @@ class Ram:
         if size <= 0 or size % PAGE_SIZE or base % PAGE_SIZE:
             raise ValueError(f"RAM is whole pages of {PAGE_SIZE} bytes, not {size} at {base:#x}")
         if sys.byteorder != "little":
-            raise NotImplementedError("the engine runs on little-endian hosts")
+            raise VmlabError(
+                "the engine does not run on a big-endian host", hint="QEMU runs guests there"
+            )
         self.base = base
         self.size = size
         self.end = base + size

@@ -298,7 +298,7 @@ class TellsNoSize(BrokenHypervisor):
                 facts["size"] = 0
             return emit(type_, **facts)
 
-        self.log.emit = vague  # type: ignore[method-assign]
+        self.log.emit = vague
 
 
 @mutant("deterministic.same-seed")
@@ -307,7 +307,7 @@ class TrulyRandom(BrokenMachine):
 
     async def _do_create(self, operation: Operation) -> None:
         await super()._do_create(operation)
-        self.hardware.entropy = os.urandom  # type: ignore[method-assign]
+        self.hardware.entropy = os.urandom
 
 
 @mutant("deterministic.same-seed", only=False)

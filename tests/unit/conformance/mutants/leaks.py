@@ -137,7 +137,7 @@ class LeavesFollowersWaiting(BrokenHypervisor):
     """Does not end those who follow its events when it is closed."""
 
     async def close(self) -> None:
-        self.log.close = lambda: None  # type: ignore[method-assign]
+        self.log.close = lambda: None
         await super().close()
 
 
@@ -176,7 +176,7 @@ class LosesEvent(BrokenHypervisor):
                 self.log._lost.add(self.log.last + 1)
             return emit(type_, **facts)
 
-        self.log.emit = lossy  # type: ignore[method-assign]
+        self.log.emit = lossy
 
 
 @mutant("audit.numbers", only=False)
@@ -202,7 +202,7 @@ class TellsWrongOrigin(BrokenHypervisor):
                 facts["from"] = "created"
             return emit(type_, **facts)
 
-        self.log.emit = wrong  # type: ignore[method-assign]
+        self.log.emit = wrong
 
 
 @mutant("audit.transitions", only=False)
@@ -218,7 +218,7 @@ class SkipsStates(BrokenHypervisor):
                 return None
             return emit(type_, **facts)
 
-        self.log.emit = terse  # type: ignore[method-assign]
+        self.log.emit = terse
 
 
 @mutant("audit.operations")

@@ -32,7 +32,7 @@ def board(harts: int = 2, memory: int = 256 * MIB, **options: object) -> Board:
         ManualClock(),
         lambda hart, bit, level: None,
         lambda kind, code: None,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

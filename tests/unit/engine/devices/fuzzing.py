@@ -355,7 +355,7 @@ def _console_host(device: VirtioDevice, source: Bytes) -> None:
 
 
 def _console_works(driver: Driver) -> None:
-    device = next(iter(driver.machine.board.devices()))  # type: ignore[attr-defined]
+    device = next(iter(driver.machine.board.devices()))
     for port in device.ports:
         port.endpoint.waiting.clear()
         port.endpoint.connected = True
@@ -384,7 +384,7 @@ def _net_host(device: VirtioDevice, source: Bytes) -> None:
 
 
 def _net_works(driver: Driver) -> None:
-    device = next(iter(driver.machine.board.devices()))  # type: ignore[attr-defined]
+    device = next(iter(driver.machine.board.devices()))
     device.set_link(True)
     driver.negotiate(15)
     driver.queue(0, 8)

@@ -40,7 +40,7 @@ class Engine:
             self.clock,
             self._set_pending,
             lambda kind, code: self.ends.append((kind, code)),
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         self.bus = self.board.bus
 

@@ -38,7 +38,7 @@ def attack(fuzzed: Target, count: int, seed: int) -> set[int]:
         seen.add(fuzzed.device.state.status)
         reset()
 
-    fuzzed.device.reset = noted  # type: ignore[method-assign]
+    fuzzed.device.reset = noted
     for number in range(count):
         data = noise.randbytes(noise.choice((20, 60, 150)))
         try:

@@ -82,7 +82,7 @@ def test_cancelled_thread_has_ended_when_the_call_returns() -> None:
     def work(check: object) -> None:
         try:
             while True:
-                check()  # type: ignore[operator]
+                check()
         finally:
             ended.append(True)
 

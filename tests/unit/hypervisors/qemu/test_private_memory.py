@@ -210,7 +210,7 @@ class Emulator:
 
 def save(emulator: Emulator, directory: Path) -> bytes:
     blocks = private.SmallBlocks(b"", b"", b"", frozenset({"virt.flash0"}))
-    return asyncio.run(private.save_devices(emulator, directory, blocks))  # type: ignore[arg-type]
+    return asyncio.run(private.save_devices(emulator, directory, blocks))
 
 
 def test_devices_are_saved_only_while_the_flash_memory_is_empty(tmp_path: Path) -> None:

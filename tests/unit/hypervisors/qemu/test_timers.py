@@ -143,7 +143,7 @@ class Stub:
 
 
 def rearmed(stub: Stub, architecture: Architecture = Architecture.RISCV64) -> None:
-    asyncio.run(rearm(stub, architecture))  # type: ignore[arg-type]  # a stand-in
+    asyncio.run(rearm(stub, architecture))  # a stand-in
 
 
 def test_every_deadline_is_written_as_it_is(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_stub_that_does_not_start_is_told(tmp_path: Path) -> None:
 
     async def attempt() -> None:
         stub._server = await asyncio.start_unix_server(no_server, tmp_path / "other.sock")
-        await rearm(stub, Architecture.RISCV64)  # type: ignore[arg-type]  # a stand-in
+        await rearm(stub, Architecture.RISCV64)  # a stand-in
 
     with pytest.raises(OperationFailed, match=r"cannot be reached: .*Could not open gdbserver"):
         asyncio.run(attempt())
@@ -234,9 +234,9 @@ def test_stub_that_hangs_or_hangs_up_is_given_up(
                     await released.wait()
                 writer.close()
 
-            stub._serve = serve  # type: ignore[method-assign]  # it fails on cue
+            stub._serve = serve  # it fails on cue
             try:
-                async with gdbstub(stub) as talk:  # type: ignore[arg-type]  # a stand-in
+                async with gdbstub(stub) as talk:  # a stand-in
                     await talk.threads()
             finally:
                 released.set()
@@ -249,7 +249,7 @@ def test_stub_of_a_process_that_has_ended_is_not_ended(tmp_path: Path) -> None:
     stub = Stub(tmp_path)
 
     async def attempt() -> None:
-        async with gdbstub(stub):  # type: ignore[arg-type]  # a stand-in
+        async with gdbstub(stub):  # a stand-in
             stub.running = False
         assert stub._server is not None
         stub._server.close()

@@ -176,10 +176,12 @@ class VirtioDevice:
     def handle(self, request: Request) -> None:
         """Serve one request and call its `done`, or `put_back`, or keep it for later.
 
+        Not asked of a device that provides `process` for all its queues.
+
         Raises:
             QueueBroken: the request is not one; the device will need a reset.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} has requests, and nothing that serves them")
 
     def process(self, index: int) -> None:
         """A queue was rung: take what there is. A device that fills buffers does it otherwise."""

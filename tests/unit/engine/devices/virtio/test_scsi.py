@@ -261,7 +261,7 @@ def test_disks_are_plugged_and_unplugged_while_the_guest_runs(
     assert events(guest) == [(1, 200, 1)]
     with pytest.raises(VmlabError, match="no free target 200"):
         host.plug(host.disks[200].disk, "three", 200)
-    host.disks[200].disk.resize(SECTORS * 256)  # type: ignore[attr-defined]
+    host.disks[200].disk.resize(SECTORS * 256)
     host.resized(200)
     assert events(guest) == [(3, 200, 0x092A)]
     assert guest.command(bytes(6), target=200)[2] == (6, 0x2A, 9)
