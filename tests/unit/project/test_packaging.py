@@ -112,9 +112,8 @@ def test_the_lock_holds_every_dependency_of_every_extra() -> None:
     for extra in PYPROJECT["project"]["optional-dependencies"].values():
         wanted += extra
     wanted += PYPROJECT["build-system"]["requires"]
-    names = {normalised(re.match(r"[\w.\-]+", each)[0]) for each in wanted} - {
-        "vmlab"
-    }  # each begins with a name
+    # Each begins with a name.
+    names = {normalised(re.match(r"[\w.\-]+", each)[0]) for each in wanted} - {"vmlab"}
     assert names <= locked().keys()
 
 
