@@ -26,11 +26,14 @@ _ASK_AGAIN_S: Final = 5.0
 
 
 async def add_disk(emulator: Emulator, layout: Layout, board: Board, disk: DiskFile) -> None:
-    """Add a disk; nothing is left of one that could not be added."""
+    """Add a disk; nothing is left of one that is refused.
+
+    When it is cancelled QEMU may add the disk all the same: `take_back` is for that.
+    """
     await emulator.execute("blockdev-add", disk.block_node())
     try:
         await emulator.execute("device_add", disk_options(layout, board, disk))
-    except BaseException:
+    except QmpError:
         await uninterrupted(drop_node(emulator, disk.node))
         raise
 
@@ -57,11 +60,14 @@ async def drop_node(emulator: Emulator, node: str) -> None:
 async def add_nic(
     emulator: Emulator, layout: Layout, board: Board, nic: str, netdev: Mapping[str, Any]
 ) -> None:
-    """Add a NIC; nothing is left of one that could not be added."""
+    """Add a NIC; nothing is left of one that is refused.
+
+    When it is cancelled QEMU may add the NIC all the same: `take_back_nic` is for that.
+    """
     await emulator.execute("netdev_add", netdev)
     try:
         await emulator.execute("device_add", nic_options(layout, board, nic))
-    except BaseException:
+    except QmpError:
         await uninterrupted(_drop_netdev(emulator, nic))
         raise
 
@@ -118,19 +124,19 @@ async def remove_device(emulator: Emulator, device: str) -> None:
 async def take_back(emulator: Emulator, disk: DiskFile) -> None:
     """Remove a disk whose adding was interrupted, as far as it got."""
     if emulator.running:
-        await _take_back(emulator, disk_device(disk.name), "blockdev-del", {"node-name": disk.node})
+        await remove_device(emulator, disk_device(disk.name))
+        try:
+            await drop_node(emulator, disk.node)
+        except QmpError as error:
+            # It may not have come about; one that stays in use is another matter.
+            if "in use" in error.message:
+                raise
 
 
 async def take_back_nic(emulator: Emulator, nic: str) -> None:
     """Remove a NIC whose adding was interrupted, as far as it got."""
     if emulator.running:
-        await _take_back(emulator, nic_device(nic), "netdev_del", {"id": nic_backend(nic)})
-
-
-async def _take_back(
-    emulator: Emulator, device: str, command: str, arguments: Mapping[str, Any]
-) -> None:
-    await remove_device(emulator, device)
-    with suppress(QmpError):
-        # It may not have come about.
-        await emulator.execute(command, arguments)
+        await remove_device(emulator, nic_device(nic))
+        with suppress(QmpError):
+            # It may not have come about.
+            await _drop_netdev(emulator, nic)

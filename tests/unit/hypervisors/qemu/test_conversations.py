@@ -90,6 +90,43 @@ def test_a_nic_that_is_refused_leaves_no_backend(running: bool) -> None:
     assert script.said == ["netdev_add", "device_add", *(["netdev_del"] if running else [])]
 
 
+@pytest.mark.parametrize("add", [hotplug.add_disk, hotplug.add_nic])
+def test_an_adding_that_is_cancelled_is_left_to_be_taken_back(add: Any) -> None:
+    # QEMU may be at it yet, so that the node or the backend is in use a moment later.
+    script = Script({"device_add": [asyncio.CancelledError()]})
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(add(script, None, None, *((DISK,) if add is hotplug.add_disk else ("n", {}))))
+    assert script.said[1:] == ["device_add"]
+
+
+def test_a_disk_whose_adding_was_interrupted_is_taken_back_as_far_as_it_got() -> None:
+    gone = QmpDeviceNotFound("not found", command="device_del")
+    script = Script({"blockdev-del": [refused("blockdev-del", "Node is in use")]})
+    script.deleted = ["gone"]
+    asyncio.run(hotplug.take_back(script, DISK))
+    assert script.said == ["device_del", "blockdev-del", "device_add", "blockdev-del"]
+    script = Script({"device_del": [gone], "blockdev-del": [refused("blockdev-del", "no node")]})
+    asyncio.run(hotplug.take_back(script, DISK))
+    assert script.said == ["device_del", "blockdev-del"]
+    script = Script({}, running=False)
+    asyncio.run(hotplug.take_back(script, DISK))
+    asyncio.run(hotplug.take_back_nic(script, "n"))
+    assert script.said == []
+    script = Script({"device_del": [gone], "netdev_del": [refused("netdev_del")]})
+    asyncio.run(hotplug.take_back_nic(script, "n"))
+    assert script.said == ["device_del", "netdev_del"]
+
+
+def test_a_taken_back_disk_whose_node_stays_in_use_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hotplug, "_RELEASES", 1)
+    script = Script({"blockdev-del": [refused("blockdev-del", "is in use")] * 2})
+    script.deleted = ["gone"]
+    with pytest.raises(QmpError, match="in use"):
+        asyncio.run(hotplug.take_back(script, DISK))
+
+
 def test_a_node_in_use_is_dropped_as_soon_as_it_is_free() -> None:
     busy = [refused("blockdev-del", "Node is in use") for _ in range(2)]
     script = Script({"blockdev-del": [*busy], "device_add": [refused("device_add")]})
