@@ -46,6 +46,7 @@ class SegmentKind(Enum):
     STREAM_SERVER = "stream-server"
     STREAM_CLIENT = "stream-client"
     DATAGRAM = "datagram"
+    MULTICAST = "multicast"
     TAP = "tap"
 
 
@@ -86,7 +87,8 @@ class Nic:
 
     Attributes:
         mac: As six pairs of hexadecimal digits with colons between them.
-        path: Of the segment's socket, or the name of a TAP device.
+        path: Of the segment's socket; of a multicast segment, its group ("239.1.2.3:20000"); or
+            the name of a TAP device.
         peer: Of a datagram segment, the other end's socket.
     """
 
@@ -95,6 +97,39 @@ class Nic:
     segment: SegmentKind = SegmentKind.NONE
     path: str = ""
     peer: str = ""
+
+
+class TimeMode(Enum):
+    """What the machine's time is made of."""
+
+    HOST = "host"
+    DETERMINISTIC = "deterministic"
+
+
+class Idle(Enum):
+    """What happens to deterministic time while all harts wait for an interrupt."""
+
+    SKIP = "skip"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True)
+class Time:
+    """The machine's time.
+
+    Attributes:
+        mode: The host's clock, or the number of instructions that all harts together have retired.
+            What follows is for the latter.
+        instructions_per_tick: Of the 10 MHz clock; 10 makes a machine of 100 million instructions
+            in a second of its own.
+        epoch: The time of day at power-on, in seconds since 1970-01-01 UTC.
+        idle: Skip to the next event at once, or let as much of the host's time pass.
+    """
+
+    mode: TimeMode = TimeMode.HOST
+    instructions_per_tick: int = 10
+    epoch: int = 1_767_225_600  # 2026-01-01
+    idle: Idle = Idle.SKIP
 
 
 @dataclass(frozen=True)
@@ -116,6 +151,9 @@ class Configuration:
         paused: Whether to wait for `cont` before the first instruction.
         scsi: Whether there is a SCSI host, to which disks can be plugged.
         no_reboot: Whether a restart that the guest asks for ends the process.
+        time: What time is made of.
+        seed: What all randomness that the guest is given comes from; without it, the host's, or 0
+            where time is deterministic. Whoever knows it knows the guest's keys.
     """
 
     name: str
@@ -132,6 +170,8 @@ class Configuration:
     paused: bool = False
     scsi: bool = True
     no_reboot: bool = False
+    time: Time = field(default_factory=Time)
+    seed: int | None = None
 
 
 def load(path: Path) -> Configuration:
@@ -159,6 +199,14 @@ def load(path: Path) -> Configuration:
     if made.memory % 4096:
         problem = SpecProblem("memory", made.memory, "a multiple of 4096 bytes")
         raise InvalidSpec([problem], source=str(path))
+    for name, value, least, limit in (
+        ("time.instructions-per-tick", made.time.instructions_per_tick, 1, 1 << 20),
+        ("time.epoch", made.time.epoch, 0, 1 << 33),
+        ("seed", made.seed or 0, 0, 1 << 64),
+    ):
+        if not least <= value < limit:
+            problem = SpecProblem(name, value, f"from {least} to {limit - 1}")
+            raise InvalidSpec([problem], source=str(path))
     return _seen_from(path.absolute().parent, made)
 
 
@@ -173,7 +221,7 @@ def _seen_from(folder: Path, made: Configuration) -> Configuration:
 
     boot = made.boot
     boot = replace(boot, kernel=at(boot.kernel), initrd=at(boot.initrd), firmware=at(boot.firmware))
-    tapped = SegmentKind.TAP
+    elsewhere = (SegmentKind.TAP, SegmentKind.MULTICAST)
     return replace(
         made,
         qmp=str(folder / made.qmp),
@@ -184,7 +232,7 @@ def _seen_from(folder: Path, made: Configuration) -> Configuration:
         disks=[replace(one, file=str(folder / one.file)) for one in made.disks],
         nics=[
             one
-            if one.segment is tapped
+            if one.segment in elsewhere
             else replace(one, path=at(one.path) or "", peer=at(one.peer) or "")
             for one in made.nics
         ],
