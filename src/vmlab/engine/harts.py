@@ -1,13 +1,16 @@
-"""The harts of a machine at work: each has a thread, which lets it run and does what it leaves for.
+"""The harts of a machine at work: threads let them run and do what they leave for.
 
 A hart leaves native code for devices, for firmware, to sleep, and when it is asked to. All harts
 can be brought to stand (`pause`), and their threads be joined (`join`): then nothing of them is on
 any native stack, and the process may fork.
+
+`ParallelHarts` have a thread each; the other kind is in vmlab.engine.sequential_harts.
 """
 
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
@@ -20,7 +23,7 @@ from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.traps import take_trap
 from vmlab.engine.devices.bus import Bus, BusFault
-from vmlab.engine.devices.clock import TIMEBASE_HZ
+from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
 from vmlab.engine.firmware import SUPERVISOR_SETUP, Fence
 from vmlab.engine.host_clock import HostClock
 from vmlab.engine.isa.cpu import Cause
@@ -85,22 +88,25 @@ class CallingHart:
             self._hart[layout.PRIVILEGE] = privilege
 
 
-class _Seat:
-    """A hart, who executes it, and what its thread waits for."""
+class Seat:
+    """A hart, who executes it, and what it waits for."""
 
     def __init__(self, hart: Hart, executor: Executor, lock: threading.RLock) -> None:
         self.hart = hart
         self.executor = executor
         self.caller = CallingHart(hart)
-        self.woken = threading.Condition(lock)
         self.stopped = True  # by firmware: it executes nothing until it is started
-        self.parked = True
         self.interrupted = False  # by another hart: SSIP is to be set before the next instruction
-        self.thread: threading.Thread | None = None
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
+        # Where harts take turns:
+        self.waiting = False  # for an interrupt
+        # Where each has a thread:
+        self.woken = threading.Condition(lock)
+        self.parked = True
+        self.thread: threading.Thread | None = None
 
 
-class Harts:
+class Harts(ABC):
     """The harts of one machine.
 
     Args:
@@ -115,17 +121,17 @@ class Harts:
         self,
         harts: list[Hart],
         executors: list[Executor],
-        clock: HostClock,
+        clock: Clock,
         bus: Bus,
         failed: Callable[[str], None],
     ) -> None:
         self._lock = threading.RLock()
         self._all_parked = threading.Condition(self._lock)
         self._seats = [
-            _Seat(hart, executor, self._lock)
+            Seat(hart, executor, self._lock)
             for hart, executor in zip(harts, executors, strict=True)
         ]
-        self._clock = clock
+        self._time = clock
         self._bus = bus
         self._failed = failed
         self._paused = True
@@ -143,10 +149,9 @@ class Harts:
         """The hart that a machine begins with, as firmware sees it."""
         return self._seats[0].caller
 
+    @abstractmethod
     def thread_ids(self) -> list[int]:
         """The host's threads that the harts run on, 0 for a hart without one."""
-        threads = [seat.thread for seat in self._seats]
-        return [(thread.native_id or 0) if thread is not None else 0 for thread in threads]
 
     def translations(self, hart: int) -> tuple[int, int, int]:
         """How often a hart walked page tables, filled its TLB and flushed it."""
@@ -166,7 +171,7 @@ class Harts:
             # Not a line: it is set once, and it is the guest that clears it.
             with self._lock:
                 seat.interrupted = level
-            seat.hart.request_exit()
+            self._interrupt(seat)
         else:
             seat.hart.set_pending(bit, level)
         if level:
@@ -178,7 +183,197 @@ class Harts:
         seat.hart.set_timer_compare(ticks)
         self._wake(seat)
 
-    def _wake(self, seat: _Seat) -> None:
+    @abstractmethod
+    def _interrupt(self, seat: Seat) -> None:
+        """`seat.interrupted` was changed."""
+
+    @abstractmethod
+    def _wake(self, seat: Seat) -> None:
+        """What a hart may wait for has changed."""
+
+    @abstractmethod
+    def ask_to_pause(self) -> None:
+        """Let all harts stand soon, the calling one before its next instruction."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Bring all harts to stand between two instructions; on return they do.
+
+        Not for a hart's own thread.
+        """
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Let the harts run."""
+
+    @abstractmethod
+    def join(self) -> None:
+        """Pause, and end the harts' threads; `resume` makes new ones."""
+
+    def reset(self) -> None:
+        """All harts as after power-on, stopped; they stand still meanwhile."""
+        for seat in self._seats:
+            seat.stopped = True
+            seat.interrupted = False
+            self._prepare(seat, seat.hart.ram.base)
+
+    def _prepare(self, seat: Seat, pc: int) -> None:
+        hart = seat.hart
+        seat.waiting = False
+        offset = hart[layout.TIME_OFFSET]
+        hart.reset(pc)
+        hart[layout.TIME_OFFSET] = offset
+        hart.executor = None  # whoever runs it next forgets what it remembered
+
+    def start_machine_mode(self, entry: int, device_tree: int, info: int) -> None:
+        """Let all harts begin in M mode: a0 their number, a1 and a2 the two addresses."""
+        for seat in self._seats:
+            self._prepare(seat, entry)
+            seat.hart.set_x(10, seat.hart.hart_id)
+            seat.hart.set_x(11, device_tree)
+            seat.hart.set_x(12, info)
+            seat.stopped = False
+
+    # ------------------------------------------------- for firmware, on the thread that has called
+
+    def start(self, hart: int, address: int, opaque: int) -> None:
+        """Let a stopped hart begin in S mode: a0 its number, a1 opaque."""
+        seat = self._seats[hart]
+        with self._lock:
+            self._prepare(seat, address)
+            for number, value in SUPERVISOR_SETUP:
+                seat.caller.write_csr(number, value)
+            seat.hart[layout.PRIVILEGE] = _SUPERVISOR
+            seat.hart[layout.FIRMWARE_CALLS] = 1
+            seat.hart.set_x(10, hart)
+            seat.hart.set_x(11, opaque)
+            seat.stopped = False
+            self._wake(seat)
+
+    def stop(self, hart: int) -> None:
+        """The calling hart executes nothing until it is started."""
+        self._seats[hart].stopped = True
+
+    def wait(self, hart: int) -> None:
+        """The calling hart sleeps until an interrupt is pending that it has enabled."""
+        self._sleep(self._seats[hart])
+
+    @abstractmethod
+    def _sleep(self, seat: Seat) -> None:
+        """Wait for an interrupt that is enabled."""
+
+    def fence(
+        self, harts: list[int], fence: Fence, start: int, size: int, asid: int | None
+    ) -> None:
+        """Have harts fence. Stores to code are seen by all harts anyway, so fence.i is nothing."""
+        if fence == "fence.i":
+            return
+        for number in harts:
+            executor = self._seats[number].executor
+            if hasattr(executor, "drop_write_translations"):
+                executor.drop_write_translations()
+
+    # ------------------------------------------------------------- on the thread that runs a hart
+
+    def _handle(self, seat: Seat, left: Exit) -> None:
+        """Do what a hart has left for."""
+        hart = seat.hart
+        seat.exits[left.reason] += 1
+        match left.reason:
+            case Reason.READ:
+                try:
+                    hart.complete_read(self._bus.read(left.address, left.size))
+                except BusFault:
+                    self._refuse(seat, Cause.LOAD_ACCESS)
+            case Reason.WRITE:
+                try:
+                    self._bus.write(left.address, left.size, left.data)
+                except BusFault:
+                    self._refuse(seat, Cause.STORE_ACCESS)
+            case Reason.FIRMWARE_CALL:
+                assert self.call is not None, "a machine without firmware has no firmware calls"
+                self.call(seat.caller)
+            case Reason.WAIT:
+                self._sleep(seat)
+            case Reason.REQUEST:
+                hart.clear_request()
+            case Reason.BUDGET:
+                return
+            case Reason.TRAP_LOOP:
+                cause, where = hart[layout.SCAUSE], hart[layout.SEPC]
+                if hart[layout.PRIVILEGE] == _MACHINE:
+                    cause, where = hart[layout.MCAUSE], hart[layout.MEPC]
+                self._fail(
+                    seat,
+                    f"hart {hart.hart_id} traps without end at {where:#x}, cause {cause:#x}: "
+                    "it retires no instruction any more",
+                )
+            case other:
+                raise AssertionError(f"{other.name} is not for whoever runs a hart")
+
+    def _fail(self, seat: Seat, reason: str) -> None:
+        with self._lock:
+            seat.stopped = True
+        self._failed(reason)
+
+    def _refuse(self, seat: Seat, cause: Cause) -> None:
+        """Nothing answers at an address: an access fault, as if nothing had retired."""
+        hart = seat.hart
+        hart[layout.RETIRED] -= 1
+        handler = take_trap(
+            seat.caller._core, Value(cause.value), Value(0), Value(hart[layout.EXIT_PC])
+        )
+        hart.pc = handler.number
+
+    def _pending(self, hart: Hart) -> tuple[int, int | None]:
+        """The bits of `mip`, and the tick at which a timer may set another (None: none will)."""
+        pending = hart[layout.MIP] | hart.shared[layout.SHARED_LINES]
+        now = self._time.ticks()
+        moments = [(_MTIP, hart.shared[layout.SHARED_MTIMECMP])]
+        if hart[layout.MENVCFG] & _STCE:
+            moments.append((_STIP, hart[layout.STIMECMP]))
+        ahead = []
+        for bit, moment in moments:
+            if now >= moment:
+                pending |= bit
+            elif moment != _NEVER and hart[layout.MIE] & bit:
+                ahead.append(moment)
+        return pending, min(ahead) if ahead else None
+
+
+class ParallelHarts(Harts):
+    """Harts with a thread each, by the host's clock.
+
+    Args:
+        harts: All of them, numbered from 0.
+        executors: Who executes each.
+        clock: The machine's time.
+        bus: Answers what is not RAM.
+        failed: Called when a hart cannot go on, with the reason; the machine is to be ended.
+    """
+
+    def __init__(
+        self,
+        harts: list[Hart],
+        executors: list[Executor],
+        clock: HostClock,
+        bus: Bus,
+        failed: Callable[[str], None],
+    ) -> None:
+        super().__init__(harts, executors, clock, bus, failed)
+        self._clock = clock
+
+    def thread_ids(self) -> list[int]:
+        """The host's threads that the harts run on, 0 for a hart without one."""
+        threads = [seat.thread for seat in self._seats]
+        return [(thread.native_id or 0) if thread is not None else 0 for thread in threads]
+
+    # ------------------------------------------------------------------------ from any thread
+
+    def _interrupt(self, seat: Seat) -> None:
+        seat.hart.request_exit()
+
+    def _wake(self, seat: Seat) -> None:
         with self._lock:
             seat.woken.notify_all()
 
@@ -229,67 +424,9 @@ class Harts:
         for thread in threads:
             thread.join()
 
-    def reset(self) -> None:
-        """All harts as after power-on, stopped; they stand still meanwhile."""
-        for seat in self._seats:
-            seat.stopped = True
-            seat.interrupted = False
-            self._prepare(seat, seat.hart.ram.base)
-
-    def _prepare(self, seat: _Seat, pc: int) -> None:
-        hart = seat.hart
-        offset = hart[layout.TIME_OFFSET]
-        hart.reset(pc)
-        hart[layout.TIME_OFFSET] = offset
-        hart.executor = None  # whoever runs it next forgets what it remembered
-
-    def start_machine_mode(self, entry: int, device_tree: int, info: int) -> None:
-        """Let all harts begin in M mode: a0 their number, a1 and a2 the two addresses."""
-        for seat in self._seats:
-            self._prepare(seat, entry)
-            seat.hart.set_x(10, seat.hart.hart_id)
-            seat.hart.set_x(11, device_tree)
-            seat.hart.set_x(12, info)
-            seat.stopped = False
-
-    # ------------------------------------------------- for firmware, on the thread that has called
-
-    def start(self, hart: int, address: int, opaque: int) -> None:
-        """Let a stopped hart begin in S mode: a0 its number, a1 opaque."""
-        seat = self._seats[hart]
-        with self._lock:
-            self._prepare(seat, address)
-            for number, value in SUPERVISOR_SETUP:
-                seat.caller.write_csr(number, value)
-            seat.hart[layout.PRIVILEGE] = _SUPERVISOR
-            seat.hart[layout.FIRMWARE_CALLS] = 1
-            seat.hart.set_x(10, hart)
-            seat.hart.set_x(11, opaque)
-            seat.stopped = False
-            seat.woken.notify_all()
-
-    def stop(self, hart: int) -> None:
-        """The calling hart executes nothing until it is started."""
-        self._seats[hart].stopped = True
-
-    def wait(self, hart: int) -> None:
-        """The calling hart sleeps until an interrupt is pending that it has enabled."""
-        self._sleep(self._seats[hart])
-
-    def fence(
-        self, harts: list[int], fence: Fence, start: int, size: int, asid: int | None
-    ) -> None:
-        """Have harts fence. Stores to code are seen by all harts anyway, so fence.i is nothing."""
-        if fence == "fence.i":
-            return
-        for number in harts:
-            executor = self._seats[number].executor
-            if hasattr(executor, "drop_write_translations"):
-                executor.drop_write_translations()
-
     # ------------------------------------------------------------------------- a hart's own thread
 
-    def _serve(self, seat: _Seat) -> None:
+    def _serve(self, seat: Seat) -> None:
         while self._may_run(seat):
             try:
                 self._handle(seat, seat.executor.run(BUDGET))
@@ -298,7 +435,7 @@ class Harts:
                 self._fail(seat, f"internal error: {type(error).__name__}: {error}")
                 raise
 
-    def _may_run(self, seat: _Seat) -> bool:
+    def _may_run(self, seat: Seat) -> bool:
         """Wait until the hart may run; whether it ever will on this thread."""
         with self._lock:
             while (self._paused or seat.stopped) and not self._leaving:
@@ -314,77 +451,15 @@ class Harts:
                 seat.hart[layout.MIP] |= 1 << _SSIP
             return True
 
-    def _handle(self, seat: _Seat, left: Exit) -> None:
-        """Do what a hart has left for."""
-        hart = seat.hart
-        seat.exits[left.reason] += 1
-        match left.reason:
-            case Reason.READ:
-                try:
-                    hart.complete_read(self._bus.read(left.address, left.size))
-                except BusFault:
-                    self._refuse(seat, Cause.LOAD_ACCESS)
-            case Reason.WRITE:
-                try:
-                    self._bus.write(left.address, left.size, left.data)
-                except BusFault:
-                    self._refuse(seat, Cause.STORE_ACCESS)
-            case Reason.FIRMWARE_CALL:
-                assert self.call is not None, "a machine without firmware has no firmware calls"
-                self.call(seat.caller)
-            case Reason.WAIT:
-                self._sleep(seat)
-            case Reason.REQUEST:
-                hart.clear_request()
-            case Reason.BUDGET:
-                return
-            case Reason.TRAP_LOOP:
-                cause, where = hart[layout.SCAUSE], hart[layout.SEPC]
-                if hart[layout.PRIVILEGE] == _MACHINE:
-                    cause, where = hart[layout.MCAUSE], hart[layout.MEPC]
-                self._fail(
-                    seat,
-                    f"hart {hart.hart_id} traps without end at {where:#x}, cause {cause:#x}: "
-                    "it retires no instruction any more",
-                )
-            case other:
-                raise AssertionError(f"{other.name} is not for whoever runs a hart")
-
-    def _fail(self, seat: _Seat, reason: str) -> None:
-        with self._lock:
-            seat.stopped = True
-        self._failed(reason)
-
-    def _refuse(self, seat: _Seat, cause: Cause) -> None:
-        """Nothing answers at an address: an access fault, as if nothing had retired."""
-        hart = seat.hart
-        hart[layout.RETIRED] -= 1
-        handler = take_trap(
-            seat.caller._core, Value(cause.value), Value(0), Value(hart[layout.EXIT_PC])
-        )
-        hart.pc = handler.number
-
-    def _sleep(self, seat: _Seat) -> None:
+    def _sleep(self, seat: Seat) -> None:
         """Wait for an interrupt that is enabled, or for being asked to stand."""
         hart = seat.hart
         with self._lock:
             while not (self._paused or self._leaving or seat.stopped or seat.interrupted):
-                pending, seconds = self._pending(hart)
+                pending, moment = self._pending(hart)
                 if pending & hart[layout.MIE]:
                     return
+                seconds = None
+                if moment is not None:
+                    seconds = min((moment - self._clock.ticks()) / TIMEBASE_HZ, _LONGEST_SLEEP)
                 seat.woken.wait(seconds)
-
-    def _pending(self, hart: Hart) -> tuple[int, float | None]:
-        """The bits of `mip`, and the seconds until a timer may set another (None: none will)."""
-        pending = hart[layout.MIP] | hart.shared[layout.SHARED_LINES]
-        now = self._clock.ticks()
-        moments = [(_MTIP, hart.shared[layout.SHARED_MTIMECMP])]
-        if hart[layout.MENVCFG] & _STCE:
-            moments.append((_STIP, hart[layout.STIMECMP]))
-        ahead = []
-        for bit, moment in moments:
-            if now >= moment:
-                pending |= bit
-            elif moment != _NEVER:
-                ahead.append(moment - now)
-        return pending, min(min(ahead) / TIMEBASE_HZ, _LONGEST_SLEEP) if ahead else None

@@ -44,7 +44,7 @@ from vmlab.engine.devices.virtio.scsi import VirtioScsi
 from vmlab.engine.devices.virtio.segments import DatagramSegment, StreamSegment, TapSegment
 from vmlab.engine.devices.workers import WorkerThreads
 from vmlab.engine.firmware import Firmware
-from vmlab.engine.harts import Harts
+from vmlab.engine.harts import ParallelHarts
 from vmlab.engine.host_clock import HostClock
 from vmlab.engine.memory.ram import Ram
 from vmlab.machine.errors import ResourceNotFound, VmlabError
@@ -127,7 +127,9 @@ class Machine:
             set_compare=self._set_compare,
         )
         harts = [Hart(self.ram, number) for number in range(made.harts)]
-        self.harts = Harts(harts, self._executors(harts), self.clock, self.board.bus, self._failed)
+        self.harts = ParallelHarts(
+            harts, self._executors(harts), self.clock, self.board.bus, self._failed
+        )
         self._stack.callback(self.clock.halt)
         self._stack.callback(self.harts.join)
         self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware, self._debug_console)

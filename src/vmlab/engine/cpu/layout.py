@@ -90,7 +90,8 @@ RAM_SIZE = _field("ram_size")
 RAM_HOST = _field("ram_host")  # the host's address of the first byte
 FIRMWARE_CALLS = _field("firmware_calls")  # 1: a call from S mode leaves the machine (SBI)
 TIME_DIVISOR = _field("time_divisor")  # instructions per tick of `time`; 0: the host's clock
-TIME_OFFSET = _field("time_offset")  # ticks that are added
+# What is added: ticks to the host's clock, or instructions to RETIRED before they are divided.
+TIME_OFFSET = _field("time_offset")
 CLOCK = _field("clock")  # address of clock_gettime
 SHARED = _field("shared")  # address of the shared words
 

@@ -6,7 +6,8 @@ used up; after a trap and after an instruction that changes what interrupts or a
 do, always.
 
 The budget is given out in slices, at whose ends the requests of other threads and the timers are
-looked at.
+looked at. Slices end where RETIRED is a multiple of their size, not counted from where a run began:
+a run that was left for a request and taken up again polls where it would have polled anyway.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vmlab.engine.cpu.layout import (
 from vmlab.engine.cpu.traps import interrupt_to_take, take_trap
 from vmlab.engine.isa.values import Value
 
-SLICE = 16384  # instructions: some 30 microseconds
+SLICE = 16384  # instructions, a power of two: some 30 microseconds
 TRAPS_BEFORE_GIVING_UP = 10_000
 
 
@@ -59,7 +60,8 @@ def poll(core: Core, pc: Value, budget: Value) -> Value:
     if Value(0, 64).less(budget):
         return budget
     left = core[BUDGET_LEFT]
-    piece = left.below(SLICE).select(left, SLICE)
+    to_end = Value(SLICE, 64) - (core[SLICE_END] & (SLICE - 1))
+    piece = left.below(to_end).select(left, to_end)
     core[BUDGET_LEFT] = left - piece
     core[SLICE_END] = core[SLICE_END] + piece
     budget = budget + piece

@@ -46,11 +46,11 @@ STCE = 63  # bit of menvcfg: stimecmp is there (Sstc)
 
 @routine()
 def read_time(core: Core) -> Value:
-    """The CSR `time` in ticks of 100 ns, or of retired instructions where that is what counts."""
-    divisor = core[TIME_DIVISOR]
+    """The CSR `time` in ticks: of the host's clock, or of so many retired instructions each."""
+    divisor, offset = core[TIME_DIVISOR], core[TIME_OFFSET]
     if divisor.eq(0):
-        return core.host_time() + core[TIME_OFFSET]
-    return core[RETIRED].divide_unsigned(divisor) + core[TIME_OFFSET]
+        return core.host_time() + offset
+    return (core[RETIRED] + offset).divide_unsigned(divisor)
 
 
 @routine()
