@@ -10,6 +10,7 @@ any native stack, and the process may fork.
 from __future__ import annotations
 
 import threading
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -316,6 +317,14 @@ class Harts(ABC):
             seat.stopped = True
         self._failed(reason)
 
+    def _mistaken(self, seat: Seat, error: Exception) -> None:
+        """A mistake of vmlab's own: the hart must not go on, and somebody has to know.
+
+        Its thread stays, so that it can be brought to stand and joined like any other.
+        """
+        traceback.print_exception(error)
+        self._fail(seat, f"internal error: {type(error).__name__}: {error}")
+
     def _refuse(self, seat: Seat, cause: Cause) -> None:
         """Nothing answers at an address: an access fault, as if nothing had retired."""
         hart = seat.hart
@@ -431,9 +440,7 @@ class ParallelHarts(Harts):
             try:
                 self._handle(seat, seat.executor.run(BUDGET))
             except Exception as error:
-                # A mistake of vmlab's own: the hart must not go on, and somebody has to know.
-                self._fail(seat, f"internal error: {type(error).__name__}: {error}")
-                raise
+                self._mistaken(seat, error)
 
     def _may_run(self, seat: Seat) -> bool:
         """Wait until the hart may run; whether it ever will on this thread."""

@@ -7,6 +7,7 @@ say comes to the owner through `happened`.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
@@ -23,9 +24,11 @@ from vmlab.engine.configuration import (
     DiskBus,
     DiskFile,
     Execution,
+    Idle,
     Nic,
     SegmentKind,
     SocketPort,
+    TimeMode,
     mac_address,
 )
 from vmlab.engine.cpu.hart import Hart
@@ -42,16 +45,20 @@ from vmlab.engine.devices.virtio.net import Segment, VirtioNet
 from vmlab.engine.devices.virtio.rng import VirtioRng
 from vmlab.engine.devices.virtio.scsi import VirtioScsi
 from vmlab.engine.devices.virtio.segments import DatagramSegment, StreamSegment, TapSegment
-from vmlab.engine.devices.workers import WorkerThreads
+from vmlab.engine.devices.workers import TimedWorkers, WorkerThreads
 from vmlab.engine.firmware import Firmware
-from vmlab.engine.harts import ParallelHarts
+from vmlab.engine.harts import Harts, ParallelHarts
 from vmlab.engine.host_clock import HostClock
+from vmlab.engine.instruction_clock import InstructionClock
 from vmlab.engine.memory.ram import Ram
+from vmlab.engine.sequential_harts import SequentialHarts
 from vmlab.machine.errors import ResourceNotFound, VmlabError
 
 _WORKERS: Final = 4
 _DRAIN_SECONDS: Final = 10.0
 _SEED_BYTES: Final = 64
+_LATENCY: Final = 20_000
+"""Nanoseconds from a doorbell to its device's work, where time is deterministic."""
 
 
 class Happening(Enum):
@@ -113,8 +120,15 @@ class Machine:
 
     def _build(self, made: Configuration) -> None:
         self.ram = Ram(made.memory)
-        self.clock = HostClock()
-        self.workers = WorkerThreads(_WORKERS, self._worker_failed)
+        self.clock: HostClock | InstructionClock = HostClock()
+        self.workers: WorkerThreads | TimedWorkers = WorkerThreads(_WORKERS, self._worker_failed)
+        self._entropy: Callable[[int], bytes] = os.urandom
+        if (seed := made.seed) is not None:
+            self._entropy = random.Random(seed).randbytes
+        if made.time.mode is TimeMode.DETERMINISTIC:
+            self.clock = InstructionClock(made.time.instructions_per_tick, made.time.epoch)
+            self.workers = TimedWorkers(self.clock, _LATENCY)
+            self._entropy = random.Random(seed or 0).randbytes
         self._stack.callback(self.workers.close)
         wanted = 4 + made.scsi + len(made.nics) + len(made.disks)
         self.board = Board(
@@ -127,9 +141,7 @@ class Machine:
             set_compare=self._set_compare,
         )
         harts = [Hart(self.ram, number) for number in range(made.harts)]
-        self.harts = ParallelHarts(
-            harts, self._executors(harts), self.clock, self.board.bus, self._failed
-        )
+        self.harts = self._at_work(harts, self._executors(harts))
         self._stack.callback(self.clock.halt)
         self._stack.callback(self.harts.join)
         self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware, self._debug_console)
@@ -138,6 +150,13 @@ class Machine:
         self._nodes: dict[str, DiskFile] = {}
         self.nics: dict[str, VirtioNet] = {}
         self._add_devices(made)
+
+    def _at_work(self, harts: list[Hart], executors: list[Executor]) -> Harts:
+        bus = self.board.bus
+        if isinstance(self.clock, HostClock):
+            return ParallelHarts(harts, executors, self.clock, bus, self._failed)
+        skip = self.configuration.time.idle is Idle.SKIP
+        return SequentialHarts(harts, executors, self.clock, bus, self._failed, skip_idle=skip)
 
     def _executors(self, harts: list[Hart]) -> list[Executor]:
         if self.configuration.execution is Execution.REFERENCE:
@@ -154,7 +173,7 @@ class Machine:
         ports += [Port(one.name, self._channel(one)) for one in made.channels]
         if ports:
             self._plug(VirtioConsole("console", self.ram, self.workers, ports))
-        self._plug(VirtioRng("rng", self.ram, self.workers))
+        self._plug(VirtioRng("rng", self.ram, self.workers, self._entropy))
         self.balloon = VirtioBalloon("balloon", self.ram, self.workers)
         self._plug(self.balloon)
         self.keyboard = VirtioKeyboard("keyboard", self.ram, self.workers)
@@ -257,7 +276,7 @@ class Machine:
         """Load the guest and put its first hart where it begins."""
         made = self.configuration.boot
         kernel, initrd, firmware = map(_content, (made.kernel, made.initrd, made.firmware))
-        seed = os.urandom(_SEED_BYTES)
+        seed = self._entropy(_SEED_BYTES)
 
         def tree(where: tuple[int, int] | None) -> bytes:
             return self.board.device_tree(Chosen(made.cmdline, where, seed))
