@@ -18,7 +18,7 @@ from qemu.qmp import QMPClient, QMPError
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.command import Command
-from vmlab.hypervisors.qemu.streams import SocketChannel
+from vmlab.hypervisors.monitored.streams import SocketChannel
 from vmlab.images import ImageStore
 from vmlab.images.settings import default_store
 

@@ -497,7 +497,7 @@ def test_machines_of_a_store_outlive_a_killed_process_and_are_found_again(store:
 
 
 def test_store_that_another_process_talks_to_and_a_damaged_record_are_told(store: Store) -> None:
-    from vmlab.hypervisors.qemu import emulator
+    from vmlab.hypervisors.monitored import emulator
 
     async def test() -> None:
         async with provider.open(store.owner) as first:

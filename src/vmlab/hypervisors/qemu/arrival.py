@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vmlab.hypervisors.qemu.command_line import console_log
+from vmlab.hypervisors.monitored.streams import console_log
 from vmlab.hypervisors.qemu.memory import copy_sparse
 
 if TYPE_CHECKING:

@@ -13,38 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vmlab.hypervisors.monitored.disks import DiskFile
+from vmlab.hypervisors.monitored.emulator import QMP_SOCKET
+from vmlab.hypervisors.monitored.names import disk_device, nic_backend, nic_device
+from vmlab.hypervisors.monitored.streams import channel_socket, console_log, console_socket
 from vmlab.hypervisors.qemu.boards import BOARDS, Board
-from vmlab.hypervisors.qemu.disks import DiskFile
-from vmlab.hypervisors.qemu.layout import (
-    Layout,
-    dimm_device,
-    disk_device,
-    memory_object,
-    nic_backend,
-    nic_device,
-)
+from vmlab.hypervisors.qemu.disks import device_options
+from vmlab.hypervisors.qemu.layout import Layout, dimm_device, memory_object
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.sizes import MIB
-from vmlab.machine.spec import Console, MachineSpec, ShareKind
+from vmlab.machine.spec import MachineSpec, ShareKind
 
 _MODULES: Final = 16
 """Memory modules that may be added."""
-QMP_SOCKET: Final = "qmp.sock"
 SECOND_QMP_SOCKET: Final = "qmp-2.sock"
 """For another process that finds the machine while the first one talks to it: QEMU serves one
 client of a socket at a time."""
 _FIRST_PORT_SLOT: Final = 0x10
 """Slot of the first root ports on pcie.0; what lies below is for the devices of the board."""
-
-
-def console_socket(name: str) -> str:
-    """The socket of a console, in the directory of the process."""
-    return f"console-{name}.sock"
-
-
-def channel_socket(name: str) -> str:
-    """The socket of a guest channel, in the directory of the process."""
-    return f"channel-{name}.sock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,11 +259,6 @@ def _consoles(spec: MachineSpec, board: Board, logs: Path) -> list[str]:
     return words
 
 
-def console_log(console: Console) -> str:
-    """The file that a console's output is kept in."""
-    return f"console-{console.name}.log"
-
-
 def _channels(spec: MachineSpec) -> list[str]:
     words: list[str] = []
     for name in spec.channels:
@@ -309,7 +290,7 @@ def disk_options(launch_layout: Layout, board: Board, disk: DiskFile) -> dict[st
     """A disk's device, as `device_add` takes it."""
     device, bus = disk_device(disk.name), launch_layout.buses[disk.name]
     return {
-        **disk.device(bus),
+        **device_options(disk, bus),
         "id": device,
         **place(board, bus, launch_layout.places[device]),
     }

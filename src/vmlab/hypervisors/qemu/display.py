@@ -9,7 +9,7 @@ from typing import Final
 
 from vmlab.hypervisors.picture import Picture
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.threads import done_in_thread
+from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.errors import OperationFailed
 
 _HELD_MS: Final = 40

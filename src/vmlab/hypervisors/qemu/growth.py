@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from vmlab.hypervisors.monitored.hotplug import remove_device
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.hotplug import remove_device
 from vmlab.hypervisors.qemu.layout import dimm_device, memory_object, vcpu_device
 from vmlab.hypervisors.qmp import QmpError, QmpLost
 from vmlab.machine.errors import OperationFailed

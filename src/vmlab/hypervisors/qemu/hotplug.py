@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from vmlab.hypervisors.monitored.disks import DiskFile
+from vmlab.hypervisors.monitored.hotplug import remove_device
+from vmlab.hypervisors.monitored.names import disk_device, nic_backend, nic_device
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu.boards import Board
 from vmlab.hypervisors.qemu.command_line import disk_options, nic_options
-from vmlab.hypervisors.qemu.disks import DiskFile
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.layout import Layout, disk_device, nic_backend, nic_device
-from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
+from vmlab.hypervisors.qemu.layout import Layout
+from vmlab.hypervisors.qmp import QmpError
 
 _RELEASES: Final = 100
 _RELEASE_S: Final = 0.01
-_ASK_AGAIN_S: Final = 5.0
-"""Seconds after which a guest that has not let go of a device is asked again."""
 
 
 async def add_disk(emulator: Emulator, layout: Layout, board: Board, disk: DiskFile) -> None:
@@ -91,34 +91,6 @@ async def remove_nic(emulator: Emulator, nic: str) -> None:
     """Remove a NIC and wait until the guest has let go of it."""
     await remove_device(emulator, nic_device(nic))
     await uninterrupted(_drop_netdev(emulator, nic))
-
-
-async def remove_device(emulator: Emulator, device: str) -> None:
-    """Ask for a device's removal and wait for it, however long the guest takes.
-
-    Raises:
-        MachineCrashed: the process ended meanwhile.
-    """
-    with emulator.qmp.listen(
-        "DEVICE_DELETED", match=lambda event: event.data.get("device") == device
-    ) as deleted:
-        while True:
-            try:
-                await emulator.execute("device_del", {"id": device})
-            except QmpDeviceNotFound:
-                # It went after an earlier request that nobody waited for any more.
-                return
-            except QmpError as error:
-                # The guest was asked already and has not answered.
-                if "unplug" not in error.message:
-                    raise
-            with suppress(QmpTimeout):
-                try:
-                    await deleted.wait(_ASK_AGAIN_S)
-                    return
-                except QmpLost as error:
-                    raise await emulator.crashed("device_del", error) from error
-            await asyncio.sleep(0)
 
 
 async def take_back(emulator: Emulator, disk: DiskFile) -> None:

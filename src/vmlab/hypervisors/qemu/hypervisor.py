@@ -14,29 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from pydantic import ValidationError
-
 from vmlab.hypervisors import accelerators
 from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
-from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
+from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
 from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT
 from vmlab.hypervisors.qemu import memory, timers
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
-from vmlab.hypervisors.qmp import QmpTimeout
-from vmlab.hypervisors.records import MachineRecords
 from vmlab.hypervisors.remembered import facts_of, remembered
 from vmlab.machine.architecture import Architecture, parse_architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
 from vmlab.machine.errors import (
     HypervisorUnavailable,
     InvalidSpec,
-    OperationFailed,
     SpecProblem,
-    VmlabError,
 )
 from vmlab.machine.faults import FaultKind
 from vmlab.machine.spec import MachineSpec
@@ -173,7 +167,7 @@ def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
     )
 
 
-class QemuHypervisor(OperatedHypervisor):
+class QemuHypervisor(MonitoredHypervisor):
     """The machines of one owner that QEMU runs.
 
     Args:
@@ -184,6 +178,7 @@ class QemuHypervisor(OperatedHypervisor):
     """
 
     name: ClassVar[str] = "qemu"
+    program: ClassVar[str] = "QEMU"
 
     def __init__(
         self,
@@ -194,14 +189,11 @@ class QemuHypervisor(OperatedHypervisor):
     ) -> None:
         super().__init__(owner)
         self.debugger = debugger
-        self.records = MachineRecords(owner, self.name)
         self._only = only
         self._programs: dict[Architecture, Program] | None = None
         self._capabilities: Capabilities | None = None
-        self._adopting = asyncio.Lock()
         self._thawing = asyncio.Lock()
         self._frozen: OrderedDict[str, memory.Frozen] = OrderedDict()
-        self._adopted = owner.kind == "run"
 
     async def probe(self) -> Probe:
         return await asyncio.to_thread(provider.probe)
@@ -217,7 +209,7 @@ class QemuHypervisor(OperatedHypervisor):
             self._capabilities = await asyncio.to_thread(_supports, programs)
         return self._capabilities
 
-    def program(self, architecture: Architecture) -> str:
+    def program_for(self, architecture: Architecture) -> str:
         """QEMU's program for guests of that architecture."""
         return (self._programs or {})[architecture].path
 
@@ -248,66 +240,13 @@ class QemuHypervisor(OperatedHypervisor):
                 self._frozen.popitem(last=False)[1].close()
             return self._frozen[key]
 
-    async def _prepare(self) -> None:
-        """Find a store's machines again, once."""
-        if self._adopted:
-            return
-        async with self._adopting:
-            if not self._adopted:
-                await self.capabilities()
-                for id_ in self.records.ids():
-                    await self._adopt(id_)
-                self._adopted = True
-
-    async def _adopt(self, id_: str) -> None:
-        """Take over one machine that the records tell of.
-
-        Raises:
-            OperationFailed: its record is damaged, or its QEMU talks to another process.
-        """
-        record = self.records.load(id_)
-        try:
-            spec = MachineSpec.model_validate(record["spec"])
-            kept = MachineState(record["state"])
-            machine = self.new_machine(id_, spec, kept)
-            machine.from_record(record)
-        except (ValidationError, LookupError, ValueError, TypeError) as error:
-            raise OperationFailed(
-                f"the record of machine {id_!r} is damaged: {error}",
-                hint=f"move {self.records.directory(id_)} away",
-                hypervisor=self.name,
-            ) from error
-        try:
-            state = await machine.find_process()
-        except VmlabError as error:
-            state = MachineState.UNKNOWN
-            machine.found(state, _unanswered(error))
-        else:
-            reason = "found again" if state is kept else "it changed while nobody watched"
-            machine.found(state, reason)
-        self.adopt(machine)
-
     async def close(self) -> None:
         """Let go of it; a run's machines are deleted, a store's live on."""
-        if self.owner.kind == "store":
-            for machine in tuple(self._machines.values()):
-                assert isinstance(machine, QemuMachine)
-                await machine.release()
         try:
             await super().close()
         finally:
             while self._frozen:
                 self._frozen.popitem()[1].close()
-
-
-def _unanswered(error: VmlabError) -> str:
-    """Why a machine that was found is unknown."""
-    if isinstance(error, QmpTimeout):
-        return (
-            "its QEMU does not answer: it hangs, or two other processes use the machine, and "
-            "QEMU talks to no more than that; it can be found again when one of them has ended"
-        )
-    return f"its QEMU does not answer: {error}"
 
 
 def _find_programs(only: Architecture | None) -> dict[Architecture, Program]:

@@ -6,44 +6,19 @@ the one whose state they take over, whatever was plugged and unplugged before.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from vmlab.hypervisors.monitored.names import disk_device, made_mac, nic_device
 from vmlab.hypervisors.qemu.boards import SPARE_PORTS, Board
 from vmlab.machine.errors import ResourceExhausted
 from vmlab.machine.spec import Disk, MachineSpec
 
-_LONGEST_NODE = 31
-"""Bytes of a node name (BlockDriverState.node_name in QEMU's block_int-common.h, less the NUL)."""
 _SCSI_TARGETS = 255
 """Targets of a virtio-scsi controller (VIRTIO_SCSI_MAX_TARGET in QEMU's virtio-scsi.h)."""
 _PORTS = 8 * 14
 """Root ports that fit on the board: 14 of the 32 slots, with 8 functions each."""
-
-
-def node_name(disk: str) -> str:
-    """The name of a disk's block node; QEMU's names are shorter than ours may be."""
-    name = f"d-{disk}"
-    return (
-        name if len(name) <= _LONGEST_NODE else "x-" + hashlib.sha1(name.encode()).hexdigest()[:28]
-    )
-
-
-def disk_device(disk: str) -> str:
-    """The id of a disk's device."""
-    return f"disk-{disk}"
-
-
-def nic_device(nic: str) -> str:
-    """The id of a NIC's device."""
-    return f"nic-{nic}"
-
-
-def nic_backend(nic: str) -> str:
-    """The id of a NIC's other side on the host."""
-    return f"net-{nic}"
 
 
 def vcpu_device(number: int) -> str:
@@ -180,14 +155,3 @@ class Layout:
             tuple(record.get("modules", ())),
             tuple(record.get("vcpus", ())),
         )
-
-
-def made_mac(spec: MachineSpec, nic: str, taken: Iterable[str] = ()) -> str:
-    """A MAC address out of the seed and the names, in QEMU's range 52:54:00."""
-    for attempt in range(1 << 16):
-        text = f"{spec.seed}/{spec.name}/{nic}/{attempt}"
-        digest = hashlib.sha256(text.encode()).digest()
-        mac = "52:54:00:" + digest[:3].hex(":")
-        if mac not in taken:
-            return mac
-    raise ResourceExhausted("no MAC address is left in 52:54:00")

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmlab.hypervisors.base import DiskInfo, MachineInfo, NicInfo, NodeInfo, Progress, Snapshot
+from vmlab.hypervisors.monitored import readback
+from vmlab.hypervisors.monitored.disks import DiskFile
+from vmlab.hypervisors.monitored.names import disk_device, made_mac, nic_device
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import UNDO_TIMEOUT, Operation
 from vmlab.hypervisors.qemu import arrival as arriving
@@ -17,22 +20,16 @@ from vmlab.hypervisors.qemu import (
     hotplug,
     memory,
     migration,
-    readback,
     snapshots,
     timers,
 )
-from vmlab.hypervisors.qemu.disks import DiskFile, grow_image, make_disk
+from vmlab.hypervisors.qemu import readback as qemu_readback
+from vmlab.hypervisors.qemu.disks import grow_image
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.layout import (
-    Layout,
-    disk_device,
-    effective_bus,
-    made_mac,
-    nic_device,
-)
+from vmlab.hypervisors.qemu.layout import Layout, effective_bus
 from vmlab.hypervisors.qemu.live import LiveMachine
 from vmlab.hypervisors.qemu.networks import backend
-from vmlab.hypervisors.qemu.threads import done_in_thread, in_thread
+from vmlab.hypervisors.threads import done_in_thread, in_thread
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
     CorruptSnapshot,
@@ -40,8 +37,7 @@ from vmlab.machine.errors import (
     OperationFailed,
     UnsupportedOperation,
 )
-from vmlab.machine.events import EventType
-from vmlab.machine.faults import Fault
+from vmlab.machine.faults import DiskError
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import OPERATIONS, MachineState
@@ -63,19 +59,6 @@ class QemuMachine(LiveMachine):
         state: MachineState = MachineState.CREATED,
     ) -> None:
         super().__init__(hypervisor, id_, spec, state)
-        self.faults = faults.Faults(self)
-
-    def found(self, state: MachineState, reason: str) -> None:
-        """The machine was found again, in that state."""
-        self._settle(state, reason)
-
-    def _complete(self, operation: Operation, target: MachineState | None) -> None:
-        super()._complete(operation, target)
-        self.save()
-
-    async def detach(self) -> None:
-        self.faults.forget()
-        await super().detach()
 
     # Standing still for a moment.
 
@@ -380,7 +363,7 @@ class QemuMachine(LiveMachine):
         self.drop_template()
         path = self.disk_path(disk.name, self.launches)
         self.on_failure(lambda: done_in_thread(_unlink_all, (path,)))
-        made = await make_disk(disk, path)
+        made = await self.make_disk(disk, path)
         bus = effective_bus(disk, self.board, live=self.emulator is not None)
         if self.emulator is not None:
             emulator = self.emulator
@@ -464,7 +447,7 @@ class QemuMachine(LiveMachine):
         self.on_failure(lambda: hotplug.take_back_nic(emulator, nic.name))
         await hotplug.add_nic(emulator, layout, self.board, nic.name, netdev)
         await self.connect_network(emulator, nic.name, nic.network)
-        found = await readback.nics(emulator, (nic,), lambda _: nic.network != "none")
+        found = await qemu_readback.nics(emulator, (nic,), lambda _: nic.network != "none")
         self.layout = layout
         return found[0]
 
@@ -559,29 +542,12 @@ class QemuMachine(LiveMachine):
             self.on_failure(lambda: self.apply_pinning(before))
             await self.apply_pinning(pinning)
 
-    # Faults.
-
-    async def _do_inject(self, operation: Operation, fault: Fault) -> str:
-        self.begin()
-        return await self.faults.inject(fault)
-
-    async def _do_clear_fault(self, operation: Operation, fault: str) -> None:
-        self.begin()
-        await self.faults.clear(fault)
-
-    def fault_ended(self, identity: str) -> None:
-        """A fault's time was over."""
-        self._emit(EventType.FAULT_CLEARED, fault=identity)
-
-    def paused_by_fault(self) -> None:
-        """The vCPUs were stopped by a fault."""
-        if self._current is None or self._current.name == "inject":
-            self._settle(MachineState.PAUSED, "paused by a fault")
-
-    def resumed_by_fault(self) -> None:
-        """The fault that stopped the vCPUs has ended."""
-        if self.state is MachineState.PAUSED:
-            self._settle(MachineState.RUNNING, "a fault that paused it ended")
+    async def fail_disk(
+        self, emulator: Emulator, fault: DiskError
+    ) -> Callable[[], Awaitable[None]]:
+        """Have a disk fail; what is returned mends it."""
+        disk = self.disks[fault.disk]
+        return await faults.fail_disk(emulator, disk, self.layout.buses[fault.disk], fault)
 
     # What it is.
 
@@ -600,12 +566,12 @@ class QemuMachine(LiveMachine):
             vcpus=len(cpus),
             memory=await readback.memory_size(emulator),
             disks=tuple(sorted(disks, key=lambda disk: order.index(disk.name))),
-            nics=tuple(await readback.nics(emulator, spec.nics, self._linked)),
-            nodes=tuple(await readback.nodes(emulator, cpus, len(self.layout.modules))),
-            pinning=readback.pinning(emulator.process.pid, cpus),
+            nics=tuple(await qemu_readback.nics(emulator, spec.nics, self._linked)),
+            nodes=tuple(await qemu_readback.nodes(emulator, cpus, len(self.layout.modules))),
+            pinning=qemu_readback.pinning(emulator.process.pid, cpus),
             consoles=await readback.labels(emulator, "con"),
             channels=await readback.labels(emulator, "chan"),
-            accelerator=await readback.accelerator(emulator),
+            accelerator=await qemu_readback.accelerator(emulator),
             pid=emulator.process.pid,
             directory=self.directory,
             owner=str(self.qemu.owner),

@@ -33,8 +33,8 @@ from vmlab.hypervisors.qemu.private_memory import (
     save_devices,
     small_blocks,
 )
-from vmlab.hypervisors.qemu.threads import done_in_thread, in_thread
 from vmlab.hypervisors.qmp import EventListener, QmpError, QmpEvent, QmpLost
+from vmlab.hypervisors.threads import done_in_thread, in_thread
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import OperationFailed
 

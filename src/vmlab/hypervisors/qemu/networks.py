@@ -13,7 +13,7 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from vmlab.hypervisors.qemu.layout import nic_backend
+from vmlab.hypervisors.monitored.names import nic_backend
 from vmlab.machine.errors import OperationFailed
 from vmlab.machine.spec import Nic
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from vmlab.hypervisors.base import Snapshot
-from vmlab.hypervisors.qemu.disks import DiskFile
+from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.qemu.layout import Layout
 from vmlab.hypervisors.qemu.memory import STREAM, copy_sparse, digest_of
 from vmlab.machine.errors import CorruptSnapshot, SnapshotNotFound

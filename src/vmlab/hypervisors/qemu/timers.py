@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from vmlab.hypervisors.qemu import readback
+from vmlab.hypervisors.monitored import readback
+from vmlab.hypervisors.qemu import readback as qemu_readback
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qemu.gdbstub import GdbStub, gdbstub
 from vmlab.machine.architecture import Architecture
@@ -50,7 +51,10 @@ async def rearm(emulator: Emulator, architecture: Architecture) -> None:
     Raises:
         OperationFailed: QEMU does not let them be written.
     """
-    if architecture is not Architecture.RISCV64 or await readback.accelerator(emulator) != "tcg":
+    if (
+        architecture is not Architecture.RISCV64
+        or await qemu_readback.accelerator(emulator) != "tcg"
+    ):
         # The others' timers are armed by QEMU, and those of KVM by the kernel.
         return
     vcpus = await readback.vcpus(emulator)

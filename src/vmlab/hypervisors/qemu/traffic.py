@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vmlab.hypervisors.monitored.names import nic_backend
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qemu.layout import nic_backend
 from vmlab.hypervisors.qmp import QmpError
 from vmlab.machine.metrics import NicMetrics
 

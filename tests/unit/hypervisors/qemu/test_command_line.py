@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from vmlab.hypervisors.monitored.disks import DiskFile
+from vmlab.hypervisors.monitored.names import made_mac, node_name
 from vmlab.hypervisors.ownership import Owner
 from vmlab.hypervisors.qemu import networks
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.command_line import Launch, arguments, keyval
-from vmlab.hypervisors.qemu.disks import DiskFile
-from vmlab.hypervisors.qemu.layout import Layout, effective_bus, made_mac, node_name
+from vmlab.hypervisors.qemu.layout import Layout, effective_bus
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import InvalidSpec, ResourceExhausted
 from vmlab.machine.spec import Disk, MachineSpec, Nic

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.qemu import hotplug, migration
-from vmlab.hypervisors.qemu.disks import DiskFile
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
 from vmlab.machine.errors import MachineCrashed, MigrationFailed, OperationFailed

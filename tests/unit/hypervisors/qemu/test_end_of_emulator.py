@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vmlab.hypervisors.qemu import emulator
+from vmlab.hypervisors.monitored import emulator
 
 
 class Stubborn:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vmlab.hypervisors.qemu import arrival, disks, memory, networks, threads, vmstate
-from vmlab.hypervisors.qemu.streams import ConsoleLine, SocketChannel
+from vmlab.hypervisors import threads
+from vmlab.hypervisors.monitored.streams import ConsoleLine, SocketChannel
+from vmlab.hypervisors.qemu import arrival, disks, memory, networks, vmstate
 from vmlab.machine.errors import ChannelClosed, CorruptSnapshot, InvalidSpec, OperationFailed
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk
@@ -268,7 +269,7 @@ def test_console_has_many_readers_over_several_processes_and_one_log(tmp_path: P
 def test_log_that_does_not_catch_up_is_shown_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vmlab.hypervisors.qemu import streams
+    from vmlab.hypervisors.monitored import streams
 
     monkeypatch.setattr(streams, "_LOG_LAG", 0.02)
 

@@ -1,6 +1,6 @@
-"""Consoles and guest channels: streams over the Unix sockets of a QEMU process.
+"""Consoles and guest channels: streams over the Unix sockets of a machine's process.
 
-QEMU serves one client of a socket at a time and keeps a log of each console by itself. A console
+It serves one client of a socket at a time and keeps a log of each console by itself. A console
 can have any number of readers here, who go on reading when the machine is started again; a channel
 has one, and ends with the process.
 """
@@ -15,10 +15,26 @@ from typing import Final
 from vmlab.hypervisors.base import Channel, Console
 from vmlab.hypervisors.qmp import connect_socket
 from vmlab.machine.errors import ChannelClosed
+from vmlab.machine.spec import Console as ConsoleSpec
 
 _CHUNK: Final = 65536
 _LOG_LAG: Final = 1.0
-"""Seconds that QEMU's log may lag behind what it sent."""
+"""Seconds that the log may lag behind what was sent."""
+
+
+def console_socket(name: str) -> str:
+    """The socket of a console, in the directory of the process."""
+    return f"console-{name}.sock"
+
+
+def channel_socket(name: str) -> str:
+    """The socket of a guest channel, in the directory of the process."""
+    return f"channel-{name}.sock"
+
+
+def console_log(console: ConsoleSpec) -> str:
+    """The file that a console's output is kept in, in the directory of the machine."""
+    return f"console-{console.name}.log"
 
 
 class SocketChannel(Channel):
@@ -116,12 +132,12 @@ class _Pipe:
 
 
 class ConsoleLine:
-    """One console of a machine, over all its QEMU processes.
+    """One console of a machine, over all its processes.
 
     Args:
         name: Its name.
         machine: Name of the machine, for errors.
-        log: Where QEMU keeps what the guest prints.
+        log: Where the process keeps what the guest prints.
     """
 
     def __init__(self, name: str, machine: str, log: Path) -> None:
@@ -134,7 +150,7 @@ class ConsoleLine:
         self._seen = 0
 
     async def connect(self, path: Path) -> None:
-        """Attach to a QEMU process that has just been started or found again.
+        """Attach to a process that has just been started or found again.
 
         Raises:
             OSError: it does not listen.
@@ -210,7 +226,7 @@ class ConsoleLine:
         """All that was printed; what a reader has been given is in it."""
         now = asyncio.get_running_loop().time
         deadline = now() + _LOG_LAG
-        # QEMU writes to the socket first.
+        # The socket is written to first.
         while self._size() < self._seen and now() < deadline:  # noqa: ASYNC110 (a file tells nobody)
             await asyncio.sleep(0.001)
         return await asyncio.to_thread(self._read)

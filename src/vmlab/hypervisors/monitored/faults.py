@@ -1,0 +1,193 @@
+"""Faults of a running process: on its disks, its wires, its memory, its vCPUs, itself.
+
+How a disk is made to fail is the back end's.
+
+`kill` ends the process as SIGKILL does: what the guest wrote is with the host's kernel by then and
+stays, flushed or not. `power-cut`, which takes what was not flushed, is not declared: no writes are
+kept back that could be lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vmlab.hypervisors.monitored.emulator import Emulator
+from vmlab.hypervisors.monitored.names import nic_device
+from vmlab.machine.errors import ResourceNotFound, UnsupportedOperation, VmlabError
+from vmlab.machine.faults import (
+    At,
+    DiskError,
+    Fault,
+    KillFault,
+    MemoryPressure,
+    NetPartition,
+    PauseFault,
+)
+
+if TYPE_CHECKING:
+    from vmlab.hypervisors.monitored.machine import MonitoredMachine
+
+Clear = Callable[[], Awaitable[None]]
+
+
+@dataclass
+class _Armed:
+    """A fault that waits for its time, works, or is over."""
+
+    fault: Fault
+    clear: Clear | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class Faults:
+    """The faults of one machine."""
+
+    def __init__(self, machine: MonitoredMachine[Any]) -> None:
+        self._machine = machine
+        self._armed: dict[str, _Armed] = {}
+        self._numbers = itertools.count(1)
+
+    async def inject(self, fault: Fault) -> str:
+        """Break something now or at its time; returns the fault's id.
+
+        Raises:
+            UnsupportedOperation: its trigger is not one of time.
+            ResourceNotFound: the machine has no such disk or NIC.
+        """
+        if not isinstance(fault.when, At):
+            raise UnsupportedOperation(
+                f"fault trigger {fault.when.on}",
+                hypervisor=self._machine.hypervisor.name,
+                machine=self._machine.name,
+                operation="inject",
+                hint="its faults begin at a time: when = {on = 'time', seconds = 1.5}",
+            )
+        self._check(fault)
+        number = next(self._numbers)
+        identity = fault.id or f"{fault.kind.value}-{number}"
+        armed = self._armed[identity] = _Armed(fault)
+        if fault.when.seconds == 0:
+            await self._break(identity, armed)
+        else:
+            armed.task = self._later(self._at(fault.when.seconds, identity, armed))
+        return identity
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return asyncio.create_task(work)
+
+    def _check(self, fault: Fault) -> None:
+        spec = self._machine.spec
+        if isinstance(fault, DiskError) and spec.disk(fault.disk) is None:
+            raise self._unknown("disk", fault.disk)
+        if isinstance(fault, NetPartition) and spec.nic(fault.nic) is None:
+            raise self._unknown("NIC", fault.nic)
+
+    def _unknown(self, kind: str, name: str) -> ResourceNotFound:
+        return ResourceNotFound(
+            f"machine {self._machine.name!r} has no {kind} {name!r}",
+            machine=self._machine.name,
+            hypervisor=self._machine.hypervisor.name,
+            operation="inject",
+        )
+
+    async def _at(self, seconds: float, identity: str, armed: _Armed) -> None:
+        await asyncio.sleep(seconds)
+        # A machine that is gone by then cannot be broken any more.
+        with suppress(VmlabError):
+            await self._break(identity, armed)
+
+    async def _break(self, identity: str, armed: _Armed) -> None:
+        armed.clear = await self._apply(armed.fault)
+        if armed.clear is not None and armed.fault.duration is not None:
+            armed.task = self._later(self._until(armed.fault.duration, identity))
+
+    async def _until(self, seconds: float, identity: str) -> None:
+        await asyncio.sleep(seconds)
+        with suppress(VmlabError):
+            await self._end(identity)
+            self._machine.fault_ended(identity)
+
+    async def clear(self, identity: str) -> None:
+        """End a fault; one that has ended is none.
+
+        Raises:
+            ResourceNotFound: there never was one of that id.
+        """
+        if identity not in self._armed:
+            raise ResourceNotFound(
+                f"machine {self._machine.name!r} never had a fault {identity!r}",
+                hint="`inject` returns the fault's id",
+                machine=self._machine.name,
+                hypervisor=self._machine.hypervisor.name,
+                operation="clear_fault",
+            )
+        if (task := self._armed[identity].task) is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        await self._end(identity)
+
+    async def _end(self, identity: str) -> None:
+        armed = self._armed[identity]
+        clear, armed.clear = armed.clear, None
+        if clear is not None and self._machine.emulator is not None:
+            await clear()
+
+    def forget(self) -> None:
+        """The machine has no process any more: nothing of it is broken."""
+        for armed in self._armed.values():
+            armed.clear = None
+            if armed.task is not None and armed.task is not asyncio.current_task():
+                armed.task.cancel()
+                armed.task = None
+
+    # What each kind does.
+
+    async def _apply(self, fault: Fault) -> Clear | None:
+        emulator = self._machine.need()
+        if isinstance(fault, DiskError):
+            return await self._machine.fail_disk(emulator, fault)
+        if isinstance(fault, NetPartition):
+            return await self._cut_wire(emulator, fault.nic)
+        if isinstance(fault, MemoryPressure):
+            return await self._squeeze(emulator, fault.leave)
+        if isinstance(fault, PauseFault):
+            return await self._freeze(emulator)
+        assert isinstance(fault, KillFault), "capabilities name no other kind"
+        emulator.process.kill()
+        return None
+
+    async def _cut_wire(self, emulator: Emulator, nic: str) -> Clear:
+        await emulator.execute("set_link", {"name": nic_device(nic), "up": False})
+        self._machine.cut.add(nic)
+
+        async def mend() -> None:
+            self._machine.cut.discard(nic)
+            await emulator.execute("set_link", {"name": nic_device(nic), "up": True})
+
+        return mend
+
+    async def _squeeze(self, emulator: Emulator, leave: int) -> Clear:
+        size = self._machine.spec.memory.size
+        await emulator.execute("balloon", {"value": min(leave, size)})
+
+        async def mend() -> None:
+            await emulator.execute("balloon", {"value": size})
+
+        return mend
+
+    async def _freeze(self, emulator: Emulator) -> Clear | None:
+        if not (await emulator.execute("query-status"))["running"]:
+            return None
+        await emulator.execute("stop")
+        self._machine.paused_by_fault()
+
+        async def mend() -> None:
+            await emulator.execute("cont")
+            self._machine.resumed_by_fault()
+
+        return mend
