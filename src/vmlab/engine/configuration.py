@@ -48,6 +48,7 @@ class SegmentKind(Enum):
     DATAGRAM = "datagram"
     MULTICAST = "multicast"
     TAP = "tap"
+    USER = "user"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,16 @@ class DiskFile:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """A port of the host that leads into the guest, by a user network; host port 0: a free one."""
+
+    guest: int
+    host: int = 0
+    address: str = "127.0.0.1"
+    protocol: str = "tcp"
+
+
+@dataclass(frozen=True)
 class Nic:
     """A NIC and what it is plugged into.
 
@@ -90,6 +101,7 @@ class Nic:
         path: Of the segment's socket; of a multicast segment, its group ("239.1.2.3:20000"); or
             the name of a TAP device.
         peer: Of a datagram segment, the other end's socket.
+        forwards: Of a user network.
     """
 
     name: str
@@ -97,6 +109,7 @@ class Nic:
     segment: SegmentKind = SegmentKind.NONE
     path: str = ""
     peer: str = ""
+    forwards: list[Forward] = field(default_factory=list)
 
 
 class TimeMode(Enum):

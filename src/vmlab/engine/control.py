@@ -118,6 +118,30 @@ class HartInfo:
 
 
 @dataclass(frozen=True)
+class ForwardInfo:
+    """A port of the host that leads into the guest."""
+
+    protocol: str
+    address: str
+    host: int
+    guest: int
+
+
+@dataclass(frozen=True)
+class NicInfo:
+    """Of x-query-networks: a NIC, what went through it in frames and bytes, and its forwards."""
+
+    name: str
+    link: bool
+    received: int
+    received_bytes: int
+    sent: int
+    sent_bytes: int
+    dropped: int
+    forwards: list[ForwardInfo]
+
+
+@dataclass(frozen=True)
 class ExitCount:
     """How often something happened."""
 
@@ -218,6 +242,7 @@ class Control:
         add("query-block", self.query_block)
         add("query-balloon", self.query_balloon)
         add("x-query-harts", self.query_harts)
+        add("x-query-networks", self.query_networks)
         add("stop", self.stop)
         add("cont", self.cont)
         add("system_reset", self.system_reset)
@@ -283,6 +308,25 @@ class Control:
         """How much memory the guest has left."""
         machine = self.machine
         return BalloonInfo(machine.ram.size - machine.balloon.own.actual * 4096)
+
+    def query_networks(self) -> list[NicInfo]:
+        """The NICs, what went through them, and which ports lead to them."""
+        return [
+            NicInfo(
+                name,
+                nic.own.link_up,
+                nic.counters.received,
+                nic.counters.received_bytes,
+                nic.counters.sent,
+                nic.counters.sent_bytes,
+                nic.counters.dropped,
+                [
+                    ForwardInfo(one.protocol, one.host, one.host_port, one.guest_port)
+                    for one in self.machine.forwards.get(name, [])
+                ],
+            )
+            for name, nic in self.machine.nics.items()
+        ]
 
     def query_harts(self) -> list[HartInfo]:
         """What each hart did."""

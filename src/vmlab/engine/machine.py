@@ -44,7 +44,13 @@ from vmlab.engine.devices.virtio.keyboard import VirtioKeyboard
 from vmlab.engine.devices.virtio.net import Segment, VirtioNet
 from vmlab.engine.devices.virtio.rng import VirtioRng
 from vmlab.engine.devices.virtio.scsi import VirtioScsi
-from vmlab.engine.devices.virtio.segments import DatagramSegment, StreamSegment, TapSegment
+from vmlab.engine.devices.virtio.segments import (
+    DatagramSegment,
+    MulticastSegment,
+    StreamSegment,
+    TapSegment,
+)
+from vmlab.engine.devices.virtio.user_network import PortForward, UserSegment
 from vmlab.engine.devices.workers import TimedWorkers, WorkerThreads
 from vmlab.engine.firmware import Firmware
 from vmlab.engine.harts import Harts, ParallelHarts
@@ -149,6 +155,7 @@ class Machine:
         self.disks: dict[str, Disk] = {}
         self._nodes: dict[str, DiskFile] = {}
         self.nics: dict[str, VirtioNet] = {}
+        self.forwards: dict[str, list[PortForward]] = {}
         self._add_devices(made)
 
     def _at_work(self, harts: list[Hart], executors: list[Executor]) -> Harts:
@@ -211,13 +218,23 @@ class Machine:
     def _segment(self, nic: Nic) -> Segment:
         made: Segment
         match nic.segment:
-            case SegmentKind.STREAM_SERVER | SegmentKind.STREAM_CLIENT:
-                server = nic.segment is SegmentKind.STREAM_SERVER
-                made = StreamSegment(self._reactor, Path(nic.path), server=server)
+            case SegmentKind.STREAM_SERVER:
+                made = StreamSegment.serve(self._reactor, Path(nic.path))
+            case SegmentKind.STREAM_CLIENT:
+                made = StreamSegment.connect(self._reactor, Path(nic.path))
+            case SegmentKind.MULTICAST:
+                made = MulticastSegment(self._reactor, nic.path)
             case SegmentKind.DATAGRAM:
                 made = DatagramSegment(self._reactor, Path(nic.path), Path(nic.peer))
             case SegmentKind.TAP:
                 made = TapSegment(self._reactor, nic.path)
+            case SegmentKind.USER:
+                forwards = [
+                    PortForward(one.guest, one.host, one.address, one.protocol)
+                    for one in nic.forwards
+                ]
+                made = user = UserSegment(self._reactor, mac_address(nic), forwards)
+                self.forwards[nic.name] = user.forwards
             case _:
                 made = _Unplugged()
         self._stack.callback(made.close)

@@ -1,4 +1,4 @@
-"""Networks between machines: unix sockets as QEMU's `-netdev stream` and `dgram`, and taps.
+"""Networks between machines: sockets as QEMU's `-netdev stream`, `dgram` and `socket,mcast`; taps.
 
 A stream carries each frame behind its length in four bytes, big-endian (QEMU's net/stream.c); a
 datagram is a frame. So a machine here and one on QEMU can share a segment.
@@ -7,6 +7,7 @@ datagram is a frame. So a machine here and one on QEMU can share a segment.
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
@@ -30,18 +31,12 @@ _IFF_NO_PI: Final = 0x1000
 
 
 class StreamSegment:
-    """Frames over a connected stream. The link is up while somebody is at the other end.
+    """Frames over a stream, of which `serve`, `connect` and `over` make one.
 
-    Args:
-        reactor: Who waits for the sockets.
-        path: A unix socket.
-        server: Make the socket and wait for the other machine; else connect to it.
-
-    Raises:
-        VmlabError: the socket cannot be made, or nobody listens there.
+    The link is up while somebody is at the other end.
     """
 
-    def __init__(self, reactor: Reactor, path: Path, *, server: bool) -> None:
+    def __init__(self, reactor: Reactor) -> None:
         self._reactor = reactor
         self._device: VirtioNet | None = None
         self._lock = threading.RLock()
@@ -52,21 +47,43 @@ class StreamSegment:
         self._refused = False
         self._server: socket.socket | None = None
         self._server_watch: Watch | None = None
-        self._path = path
-        if server:
-            self._server = listen(path)
-            self._server_watch = reactor.watch(self._server, self._accept)
-        else:
-            peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                peer.connect(str(path))
-            except OSError as error:
-                peer.close()
-                raise ResourceNotFound(
-                    f"nobody listens at the network segment {str(path)!r}: {error.strerror}",
-                    hint="start the machine that is the segment's server first",
-                ) from None
-            self._join(peer)
+
+    @classmethod
+    def serve(cls, reactor: Reactor, path: Path) -> StreamSegment:
+        """Make a unix socket, at which the other machine is waited for.
+
+        Raises:
+            VmlabError: the socket cannot be made.
+        """
+        made = cls(reactor)
+        made._server = listen(path)
+        made._server_watch = reactor.watch(made._server, made._accept)
+        return made
+
+    @classmethod
+    def connect(cls, reactor: Reactor, path: Path) -> StreamSegment:
+        """Go to the unix socket of the other machine.
+
+        Raises:
+            ResourceNotFound: nobody listens there.
+        """
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            peer.connect(str(path))
+        except OSError as error:
+            peer.close()
+            raise ResourceNotFound(
+                f"nobody listens at the network segment {str(path)!r}: {error.strerror}",
+                hint="start the machine that is the segment's server first",
+            ) from None
+        return cls.over(reactor, peer)
+
+    @classmethod
+    def over(cls, reactor: Reactor, peer: socket.socket) -> StreamSegment:
+        """Take over a stream that leads to the other end."""
+        made = cls(reactor)
+        made._join(peer)
+        return made
 
     def _join(self, peer: socket.socket) -> None:
         peer.setblocking(False)
@@ -193,11 +210,12 @@ class StreamSegment:
             self._device = None
             self._leave()
             if self._server is not None and self._server_watch is not None:
+                path = self._server.getsockname()
                 self._server_watch.close()
                 self._server.close()
                 self._server = None
                 with suppress(FileNotFoundError):
-                    self._path.unlink()
+                    Path(path).unlink()
 
 
 class DatagramSegment:
@@ -252,6 +270,86 @@ class DatagramSegment:
         self._socket.close()
         with suppress(FileNotFoundError):
             self._local.unlink()
+
+
+class MulticastSegment:
+    """A frame is a datagram to a multicast group on the loopback interface; all members get it.
+
+    Args:
+        reactor: Who waits for the sockets.
+        group: "ADDRESS:PORT", an IPv4 multicast address (RFC 1112) and a UDP port.
+
+    Raises:
+        VmlabError: that is no group, or it cannot be joined.
+    """
+
+    def __init__(self, reactor: Reactor, group: str) -> None:
+        self._device: VirtioNet | None = None
+        self._group = _multicast_group(group)
+        loopback = socket.inet_aton("127.0.0.1")
+        self._members = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        # What is sent from a socket of its own is known when it comes back.
+        self._own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            self._members.setblocking(False)
+            self._own.setblocking(False)
+            self._members.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._members.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._members.bind(self._group)
+            membership = socket.inet_aton(self._group[0]) + loopback
+            self._members.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+            self._own.bind(("127.0.0.1", 0))
+            self._own.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, loopback)
+        except OSError as error:
+            self._members.close()
+            self._own.close()
+            raise VmlabError(
+                f"the network segment {group!r} cannot be joined: {error.strerror or error}",
+                hint="the loopback interface has to be up; is the port taken?",
+            ) from None
+        self._name = self._own.getsockname()
+        self._watch = reactor.watch(self._members, self._readable)
+
+    def attach(self, device: VirtioNet) -> None:
+        """The device on this end."""
+        self._device = device
+
+    def send(self, frame: bytes) -> bool:
+        """Put a frame on the wire; members that are busy lose it, as on a real one."""
+        with suppress(OSError):
+            self._own.sendto(frame, self._group)
+        return True
+
+    def _readable(self) -> None:
+        try:
+            frame, sender = self._members.recvfrom(MAX_FRAME + 1)
+        except OSError:
+            return
+        if self._device is not None and sender != self._name:
+            self._device.arrived(frame)
+
+    def resume(self) -> None:
+        """Datagrams do not wait: what was too much is lost."""
+
+    def close(self) -> None:
+        """Leave the segment."""
+        self._device = None
+        self._watch.close()
+        self._members.close()
+        self._own.close()
+
+
+def _multicast_group(group: str) -> tuple[str, int]:
+    address, _, port = group.rpartition(":")
+    try:
+        known = ipaddress.IPv4Address(address).is_multicast and 0 < int(port) < 1 << 16
+    except ValueError:
+        known = False
+    if not known:
+        raise VmlabError(
+            f"{group!r} is no multicast group", hint='an address and a port: "239.1.2.3:20000"'
+        )
+    return address, int(port)
 
 
 class _Descriptor:
