@@ -22,12 +22,13 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import read_csr, write_csr
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
-from vmlab.engine.cpu.traps import take_trap
+from vmlab.engine.cpu.traps import instruction_bits, take_trap
 from vmlab.engine.devices.bus import Bus, BusFault
 from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
 from vmlab.engine.firmware import SUPERVISOR_SETUP, Fence
 from vmlab.engine.host_clock import HostClock
 from vmlab.engine.isa.cpu import Cause
+from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.isa.values import Value
 
 BUDGET: Final = 1 << 30
@@ -327,12 +328,13 @@ class Harts(ABC):
 
     def _refuse(self, seat: Seat, cause: Cause) -> None:
         """Nothing answers at an address: an access fault, as if nothing had retired."""
-        hart = seat.hart
+        hart, core = seat.hart, seat.caller._core
+        pc = Value(hart[layout.EXIT_PC], 64)
         hart[layout.RETIRED] -= 1
-        handler = take_trap(
-            seat.caller._core, Value(cause.value), Value(0), Value(hart[layout.EXIT_PC])
-        )
-        hart.pc = handler.number
+        # Where it wanted to: the registers that said so are still as they were.
+        decoded = RISCV64.decode(instruction_bits(core, pc).number)
+        address = hart.x(decoded.rs1) + decoded.imm if decoded is not None else 0
+        hart.pc = take_trap(core, Value(cause.value), Value(address, 64), pc).number
 
     def _pending(self, hart: Hart) -> tuple[int, int | None]:
         """The bits of `mip`, and the tick at which a timer may set another (None: none will)."""
