@@ -11,12 +11,13 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 from vmlab.engine.code.arena import Arena
 from vmlab.engine.code.cache import ObjectCache
+from vmlab.engine.code.environment import check_floating_environment
 from vmlab.engine.code.loader import load
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.exits import Exit, Reason
@@ -35,11 +36,11 @@ _FEW_PAGES = 16  # beyond that it is cheaper to drop everything
 _Native = Callable[[int], None]
 
 
-def _make_interpreter() -> bytes:
+def _make_interpreter(without: Sequence[str]) -> bytes:
     from vmlab.engine.compile.client import CompileWorker
 
     with CompileWorker() as worker:
-        return worker.interpreter()
+        return worker.interpreter(without)
 
 
 class NativeCode:
@@ -47,11 +48,14 @@ class NativeCode:
 
     Args:
         folder: the cache of objects; the user's own if none is given.
+        without: features of the host's processor that are not to be used ("fma").
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, without: Sequence[str] = ()) -> None:
         self.arena = Arena()
-        symbols = load(ObjectCache(folder).get("riscv64", _make_interpreter), self.arena)
+        name = "-".join(("riscv64", *(f"without-{feature}" for feature in without)))
+        made = ObjectCache(folder).get(name, lambda: _make_interpreter(without))
+        symbols = load(made, self.arena)
         handlers: dict[int, int] = {}
         self.numbers: dict[str, int] = {}
         for symbol, address in symbols.items():
@@ -200,6 +204,7 @@ class InterpreterExecutor:
         sets, notes, scratch = map(ctypes.addressof, self._anchors)
         words = memoryview(self._scratch).cast("Q")
         words[2] = words[4] = native.handler("page_end")
+        self._thread = 0  # the one that it ran on last
         # Held around changes of the following.
         self._gate = threading.Condition()
         self._active = False  # native code runs
@@ -274,6 +279,9 @@ class InterpreterExecutor:
 
     def _run(self, budget: int) -> Exit:
         hart, native = self.hart, self._native
+        if self._thread != threading.get_ident():
+            check_floating_environment()
+            self._thread = threading.get_ident()
         if hart.executor is not self:
             hart.executor = self  # another one may have changed what translations are made of
             self._drop_translations()

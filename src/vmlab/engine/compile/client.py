@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -41,13 +42,17 @@ class CompileWorker:
     ) -> None:
         self.close()
 
-    def interpreter(self) -> bytes:
+    def interpreter(self, without: Sequence[str] = ()) -> bytes:
         """The object of the riscv64 interpreter.
+
+        Args:
+            without: Features that are not to be used although the processor has them, in the
+                names of LLVM.
 
         Raises:
             CompileFailed: the worker died, or said why it cannot.
         """
-        return self._ask({"interpreter": "riscv64"})
+        return self._ask({"interpreter": "riscv64", "without": list(without)})
 
     def module(self, text: str, *, optimize: int) -> bytes:
         """The object of a module in LLVM IR; raises as `interpreter` does."""
@@ -65,7 +70,7 @@ class CompileWorker:
         self._process.wait()
         self._process.stdout.close()
 
-    def _ask(self, request: dict[str, str | int]) -> bytes:
+    def _ask(self, request: dict[str, str | int | list[str]]) -> bytes:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

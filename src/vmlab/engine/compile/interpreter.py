@@ -10,7 +10,8 @@ an eighth of the record's address. `budget` counts instructions down. `tlb` is t
 translations in use. Compiled regions have the same signature and take handlers' places.
 
 An instruction that touches memory has two handlers: one that expects a hit in the TLB and does
-nothing else, and one that it jumps to at a miss, which walks, traps or leaves to the host. One that
+nothing else, and one that it jumps to at a miss, which walks, traps or leaves to the host. So has
+one that computes with floating-point numbers: on the host's unit, and by softfloat. One that
 branches has two: for a target in the same page, whose record is at a known distance, and for any.
 
 Everything is made from the bodies in vmlab.engine.isa; nothing here knows what an instruction does.
@@ -35,6 +36,7 @@ from vmlab.engine.compile.native import (
 )
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.access import DeviceAccess, reserve, take_reservation
+from vmlab.engine.cpu.core import Rare
 from vmlab.engine.cpu.execution import CoreCpu, DeviceLoad, Jump, Resume, Wait, extend
 from vmlab.engine.cpu.exits import Reason
 from vmlab.engine.cpu.hart import EXTENSIONS
@@ -59,10 +61,6 @@ PAGE_END, CROSSING, ILLEGAL, BREAKPOINT, STALE = (
 )
 
 
-class _Miss(Exception):
-    """The TLB has not got it."""
-
-
 class _NearJump(Exception):
     """A jump by the record's immediate within the page."""
 
@@ -73,7 +71,7 @@ class Variant:
 
     length: int
     near: bool = False  # a branch stays in the page
-    slow: bool = False  # memory without the TLB
+    slow: bool = False  # in all cases: memory without the TLB, floating point by softfloat
 
 
 class _HandlerCpu(CoreCpu):
@@ -85,8 +83,8 @@ class _HandlerCpu(CoreCpu):
         super().__init__(core)
         self.core = core
         self.variant = variant
-        self.used_tlb = False
         self.branched = False
+        self.gave_up = False  # it knows rare cases
 
     # ------------------------------------------------------------------------------- operands
 
@@ -123,12 +121,10 @@ class _HandlerCpu(CoreCpu):
 
     def _translate(self, address: Value, size: int, table: int) -> str:
         """The host's address of a virtual one, out of the TLB."""
-        self.used_tlb = True
         core, function = self.core, self.core.function
         entry = core.entry("%t", table, address)
         tag = function.value(f"load i64, ptr {entry}")
-        if not function.likely(tag.eq(address & (PAGE_MASK | (size - 1)))):
-            raise _Miss
+        core.expect(tag.eq(address & (PAGE_MASK | (size - 1))))
         addend = function.value(f"load i64, ptr {core.element(entry, 8)}")
         return core.pointer(address + addend)
 
@@ -277,7 +273,7 @@ class HandlerWriter:
         fast = self._write_handler(instruction, name, Variant(length))
         if fast.branched:
             self._write_handler(instruction, name + ".near", Variant(length, near=True))
-        if fast.used_tlb:
+        if fast.gave_up:
             self._write_handler(
                 instruction, name + ".slow", Variant(length, slow=True), named=False
             )
@@ -286,7 +282,7 @@ class HandlerWriter:
         self, instruction: Instruction, name: str, variant: Variant, *, named: bool = True
     ) -> _HandlerCpu:
         function = FunctionEmitter()
-        core = NativeCore(self.module, function)
+        core = NativeCore(self.module, function, hurried=not variant.slow)
         cpu = _HandlerCpu(core, variant)
         function.explore(lambda: self._run(instruction, cpu, name))
         symbol = f"h.{len(self.names)}.{name}" if named else f"h.{name}"
@@ -306,7 +302,8 @@ class HandlerWriter:
             core[layout.RETIRED] = core[layout.SLICE_END] - _budget(function)
         try:
             instruction.body(cpu)
-        except _Miss:
+        except Rare:
+            cpu.gave_up = True
             _tail_call(function, f'@"h.{name}.slow"')
         except _NearJump:
             distance = cpu.imm << 3
@@ -533,8 +530,12 @@ def _void_entry(
     module.add(name, function.text(f"define hidden void @{name}(ptr %s{parameters}) {ATTRIBUTES}"))
 
 
-def interpreter_text(instructions: InstructionSet) -> str:
+def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     """The whole interpreter of an instruction set as LLVM IR.
+
+    Args:
+        instructions: the set.
+        host_fuses: the host that it is for has a fused multiply-add.
 
     Its symbols: `h.NUMBER.NAME` for the handlers that records may name; `run(state)` which polls
     and then executes; `go_on(state)` which only executes, `go_on_elsewhere(state)` which comes from
@@ -543,7 +544,7 @@ def interpreter_text(instructions: InstructionSet) -> str:
     a page of the host's that must not be written unseen any more; and
     `decode_page(code, records, handlers)`.
     """
-    module = ModuleEmitter()
+    module = ModuleEmitter(host_fuses=host_fuses)
     writer = HandlerWriter(instructions, module)
     writer.write()
     glue = _Glue(module)

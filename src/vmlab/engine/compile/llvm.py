@@ -5,25 +5,43 @@ It runs in the worker process alone (vmlab.engine.compile.worker); the engine ne
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterable
+
 import llvmlite.binding as llvm
 
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
 
 
-def compile_text(text: str, *, optimize: int = 2) -> bytes:
+def host_fuses(without: Iterable[str] = ()) -> bool:
+    """Whether the processor has a fused multiply-add; else LLVM would call a library's."""
+    if platform.machine() == "x86_64":
+        return "fma" not in without and bool(llvm.get_host_cpu_features().get("fma"))
+    return platform.machine() == "aarch64"
+
+
+def _features(without: Iterable[str]) -> str:
+    """What this host's processor has; what is taken away comes last, with all that builds on it."""
+    lacking = [f"-{name}" for name in without]
+    return ",".join([llvm.get_host_cpu_features().flatten(), *lacking])
+
+
+def compile_text(text: str, *, optimize: int = 2, without: Iterable[str] = ()) -> bytes:
     """Compile a module for this host's processor.
 
     Args:
         text: LLVM IR.
         optimize: 0 to 3, of the passes and of the code generator.
+        without: Features that are not to be used although the processor has them; "fma" among them
+            where one is that it builds on.
 
     Raises:
         ValueError: the text is no valid module.
     """
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=llvm.get_host_cpu_name(),
-        features=llvm.get_host_cpu_features().flatten(),
+        features=_features(without),
         opt=optimize,
         reloc="pic",
         codemodel="small",

@@ -31,9 +31,14 @@ ATTRIBUTES = 'nounwind "no-builtins"'
 
 
 class ModuleEmitter:
-    """Collects the functions of a module, routines as they are called."""
+    """Collects the functions of a module, routines as they are called.
 
-    def __init__(self) -> None:
+    Args:
+        host_fuses: the host that it is for has a fused multiply-add.
+    """
+
+    def __init__(self, *, host_fuses: bool) -> None:
+        self.host_fuses = host_fuses
         self._functions: dict[str, str] = {}
         self._wanted: list[Routine] = []
 
@@ -92,11 +97,19 @@ class NativeCore(Core):
     Args:
         module: where routines go.
         function: where code goes.
+        hurried: as the base says.
     """
 
-    def __init__(self, module: ModuleEmitter, function: FunctionEmitter) -> None:
+    def __init__(
+        self, module: ModuleEmitter, function: FunctionEmitter, *, hurried: bool = False
+    ) -> None:
         self.module = module
         self.function = function
+        self.hurried = hurried
+        self.host_fuses = module.host_fuses
+
+    def likely(self, condition: Value) -> bool:
+        return self.function.likely(condition)
 
     # ------------------------------------------------------------------------------------- state
 

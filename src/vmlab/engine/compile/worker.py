@@ -1,8 +1,9 @@
 """The compile worker: a process that turns requests into objects until its input ends.
 
 Messages on standard input and output: a length of four bytes, little-endian, and so many bytes.
-A request is JSON: {"interpreter": "riscv64"}, or {"module": IR text, "optimize": 0 to 3}. An answer
-begins with one byte, 0 or 1: after 0 comes the object, after 1 what went wrong, as text.
+A request is JSON: {"interpreter": "riscv64", "without": features of the processor that are not to
+be used}, or {"module": IR text, "optimize": 0 to 3}. An answer begins with one byte, 0 or 1: after
+0 comes the object, after 1 what went wrong, as text.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def write_message(stream: IO[bytes], body: bytes) -> None:
 
 def _answer(request: bytes) -> bytes:
     from vmlab.engine.compile.interpreter import interpreter_text
-    from vmlab.engine.compile.llvm import compile_text
+    from vmlab.engine.compile.llvm import compile_text, host_fuses
     from vmlab.engine.isa.riscv64 import RISCV64
 
     wanted = json.loads(request)
@@ -44,7 +45,9 @@ def _answer(request: bytes) -> bytes:
         return compile_text(wanted["module"], optimize=wanted["optimize"])
     if wanted.get("interpreter") != "riscv64":
         raise ValueError(f"nobody knows how to make {wanted}")
-    return compile_text(interpreter_text(RISCV64))
+    without = wanted["without"]
+    text = interpreter_text(RISCV64, host_fuses=host_fuses(without))
+    return compile_text(text, without=without)
 
 
 def main() -> None:

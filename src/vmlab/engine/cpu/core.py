@@ -17,8 +17,34 @@ from vmlab.engine.isa.cpu import AtomicOperation
 from vmlab.engine.isa.values import Value
 
 
+class Rare(Exception):
+    """Code for the usual case has met another one; code for all cases is to do it, from anew."""
+
+
 class Core(ABC):
-    """A hart's state and memory, below the level of instructions."""
+    """A hart's state and memory, below the level of instructions.
+
+    Attributes:
+        hurried: Code for the usual case is being generated, which may raise `Rare` while nothing
+            has been changed yet.
+        host_fuses: Such code may use the host's fused multiply-add.
+    """
+
+    hurried = False
+    host_fuses = False
+
+    def likely(self, condition: Value) -> bool:
+        """Branch on one bit that is nearly always set."""
+        return bool(condition)
+
+    def expect(self, condition: Value) -> None:
+        """Go on where a bit is set; for code that is `hurried`.
+
+        Raises:
+            Rare: it is not.
+        """
+        if not self.likely(condition):
+            raise Rare
 
     @abstractmethod
     def __getitem__(self, field: Field) -> Value:

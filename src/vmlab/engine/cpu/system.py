@@ -74,13 +74,18 @@ def check_block_management(core: Core, invalidate: Value) -> Value:
 
 def check_floating(core: Core) -> Value:
     """Refuse floating-point instructions where FS is off."""
-    if (core[MSTATUS] & FLOATING_STATE).eq(0):
+    if core.hurried:
+        core.expect((core[MSTATUS] & FLOATING_STATE).ne(0))
+    elif (core[MSTATUS] & FLOATING_STATE).eq(0):
         raise Illegal
     return Value(0, 64)
 
 
 def use_floating(core: Core) -> Value:
     """The same, and FS becomes dirty."""
+    if core.hurried:
+        core.expect((core[MSTATUS] & FLOATING_STATE).eq(FLOATING_STATE))
+        return Value(0, 64)
     check_floating(core)
     core[MSTATUS] = core[MSTATUS] | FLOATING_STATE
     return Value(0, 64)
