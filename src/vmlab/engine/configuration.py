@@ -72,7 +72,13 @@ class SocketPort:
 
 @dataclass(frozen=True)
 class DiskFile:
-    """A disk and the file that it lies in."""
+    """A disk and the file that it lies in.
+
+    Attributes:
+        name: Of its block node.
+        serial: What the guest finds it by; its name if left out.
+        device: Id of its device; the name of the node if left out.
+    """
 
     name: str
     file: str
@@ -80,6 +86,7 @@ class DiskFile:
     read_only: bool = False
     serial: str = ""
     bus: DiskBus = DiskBus.VIRTIO
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,8 @@ class Configuration:
         paused: Whether to wait for `cont` before the first instruction.
         scsi: Whether there is a SCSI host, to which disks can be plugged.
         no_reboot: Whether a restart that the guest asks for ends the process.
+        no_shutdown: Whether the process stays when the guest has powered off, until it is told to
+            quit.
         time: What time is made of.
         seed: What all randomness that the guest is given comes from; without it, the host's, or 0
             where time is deterministic. Whoever knows it knows the guest's keys.
@@ -183,6 +192,7 @@ class Configuration:
     paused: bool = False
     scsi: bool = True
     no_reboot: bool = False
+    no_shutdown: bool = False
     time: Time = field(default_factory=Time)
     seed: int | None = None
 

@@ -6,11 +6,12 @@ both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from vmlab.engine.configuration import DiskFile, ImageFormat
+from vmlab.engine.configuration import DiskBus, DiskFile, ImageFormat
+from vmlab.engine.devices.storage.metered import DiskOperation
 from vmlab.engine.devices.virtio.keyboard import KEY_POWER
 from vmlab.engine.machine import Machine
 from vmlab.engine.monitor.commands import CommandError, Commands
@@ -132,6 +133,7 @@ class NicInfo:
     """Of x-query-networks: a NIC, what went through it in frames and bytes, and its forwards."""
 
     name: str
+    mac: str
     link: bool
     received: int
     received_bytes: int
@@ -150,14 +152,92 @@ class ExitCount:
 
 
 @dataclass(frozen=True)
-class DeviceInfo:
-    """Of query-block: a disk."""
+class TargetInfo:
+    """Of query-target: what kind of machine it is."""
+
+    arch: str
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """An image of a block node, and the bytes of the disk in it."""
+
+    filename: str
+    format: str
+    virtual_size: int
+
+
+@dataclass(frozen=True)
+class BlockDeviceInfo:
+    """A block node that is in a device."""
+
+    file: str
+    node_name: str
+    drv: str
+    ro: bool
+    image: ImageInfo
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """Of query-block: a disk that the guest sees.
+
+    Attributes:
+        device: A name that nobody gives any more.
+        qdev: The device's id, or the path of what is behind it.
+        type: Of no meaning either.
+        removable: Whether its medium can be taken out.
+        locked: Whether the guest has locked it.
+        inserted: What is in it.
+    """
 
     device: str
     qdev: str
-    file: str
-    size: int
-    read_only: bool
+    type: str
+    removable: bool
+    locked: bool
+    inserted: BlockDeviceInfo
+
+
+@dataclass(frozen=True)
+class BlockDeviceStats:
+    """What went through a disk since it was opened."""
+
+    rd_bytes: int
+    wr_bytes: int
+    rd_operations: int
+    wr_operations: int
+    flush_operations: int
+    failed_rd_operations: int
+    failed_wr_operations: int
+    failed_flush_operations: int
+
+
+@dataclass(frozen=True)
+class BlockStats:
+    """Of query-blockstats: a disk."""
+
+    device: str
+    qdev: str
+    node_name: str
+    stats: BlockDeviceStats
+
+
+@dataclass(frozen=True)
+class ChardevInfo:
+    """Of query-chardev: a console or a channel; the label of a channel is its name in the guest."""
+
+    label: str
+    filename: str
+    frontend_open: bool
+
+
+@dataclass(frozen=True)
+class DiskFailure:
+    """Operations of a disk that are to fail."""
+
+    operation: DiskOperation
+    errno: int
 
 
 @dataclass(frozen=True)
@@ -231,6 +311,10 @@ class Control:
         self._quit = quit_
         self._nodes: dict[str, DiskFile] = {}
         self._plugged: dict[str, str] = {}
+        for disk in machine.disk_files():
+            if disk.bus is DiskBus.SCSI:
+                self._nodes[disk.name] = disk
+                self._plugged[disk.device or disk.name] = disk.name
         self.commands = Commands()
         add = self.commands.add
         add("query-status", self.query_status)
@@ -239,7 +323,10 @@ class Control:
         add("query-kvm", self.query_kvm)
         add("query-cpus-fast", self.query_cpus_fast)
         add("query-memory-size-summary", self.query_memory_size_summary)
+        add("query-target", self.query_target)
+        add("query-chardev", self.query_chardev)
         add("query-block", self.query_block)
+        add("query-blockstats", self.query_blockstats)
         add("query-balloon", self.query_balloon)
         add("x-query-harts", self.query_harts)
         add("x-query-networks", self.query_networks)
@@ -254,6 +341,8 @@ class Control:
         add("blockdev-del", self.blockdev_del)
         add("device_add", self.device_add)
         add("device_del", self.device_del)
+        add("block_resize", self.block_resize)
+        add("x-block-fail", self.block_fail)
         for name, data in (
             ("STOP", None),
             ("RESUME", None),
@@ -292,17 +381,55 @@ class Control:
         """How much memory the machine has."""
         return MemoryInfo(self.machine.ram.size)
 
-    def query_block(self) -> list[DeviceInfo]:
+    def query_target(self) -> TargetInfo:
+        """What kind of machine it is."""
+        return TargetInfo("riscv64")
+
+    def query_block(self) -> list[BlockInfo]:
         """The disks that the guest sees."""
         found = []
-        for disk in self.machine.disk_files():
+        for disk, qdev in self._devices():
             opened = self.machine.disks[disk.name]
-            qdev = self._device_of(disk.name)
-            found.append(DeviceInfo(disk.name, qdev, disk.file, opened.size, opened.read_only))
+            image = ImageInfo(disk.file, disk.format.value, opened.size)
+            node = BlockDeviceInfo(disk.file, disk.name, disk.format.value, opened.read_only, image)
+            found.append(BlockInfo("", qdev, "unknown", False, False, node))
         return found
 
-    def _device_of(self, node: str) -> str:
-        return next((device for device, held in self._plugged.items() if held == node), node)
+    def query_blockstats(self) -> list[BlockStats]:
+        """What went through the disks that the guest sees."""
+        found = []
+        for disk, qdev in self._devices():
+            seen = self.machine.disks[disk.name].counters
+            stats = BlockDeviceStats(
+                seen.read_bytes,
+                seen.written_bytes,
+                seen.reads,
+                seen.writes,
+                seen.flushes,
+                seen.failed_reads,
+                seen.failed_writes,
+                seen.failed_flushes,
+            )
+            found.append(BlockStats("", qdev, disk.name, stats))
+        return found
+
+    def _devices(self) -> Iterator[tuple[DiskFile, str]]:
+        """The disks that are in a device, and the device's id or path, as QEMU has them."""
+        plugged = {node: device for device, node in self._plugged.items()}
+        for disk in self.machine.disk_files():
+            if disk.name in plugged:
+                yield disk, plugged[disk.name]
+            elif disk.name not in self._nodes:
+                yield disk, f"/machine/peripheral/{disk.device or disk.name}/virtio-backend"
+
+    def query_chardev(self) -> list[ChardevInfo]:
+        """The consoles and channels, and their sockets."""
+        made = self.machine.configuration
+        ports = [(one.name or f"console{number}", one) for number, one in enumerate(made.consoles)]
+        ports += [(one.name, one) for one in made.channels]
+        if made.serial is not None:
+            ports.append((made.serial.name or "serial", made.serial))
+        return [ChardevInfo(label, f"unix:{one.socket}", True) for label, one in ports]
 
     def query_balloon(self) -> BalloonInfo:
         """How much memory the guest has left."""
@@ -314,6 +441,7 @@ class Control:
         return [
             NicInfo(
                 name,
+                nic.mac.hex(":"),
                 nic.own.link_up,
                 nic.counters.received,
                 nic.counters.received_bytes,
@@ -437,6 +565,21 @@ class Control:
         drive = self._plugged.pop(id_)
         self._do(lambda: self.machine.unplug_disk(drive))
         self.emit("DEVICE_DELETED", Deleted(id_, f"/machine/peripheral/{id_}"))
+
+    def block_resize(self, node_name: str, size: int) -> None:
+        """Give a disk another size, in bytes."""
+        self._known(node_name)
+        self._do(lambda: self.machine.resize_disk(node_name, size))
+
+    def block_fail(self, node_name: str, failures: list[DiskFailure]) -> None:
+        """Have operations of a disk fail from now on, each with an errno, and no others."""
+        disk = self.machine.disks[self._known(node_name)]
+        disk.failing = {one.operation: one.errno for one in failures}
+
+    def _known(self, node_name: str) -> str:
+        if node_name not in self.machine.disks:
+            raise CommandError(f"Failed to find node with node-name='{node_name}'")
+        return node_name
 
     def _do(self, work: Callable[[], object]) -> None:
         """Have the machine do something; what it refuses is the client's to know."""

@@ -34,7 +34,7 @@ from vmlab.engine.configuration import (
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.devices.channel import SocketChannel, UartChannel
 from vmlab.engine.devices.reactor import Reactor
-from vmlab.engine.devices.storage.disk import Disk
+from vmlab.engine.devices.storage.metered import MeteredDisk
 from vmlab.engine.devices.storage.overlay import open_disk
 from vmlab.engine.devices.virtio.balloon import VirtioBalloon
 from vmlab.engine.devices.virtio.block import VirtioBlock
@@ -152,7 +152,7 @@ class Machine:
         self._stack.callback(self.harts.join)
         self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware, self._debug_console)
         self.harts.call = self.firmware.call
-        self.disks: dict[str, Disk] = {}
+        self.disks: dict[str, MeteredDisk] = {}
         self._nodes: dict[str, DiskFile] = {}
         self.nics: dict[str, VirtioNet] = {}
         self.forwards: dict[str, list[PortForward]] = {}
@@ -190,13 +190,15 @@ class Machine:
                 nic.name, self.ram, self.workers, mac_address(nic), self._segment(nic)
             )
             self._plug(self.nics[nic.name])
+        self._blocks: dict[str, VirtioBlock] = {}
         for disk in made.disks:
             self.open_disk(disk)
             if disk.bus is DiskBus.VIRTIO:
                 opened = self.disks[disk.name]
-                self._plug(
-                    VirtioBlock(disk.name, self.ram, self.workers, opened, serial=disk.serial)
-                )
+                serial = disk.serial or disk.name
+                block = VirtioBlock(disk.name, self.ram, self.workers, opened, serial=serial)
+                self._blocks[disk.name] = block
+                self._plug(block)
         self.scsi: VirtioScsi | None = None
         self._targets: dict[str, int] = {}
         if made.scsi:
@@ -251,7 +253,7 @@ class Machine:
                 f"there are two disks of the name {disk.name!r}", hint="name them apart"
             )
         opened = open_disk(Path(disk.file), disk.format.value, read_only=disk.read_only)
-        self.disks[disk.name] = opened
+        self.disks[disk.name] = MeteredDisk(opened)
         self._nodes[disk.name] = disk
         self._stack.callback(opened.close)
 
@@ -282,6 +284,18 @@ class Machine:
                 hint="those on the SCSI host can",
             )
         self.scsi.unplug(self._targets.pop(name))
+
+    def resize_disk(self, name: str, size: int) -> None:
+        """Give a disk another size in bytes, and tell the guest.
+
+        Raises:
+            VmlabError: it cannot have that size.
+        """
+        self.disks[name].resize(size)
+        if name in self._blocks:
+            self._blocks[name].resized()
+        elif self.scsi is not None and name in self._targets:
+            self.scsi.resized(self._targets[name])
 
     def disk_files(self) -> list[DiskFile]:
         """The disks that are there."""

@@ -1,8 +1,7 @@
 """The engine process: one machine, its monitor, and the thread that owns both.
 
-The process ends when it is told to (`quit`, SIGTERM, SIGINT) and when the guest powers off. A guest
-that cannot go on is kept, standing, for whoever wants to look; so is one whose restart is not
-wanted.
+The process ends when it is told to (`quit`, SIGTERM, SIGINT) and when the guest powers off, unless
+it is to stay for that. A guest that cannot go on is kept, standing, for whoever wants to look.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ class Process:
         self._guest = False
         self._status = 0
         self._no_reboot = configuration.no_reboot
+        self._no_shutdown = configuration.no_shutdown
         self._paused = configuration.paused
         self._reactor = Reactor(self._mistaken)
         self._machine = Machine(configuration, self._reactor, self._happened)
@@ -120,8 +120,13 @@ class Process:
             control.emit("STOP", None)
             return
         control.status = RunState.SHUTDOWN
+        cause = Cause.GUEST_SHUTDOWN if what is Happening.POWEROFF else Cause.GUEST_RESET
+        if self._no_shutdown:
+            control.emit("SHUTDOWN", Shutdown(guest=True, reason=cause))
+            control.emit("STOP", None)
+            return
         self._guest = True
-        self._quit(Cause.GUEST_SHUTDOWN if what is Happening.POWEROFF else Cause.GUEST_RESET)
+        self._quit(cause)
 
 
 def serve(configuration: Configuration) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vmlab.engine.devices.storage.disk import Disk, RawDisk
+from vmlab.engine.devices.storage.metered import DiskCounters, DiskOperation, MeteredDisk
 from vmlab.engine.devices.storage.overlay import Overlay, create_overlay, open_disk
 from vmlab.machine.errors import VmlabError
 
@@ -267,3 +269,81 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, base: Path) -> None
     with pytest.raises(VmlabError, match="'vmdk' is not known"):
         open_disk(base, "vmdk")
     assert open_disk(base, "raw").size == SIZE
+
+
+def test_an_overlay_grows_into_zeros_and_qemu_agrees(base: Path) -> None:
+    size = 3 << 30
+    overlay = Overlay(overlay_of(base))
+    overlay.resize(size)
+    overlay.write(size - 512, b"e" * 512)
+    assert overlay.size == size
+    assert overlay.read(0, SIZE) == base.read_bytes()
+    assert overlay.read(SIZE, CLUSTER) == bytes(CLUSTER)
+    overlay.close()
+    assert "No errors" in qemu_img("check", overlay.path)
+    described = json.loads(qemu_img("info", "--output=json", overlay.path))
+    assert described["virtual-size"] == size
+    again = Overlay(overlay.path)
+    assert again.read(size - 512, 512) == b"e" * 512
+    again.close()
+
+
+def test_what_an_overlay_did_not_show_of_its_base_stays_unseen(base: Path) -> None:
+    overlay = Overlay(overlay_of(base, 3 * CLUSTER + 512))
+    overlay.resize(SIZE + 512)
+    assert overlay.read(0, 3 * CLUSTER + 512) == base.read_bytes()[: 3 * CLUSTER + 512]
+    behind = 3 * CLUSTER + 512
+    assert overlay.read(behind, SIZE - behind) == bytes(SIZE - behind)
+    overlay.close()
+
+
+@pytest.mark.parametrize("size", [SIZE - 512, SIZE + 1, 1 << 52])
+def test_a_size_that_an_overlay_cannot_have_is_refused(base: Path, size: int) -> None:
+    overlay = Overlay(overlay_of(base))
+    with pytest.raises(VmlabError, match=f"cannot have {size}") as caught:
+        overlay.resize(size)
+    assert f"{8192 * (512 << 20)} bytes" in (caught.value.hint or "")
+    assert overlay.size == SIZE
+    overlay.close()
+
+
+def test_a_raw_image_that_cannot_grow_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(4096))
+    disk = RawDisk(path)
+    disk.resize(8192)
+    assert (disk.size, path.stat().st_size) == (8192, 8192)
+    with pytest.raises(VmlabError, match="cannot be"):
+        disk.resize(1 << 63 - 1)
+    assert disk.size == 8192
+    disk.close()
+
+
+def test_a_metered_disk_counts_and_fails_what_it_is_told_to(tmp_path: Path) -> None:
+    path = tmp_path / "a.raw"
+    path.write_bytes(bytes(1 << 16))
+    disk = MeteredDisk(RawDisk(path))
+    disk.write(0, b"x" * 512)
+    disk.write_zeroes(4096, 1024, unmap=True)
+    disk.discard(8192, 4096)
+    assert disk.read(0, 1024) == b"x" * 512 + bytes(512)
+    disk.flush()
+    assert disk.counters == DiskCounters(
+        read_bytes=1024, written_bytes=1536, reads=1, writes=2, flushes=1
+    )
+    disk.failing = dict.fromkeys(DiskOperation, errno.ENOSPC)
+    for work in (
+        lambda: disk.read(0, 512),
+        lambda: disk.write(0, bytes(512)),
+        lambda: disk.write_zeroes(0, 512, unmap=False),
+        lambda: disk.discard(0, 512),
+        disk.flush,
+    ):
+        with pytest.raises(OSError, match="No space"):
+            work()
+    counters = disk.counters
+    failed = (counters.failed_reads, counters.failed_writes, counters.failed_flushes)
+    assert failed == (1, 2, 1)
+    disk.failing = {DiskOperation.WRITE: errno.EIO}
+    assert disk.read(0, 512) == b"x" * 512
+    disk.close()

@@ -100,6 +100,18 @@ def test_a_guest_that_fails_is_kept_to_be_looked_at(run: Run) -> None:
     assert running.ended()[0] == 1
 
 
+def test_a_process_that_is_to_stay_is_there_when_its_guest_is_off(run: Run) -> None:
+    running = run(programs.end(programs.POWEROFF), "no-shutdown = true")
+    wire = running.connect()
+    wire.socket.sendall(b'{"execute": "cont"}')
+    assert until(wire, "SHUTDOWN") == {"guest": True, "reason": "guest-shutdown"}
+    until(wire, "STOP")
+    assert wire.ask("query-status")["return"] == {"running": False, "status": "shutdown"}
+    wire.socket.sendall(b'{"execute": "quit"}')
+    assert wire.read() == {"return": {}}
+    assert running.ended()[0] == 0
+
+
 def test_a_guest_that_restarts_begins_anew(run: Run) -> None:
     running = run(programs.end(programs.REBOOT))
     wire = running.connect()
@@ -170,7 +182,15 @@ def test_disks_are_plugged_in_and_out(run: Run, tmp_path: Path) -> None:
     assert wire.ask("device_add", arguments=disk) == {"return": {}}
     assert "Duplicate device" in wire.error("device_add", **disk)[1]
     (found,) = wire.ask("query-block")["return"]
-    assert (found["device"], found["qdev"], found["size"]) == ("n", "d", MIB)
+    assert (found["qdev"], found["inserted"]["node-name"]) == ("d", "n")
+    assert found["inserted"]["image"]["virtual-size"] == MIB
+    (stats,) = wire.ask("query-blockstats")["return"]
+    assert (stats["qdev"], stats["stats"]["wr-operations"]) == ("d", 0)
+    assert wire.ask("block_resize", arguments={"node-name": "n", "size": 2 * MIB}) == {"return": {}}
+    (found,) = wire.ask("query-block")["return"]
+    assert found["inserted"]["image"]["virtual-size"] == 2 * MIB
+    assert (tmp_path / "a.raw").stat().st_size == 2 * MIB
+    assert "Failed to find node" in wire.error("block_resize", **{"node-name": "x", "size": 1})[1]
     assert "in use" in wire.error("blockdev-del", **{"node-name": "n"})[1]
     wire.socket.sendall(b'{"execute": "device_del", "arguments": {"id": "d"}}')
     assert until(wire, "DEVICE_DELETED")["device"] == "d"
@@ -180,6 +200,45 @@ def test_disks_are_plugged_in_and_out(run: Run, tmp_path: Path) -> None:
     assert "Failed to find node" in wire.error("blockdev-del", **{"node-name": "n"})[1]
     assert wire.ask("query-block")["return"] == []
     (tmp_path / "a.raw").unlink()
+
+
+def test_it_tells_what_it_is_made_of(run: Run, tmp_path: Path) -> None:
+    for name in ("a.raw", "b.raw"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    more = """
+        [serial]
+        socket = "con.sock"
+        [[channels]]
+        name = "org.example.0"
+        socket = "chan.sock"
+        [[disks]]
+        name = "n0"
+        device = "first"
+        file = "a.raw"
+        [[disks]]
+        name = "n1"
+        bus = "scsi"
+        file = "b.raw"
+        read-only = true
+    """
+    wire = run(programs.IDLE, more).connect()
+    assert wire.ask("query-target")["return"] == {"arch": "riscv64"}
+    chardevs = {each["label"]: each["filename"] for each in wire.ask("query-chardev")["return"]}
+    assert chardevs == {
+        "org.example.0": f"unix:{tmp_path}/chan.sock",
+        "serial": f"unix:{tmp_path}/con.sock",
+    }
+    blocks = {each["qdev"]: each["inserted"] for each in wire.ask("query-block")["return"]}
+    assert set(blocks) == {"/machine/peripheral/first/virtio-backend", "n1"}
+    assert blocks["n1"]["ro"] is True
+    assert blocks["n1"]["image"]["filename"] == f"{tmp_path}/b.raw"
+    failing = {"node-name": "n0", "failures": [{"operation": "read", "errno": 5}]}
+    assert wire.ask("x-block-fail", arguments=failing) == {"return": {}}
+    # What the file put on the SCSI host can go as well.
+    wire.socket.sendall(b'{"execute": "device_del", "arguments": {"id": "n1"}}')
+    assert until(wire, "DEVICE_DELETED")["device"] == "n1"
+    assert wire.read() == {"return": {}}
+    assert len(wire.ask("query-block")["return"]) == 1
 
 
 def test_memory_and_cables_are_changed(run: Run) -> None:

@@ -51,6 +51,13 @@ class Disk(Protocol):
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         """Write zeros; `unmap` allows to give the space back."""
 
+    def resize(self, size: int) -> None:
+        """Give the disk another size, in bytes.
+
+        Raises:
+            VmlabError: it cannot have that size.
+        """
+
     def close(self) -> None:
         """Release the file."""
 
@@ -181,7 +188,13 @@ class RawDisk:
 
     def resize(self, size: int) -> None:
         """Give the disk another size, in bytes; what is cut off is lost."""
-        os.ftruncate(self._fd, size)
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise VmlabError(
+                f"the disk image {str(self.path)!r} cannot be {size} bytes large: {error.strerror}",
+                hint="look how much space there is",
+            ) from None
         self._size = size
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 An overlay holds the clusters that were written and leaves the rest to its base, which is only
 read. The format is QEMU's so that qemu-img can check, compare and convert what is written here.
-Not here: compressed clusters, internal snapshots, encryption, external data files, resizing.
+Not here: compressed clusters, internal snapshots, encryption, external data files.
 
 Metadata is written in an order that a killed process cannot break: a cluster is counted, filled,
 and only then entered. What is lost is at most a cluster that nothing points to.
@@ -34,6 +34,8 @@ _MAGIC: Final = 0x5146_49FB
 _HEADER: Final = struct.Struct(">IIQIIQIIQQIIQ")
 _HEADER_3: Final = struct.Struct(">QQQII")
 _HEADER_BYTES: Final = 104
+_SIZE_OFFSET: Final = 24
+_L1_SIZE_OFFSET: Final = 36
 _EXTENSION: Final = struct.Struct(">II")
 _BACKING_FORMAT: Final = 0xE279_2ACA
 _CLUSTER_BITS: Final = 16
@@ -358,6 +360,34 @@ class Overlay:
             with self._lock:
                 self._write_cluster(cluster, inside, part)
             done += len(part)
+
+    def resize(self, size: int) -> None:
+        """Make the disk larger; what is new reads as zeros.
+
+        The L1 table grows as far as its last cluster reaches: to 4 TiB with clusters of 64 KiB.
+
+        Raises:
+            VmlabError: it would be smaller, or larger than the table can be.
+        """
+        per_entry = self._cluster // 8 * self._cluster
+        needed = (size + per_entry - 1) // per_entry
+        have = len(self._l1)
+        room = (8 * have + self._cluster - 1) // self._cluster * self._cluster // 8
+        if size < self._size or size % 512 or needed > room:
+            raise VmlabError(
+                f"the disk image {str(self.path)!r} of {self._size} bytes cannot have {size}",
+                hint=f"it can grow to {room * per_entry} bytes, in steps of 512",
+            )
+        with self._lock:
+            if needed > have:
+                table = self._header.l1_offset
+                write_all(self._fd, table + 8 * have, bytes(8 * (needed - have)))
+                self._l1.extend([0] * (needed - have))
+                write_all(self._fd, _L1_SIZE_OFFSET, struct.pack(">I", needed))
+            write_all(self._fd, _SIZE_OFFSET, struct.pack(">Q", size))
+            before, self._size = self._size, size
+        if self._base is not None and self._base.size > before:
+            self.write_zeroes(before, min(self._base.size, size) - before, unmap=True)
 
     def _write_cluster(self, cluster: int, inside: int, part: bytes) -> None:
         entry = self._entry(cluster)

@@ -103,7 +103,7 @@ class VirtioNet(VirtioDevice):
             features |= 1 << F_MTU
         self.counters = NetCounters()
         self.own = NetState()
-        self._mac = mac
+        self.mac = mac
         self._mtu = mtu
         self._segment = segment
         super().__init__(name, ram, workers, [queue_size, queue_size, 64], features)
@@ -112,7 +112,7 @@ class VirtioNet(VirtioDevice):
     def config(self) -> bytes:
         """struct virtio_net_config (5.1.4)."""
         status = (_LINK_UP if self.own.link_up else 0) | (_ANNOUNCE if self.own.announce else 0)
-        return _CONFIG.pack(self._mac, status, 1, self._mtu)
+        return _CONFIG.pack(self.mac, status, 1, self._mtu)
 
     def set_link(self, up: bool) -> None:
         """Plug the cable in or pull it out."""
