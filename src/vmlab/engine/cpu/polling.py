@@ -47,9 +47,6 @@ def poll(core: Core, pc: Value, budget: Value) -> Value:
     if core[NOTED].ne(0):
         core[REASON] = Reason.NOTES.value
         return Value(0, 64)
-    if core.shared(SHARED_REQUESTS).ne(0):
-        core[REASON] = Reason.REQUEST.value
-        return Value(0, 64)
     if Value(TRAPS_BEFORE_GIVING_UP).below(core[TRAPS_IN_A_ROW]):
         core[TRAPS_IN_A_ROW] = 0
         core[REASON] = Reason.TRAP_LOOP.value
@@ -57,6 +54,11 @@ def poll(core: Core, pc: Value, budget: Value) -> Value:
     cause = interrupt_to_take(core)
     if cause.ne(0):
         core[PC] = take_trap(core, cause, Value(0, 64), pc)
+    # After the interrupt: whoever asked may let another hart go on first, and the interrupt would
+    # be another one by then.
+    if core.shared(SHARED_REQUESTS).ne(0):
+        core[REASON] = Reason.REQUEST.value
+        return Value(0, 64)
     if Value(0, 64).less(budget):
         return budget
     left = core[BUDGET_LEFT]
