@@ -107,13 +107,16 @@ class GuestProbe(Protocol):
         """Print a line of its own on the serial console."""
 
     async def typed(self) -> bytes:
-        """What was written into the serial console so far."""
+        """What was written into the serial console since this was asked for the first time."""
 
     async def show(self, text: str) -> None:
         """Show a text on the display, instead of what is there."""
 
     async def pressed(self) -> Sequence[str]:
-        """The keys that were pressed so far, those held together joined by a dash."""
+        """The keys that were pressed since this was asked for the first time.
+
+        Those held together are joined by a dash.
+        """
 
     async def read_file(self, path: str) -> bytes:
         """The contents of a file in the guest."""
@@ -134,7 +137,17 @@ class GuestProbe(Protocol):
         """Send a packet to all others on the NIC's segment."""
 
     async def received(self, nic: str) -> Sequence[bytes]:
-        """The packets that the NIC received so far."""
+        """The packets that the NIC received since this was last asked; none at first."""
+
+    async def echo(self, channel: str) -> None:
+        """Send back what comes on a channel, where the guest does not do so by itself."""
+
+    async def become(self, origin: Machine) -> None:
+        """Be told that it is a copy of `origin`'s guest, where it does not find out by itself.
+
+        From then on it has the name and the addresses of its own machine, and its own random
+        numbers.
+        """
 
 
 class GuestCannotTell(Exception):
@@ -281,3 +294,9 @@ class ChannelProbe:
 
     async def received(self, nic: str) -> Sequence[bytes]:
         return [bytes.fromhex(packet) for packet in await self.ask("received", nic=nic)]
+
+    async def echo(self, channel: str) -> None:
+        """It does so by itself."""
+
+    async def become(self, origin: Machine) -> None:
+        """It finds out by itself."""

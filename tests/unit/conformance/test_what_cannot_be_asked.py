@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mutants.base import PROFILE, BrokenHypervisor, BrokenProvider
 
+from vmlab.conformance.agent_probe import AgentProbe
 from vmlab.conformance.probe import GuestCannotTell
-from vmlab.conformance.qemu_profile import AgentProbe
 from vmlab.conformance.registry import checks
 from vmlab.conformance.runner import Subject, run_check
 from vmlab.machine.architecture import Architecture
@@ -57,7 +57,6 @@ def test_what_a_guest_cannot_tell_is_said() -> None:
     probe = Told(block_size_bytes=b"0\n")
     with pytest.raises(GuestCannotTell, match="no memory blocks"):
         asyncio.run(probe.nodes())
-    for question in (probe.typed(), probe.pressed(), probe.show("text")):
-        with pytest.raises(GuestCannotTell):
-            asyncio.run(question)
-    asyncio.run(Told("x86_64").show("text"))
+    with pytest.raises(GuestCannotTell, match="nobody has told it"):
+        asyncio.run(Told(hostname=b"vmlab\n").hostname())
+    assert asyncio.run(Told(hostname=b"named\n").hostname()) == "named"

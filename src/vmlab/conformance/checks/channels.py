@@ -20,8 +20,11 @@ NEEDS = [Capability.GUEST_CHANNELS]
 )
 async def any_bytes(lab: Bench) -> None:
     machine = await lab.run()
+    name = lab.profile.echo_channel or ""
+    if lab.profile.probe is not None:
+        await lab.guest(machine).echo(name)
     sent = bytes(range(256)) + b"\r\n\0\x04\x1b{}\n" + lab.bytes(200_000)
-    async with await machine.channel(lab.profile.echo_channel or "") as channel:
+    async with await machine.channel(name) as channel:
         writing = lab.spawn(channel.write(sent))
         received = bytearray()
         while len(received) < len(sent):

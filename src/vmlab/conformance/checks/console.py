@@ -65,6 +65,8 @@ async def live(lab: Bench) -> None:
 async def typed(lab: Bench) -> None:
     machine = await lab.run()
     text = b"echo conformance; \t\xc3\xa4\n"
+    before = await lab.guest(machine).typed()
+    lab.true(text not in before, "nothing of it is in the guest before it is typed")
     async with await machine.console() as console:
         for piece in (text[:7], text[7:]):
             await console.write(piece)
