@@ -97,8 +97,8 @@ def image_format(path: Path) -> str:
 class ImageMaker(Protocol):
     """What makes images and knows how large they are."""
 
-    async def create(self, path: Path, size: int, base: Path | None, base_format: str) -> None:
-        """Make a qcow2 image of `size` bytes, over `base` if there is one.
+    async def create(self, path: Path, size: int, base: Path | None, base_format: str) -> str:
+        """Make an image of `size` bytes, over `base` if there is one; returns its format.
 
         Raises:
             OperationFailed: it cannot be made.
@@ -121,8 +121,8 @@ async def make_disk(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) 
     """
     if disk.source is None:
         assert disk.size is not None
-        await maker.create(path, disk.size, None, "")
-        return DiskFile(disk.name, path, "qcow2", disk.size, disk.readonly, True, disk.serial)
+        made = await maker.create(path, disk.size, None, "")
+        return DiskFile(disk.name, path, made, disk.size, disk.readonly, True, disk.serial)
     source = disk.source.absolute()
 
     def wrong(field: str, value: object, expected: str) -> InvalidSpec:
@@ -141,5 +141,5 @@ async def make_disk(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) 
         raise wrong("size", size, f"at least the {below} of its source")
     if disk.readonly and disk.size in {None, below}:
         return DiskFile(disk.name, source, form, size, True, False, disk.serial)
-    await maker.create(path, size, source, form)
-    return DiskFile(disk.name, path, "qcow2", size, disk.readonly, True, disk.serial)
+    made = await maker.create(path, size, source, form)
+    return DiskFile(disk.name, path, made, size, disk.readonly, True, disk.serial)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vmlab.hypervisors.monitored.boot import console_argument, refuse_image
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.monitored.emulator import QMP_SOCKET
 from vmlab.hypervisors.monitored.names import disk_device, nic_backend, nic_device
@@ -173,20 +174,14 @@ def _memory(launch: Launch, board: Board) -> list[str]:
 
 def _boot(spec: MachineSpec) -> list[str]:
     boot = spec.boot
-    if boot.image is not None:
-        raise InvalidSpec(
-            [SpecProblem("boot.image", boot.image, "the kernel and initrd that the image has")],
-            machine=spec.name,
-            hypervisor="qemu",
-            hint="images are looked up before a machine is created: `vmlab run` does that",
-        )
+    refuse_image(spec, "qemu")
     words = ["-bios", str(boot.firmware.absolute())] if boot.firmware is not None else []
     if boot.kernel is None:
         return words
     words += ["-kernel", str(boot.kernel.absolute())]
     if boot.initrd is not None:
         words += ["-initrd", str(boot.initrd.absolute())]
-    cmdline = " ".join(filter(None, (_console_argument(spec), _growing(spec), boot.cmdline)))
+    cmdline = " ".join(filter(None, (console_argument(spec), _growing(spec), boot.cmdline)))
     return [*words, "-append", cmdline] if cmdline else words
 
 
@@ -195,14 +190,6 @@ def _growing(spec: MachineSpec) -> str:
     memory = spec.memory
     comes = memory.maximum is not None and memory.maximum > memory.size
     return "memhp_default_state=online" if comes else ""
-
-
-def _console_argument(spec: MachineSpec) -> str:
-    """The kernel's console: the first of the machine's, unless the command line names one."""
-    if not spec.consoles or "console=" in spec.boot.cmdline:
-        return ""
-    virtio = spec.consoles[0].kind == "virtio"
-    return f"console={'hvc0' if virtio else spec.architecture.console}"
 
 
 def _ports(layout: Layout, board: Board) -> list[str]:

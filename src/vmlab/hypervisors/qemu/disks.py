@@ -23,9 +23,10 @@ def device_options(disk: DiskFile, bus: str) -> dict[str, Any]:
 class QemuImg:
     """Makes images by qemu-img."""
 
-    async def create(self, path: Path, size: int, base: Path | None, base_format: str) -> None:
+    async def create(self, path: Path, size: int, base: Path | None, base_format: str) -> str:
         below = ("-b", str(base), "-F", base_format) if base is not None else ()
         await qemu_img("create", "-q", "-f", "qcow2", *below, str(path), str(size))
+        return "qcow2"
 
     async def virtual_size(self, path: Path, form: str) -> int:
         return int((await image_info(path, form))["virtual-size"])

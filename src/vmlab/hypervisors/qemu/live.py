@@ -14,6 +14,7 @@ from vmlab.hypervisors.monitored import readback
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.monitored.machine import MonitoredMachine
 from vmlab.hypervisors.monitored.names import nic_device
+from vmlab.hypervisors.monitored.networks import bridge_port, join_bridge
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.picture import Picture
 from vmlab.hypervisors.processes import OwnedProcess
@@ -244,7 +245,7 @@ class LiveMachine(MonitoredMachine[Emulator]):
         """The same for one NIC."""
         kind, _, name = network.partition(":")
         if kind == "bridge":
-            await networks.join_bridge(networks.bridge_port(self.qemu.owner, self.id, nic), name)
+            await join_bridge(bridge_port(self.qemu.owner, self.id, nic), name)
         if self.traffic is not None:
             await self.traffic.watch(emulator, nic)
         if kind == "none" or nic in self.cut:

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmlab.hypervisors import threads
+from vmlab.hypervisors.monitored import networks
 from vmlab.hypervisors.monitored.streams import ConsoleLine, SocketChannel
-from vmlab.hypervisors.qemu import arrival, disks, memory, networks, vmstate
+from vmlab.hypervisors.qemu import arrival, disks, memory, vmstate
 from vmlab.machine.errors import ChannelClosed, CorruptSnapshot, InvalidSpec, OperationFailed
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk
