@@ -11,10 +11,11 @@ import ctypes
 import mmap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from vmlab.engine.accel.stopping import Points, StoppingExecutor
 from vmlab.engine.code.arena import Arena
 from vmlab.engine.code.cache import ObjectCache
 from vmlab.engine.code.environment import check_floating_environment
@@ -28,12 +29,31 @@ _PAGE = 4096
 _RECORDS = _PAGE // 2
 _ENDS = 2  # records after a page's last: an instruction there may be two halfwords long
 _PAGE_RECORDS_SIZE = (_RECORDS + _ENDS) * layout.RECORD_SIZE
-_HANDLER_PREFIX = "h."
+_HANDLER_PREFIX, _COUNTING_PREFIX = "h.", "c."
 
 _RETIRED_PAGES = 128  # 4 MiB
 _FEW_PAGES = 16  # beyond that it is cheaper to drop everything
 
 _Native = Callable[[int], None]
+
+
+def is_prepared(folder: Path | None = None) -> bool:
+    """Whether the interpreter for this host's processor has been compiled already."""
+    return ObjectCache(folder).path(_object_name(())).exists()
+
+
+def prepare(folder: Path | None = None) -> None:
+    """Compile the interpreter for this host's processor, if that has not been done.
+
+    Raises:
+        CompileFailed: the compiler cannot be used.
+        OSError: the cache cannot be written.
+    """
+    ObjectCache(folder).get(_object_name(()), lambda: _make_interpreter(()))
+
+
+def _object_name(without: Sequence[str]) -> str:
+    return "-".join(("riscv64", *(f"without-{feature}" for feature in without)))
 
 
 def _make_interpreter(without: Sequence[str]) -> bytes:
@@ -53,18 +73,17 @@ class NativeCode:
 
     def __init__(self, folder: Path | None = None, without: Sequence[str] = ()) -> None:
         self.arena = Arena()
-        name = "-".join(("riscv64", *(f"without-{feature}" for feature in without)))
+        name = _object_name(without)
         made = ObjectCache(folder).get(name, lambda: _make_interpreter(without))
         symbols = load(made, self.arena)
-        handlers: dict[int, int] = {}
-        self.numbers: dict[str, int] = {}
-        for symbol, address in symbols.items():
-            number, _, name = symbol.removeprefix(_HANDLER_PREFIX).partition(".")
-            if symbol.startswith(_HANDLER_PREFIX) and number.isdigit():
-                handlers[int(number)] = address
-                self.numbers[name] = int(number)
-        self.handlers = (ctypes.c_uint64 * len(handlers))(
-            *(handlers[number] for number in range(len(handlers)))
+        handlers = _numbered(symbols, _HANDLER_PREFIX)
+        counting = _numbered(symbols, _COUNTING_PREFIX)
+        self.numbers = {name: number for number, (name, _) in handlers.items()}
+        table = ctypes.c_uint64 * len(handlers)
+        self.handlers = table(*(handlers[number][1] for number in range(len(handlers))))
+        # The same, but for those that count hits in the TLB.
+        self.counting = table(
+            *(counting.get(number, handlers[number])[1] for number in range(len(handlers)))
         )
         one = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
         three = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -86,6 +105,16 @@ class NativeCode:
     def handler(self, name: str) -> int:
         """The address of a handler."""
         return self.handlers[self.numbers[name]]
+
+
+def _numbered(symbols: dict[str, int], prefix: str) -> dict[int, tuple[str, int]]:
+    """Names and addresses of handlers by number."""
+    found = {}
+    for symbol, address in symbols.items():
+        number, _, name = symbol.removeprefix(prefix).partition(".")
+        if symbol.startswith(prefix) and number.isdigit():
+            found[int(number)] = name, address
+    return found
 
 
 @cache
@@ -120,6 +149,10 @@ class CodePages:
         self._map_anchor = ctypes.c_char.from_buffer(self._map)
         self.map_address = ctypes.addressof(self._map_anchor)
         self._pages: dict[int, _RecordPage] = {}
+        # Of pages with breakpoints: by page of RAM, and by the virtual address of the page.
+        self._with_breakpoints: dict[int, dict[int, _RecordPage]] = {}
+        self._breakpoints: dict[int, list[int]] = {}  # addresses by those of their pages
+        self._handlers = native.handlers
         self._retired: list[_RecordPage] = []  # out of use, but a hart may still be there
         self._free: list[_RecordPage] = []
         self._lock = threading.RLock()
@@ -138,17 +171,22 @@ class CodePages:
         with self._lock:
             if self._slots[page]:
                 return
-            # Flagged first: a write from here on is seen, one before is in what is decoded.
-            self.ram.protect(page, 1, CODE)
-            records = self._unused_records()
-            source = self.ram.host_address + page * _PAGE
-            end = self.native.handler("page_end")
-            for index in range(_RECORDS, _RECORDS + _ENDS):
-                records.words[2 * index] = end
-            self.native.decode_page(source, records.address, ctypes.addressof(self.native.handlers))
-            self._pages[page] = records
-            self.decoded += 1
+            self._pages[page] = records = self._made(page)
             self._slots[page] = records.address
+
+    def _made(self, page: int) -> _RecordPage:
+        """New records of a page of RAM."""
+        # Flagged first: a write from here on is seen, one before is in what is decoded.
+        if not self.ram.flags(page) & CODE:
+            self.ram.protect(page, 1, CODE)
+        records = self._unused_records()
+        source = self.ram.host_address + page * _PAGE
+        end = self._handlers[self.native.numbers["page_end"]]
+        for index in range(_RECORDS, _RECORDS + _ENDS):
+            records.words[2 * index] = end
+        self.native.decode_page(source, records.address, ctypes.addressof(self._handlers))
+        self.decoded += 1
+        return records
 
     def _unused_records(self) -> _RecordPage:
         if not self._free and len(self._retired) >= _RETIRED_PAGES:
@@ -161,18 +199,24 @@ class CodePages:
 
     def _written(self, first: int, count: int) -> None:
         """Pages with code were written: their records are of no use any more."""
-        stale = self.native.handler("stale")
         with self._lock:
             for page in range(first, first + count):
-                records = self._pages.pop(page, None)
                 self.ram.unprotect(page, 1, CODE)
-                if records is None:
-                    continue
                 self._slots[page] = 0
-                words = records.words
-                for index in range(0, 2 * _RECORDS, 2):
-                    words[index] = stale
-                self._retired.append(records)
+                self._retire_page(page)
+
+    def _retire_page(self, page: int) -> None:
+        records = self._pages.pop(page, None)
+        self._retire([records] if records is not None else [])
+        self._retire(self._with_breakpoints.pop(page, {}).values())
+
+    def _retire(self, pages: Iterable[_RecordPage]) -> None:
+        stale = self.native.handler("stale")
+        for records in pages:
+            words = records.words
+            for index in range(0, 2 * _RECORDS, 2):
+                words[index] = stale
+            self._retired.append(records)
 
     def _protect(self, first: int, count: int) -> None:
         """Stores to these pages must be seen from now on."""
@@ -180,8 +224,63 @@ class CodePages:
         for executor in self._harts:
             executor.drop_write_translations(pages)
 
+    # ------------------------------------------------------------------------ for a debugger
 
-class InterpreterExecutor:
+    @property
+    def handlers_address(self) -> int:
+        """Where the handlers' addresses are that records are made with."""
+        return ctypes.addressof(self._handlers)
+
+    @property
+    def break_pages(self) -> int:
+        """A bit for each page of code that executors must ask for, by the page's number mod 64."""
+        bits = 0
+        for page in self._breakpoints:
+            bits |= 1 << ((page // _PAGE) & 63)
+        return bits
+
+    def set_breakpoints(self, addresses: Iterable[int]) -> None:
+        """Stop at these virtual addresses and no others. Executors must drop translations next."""
+        by_page: dict[int, list[int]] = {}
+        for address in sorted(addresses):
+            by_page.setdefault(address & -_PAGE, []).append(address)
+        with self._lock:
+            if by_page != self._breakpoints:
+                self._breakpoints = by_page
+                for copies in self._with_breakpoints.values():
+                    self._retire(copies.values())
+                self._with_breakpoints.clear()
+
+    def offered(self, physical: int, virtual: int) -> int:
+        """The address of the records of the page with a physical address, for a virtual one.
+
+        A page that has breakpoints where it is seen has records of its own there.
+        """
+        page, seen = (physical - self.ram.base) // _PAGE, virtual & -_PAGE
+        with self._lock:
+            if seen not in self._breakpoints:
+                self.decode(physical)
+                return self._slots[page]
+            copies = self._with_breakpoints.setdefault(page, {})
+            if seen not in copies:
+                copies[seen] = self._made(page)
+                stop = self.native.handler("breakpoint")
+                for address in self._breakpoints[seen]:
+                    copies[seen].words[(address - seen) & -2] = stop
+            return copies[seen].address
+
+    def count_hits(self, wanted: bool) -> None:
+        """Whether hits in the TLB are counted. Executors must drop translations next."""
+        handlers = self.native.counting if wanted else self.native.handlers
+        with self._lock:
+            if handlers is not self._handlers:
+                self._handlers = handlers
+                for page in [*self._pages, *self._with_breakpoints]:
+                    self._slots[page] = 0
+                    self._retire_page(page)
+
+
+class InterpreterExecutor(StoppingExecutor):
     """Runs a hart.
 
     Args:
@@ -192,7 +291,7 @@ class InterpreterExecutor:
     name = "interpreter"
 
     def __init__(self, hart: Hart, pages: CodePages | None = None) -> None:
-        self.hart = hart
+        super().__init__(hart)
         self.pages = pages or CodePages(hart.ram, native_code())
         native = self._native = self.pages.native
         self._sets = mmap.mmap(-1, layout.TLB_SET_COUNT * layout.TLB_SET_SIZE)
@@ -217,23 +316,33 @@ class InterpreterExecutor:
             layout.SCRATCH: scratch,
             layout.CODE_MAP: self.pages.map_address,
             layout.PAGE_FLAGS: hart.ram.flags_address,
-            layout.HANDLERS: ctypes.addressof(native.handlers),
             layout.CLOCK: native.clock,
         }
         self.pages.add(self)
 
-    def run(self, budget: int) -> Exit:
-        """Execute until there is something for the host to do.
+    def stop_at(self, points: Points) -> None:
+        self.pages.set_breakpoints(points.breakpoints)
+        super().stop_at(points)
+        self.drop_write_translations()
 
-        Args:
-            budget: instructions after which to return, at the next poll point.
-        """
-        return self._run(budget)
+    def count_hits(self, wanted: bool) -> None:
+        """Whether hits in the TLB are counted, of all harts; it makes them a little slower."""
+        self.pages.count_hits(wanted)
+        self.drop_write_translations()
 
-    def step(self) -> Exit:
-        """Execute one instruction, or take one trap."""
+    def set_counters(self) -> list[list[int]]:
+        """The counters of each set of the TLB, in the order of their numbers in `layout`."""
+        words = memoryview(self._sets).cast("Q")
+        found = []
+        for index in range(layout.TLB_SET_COUNT):
+            start = (index * layout.TLB_SET_SIZE + layout.TLB_COUNTERS) // 8
+            found.append(words[start : start + layout.TLB_COUNTER_COUNT].tolist())
+        words.release()
+        return found
+
+    def _step(self, how: int) -> Exit:
         self._drop_translations()  # a known page would be executed from its records
-        self.hart[layout.STEPPING] = 1
+        self.hart[layout.STEPPING] = how
         try:
             return self._run(1)
         finally:
@@ -260,12 +369,18 @@ class InterpreterExecutor:
         with self._gate:
             self._drop_first = True
 
+    def _arm(self) -> None:
+        super()._arm()
+        self.hart[layout.BREAK_PAGES] = self.pages.break_pages
+        self.hart[layout.OFFERED_PAGE] = layout.NO_OFFER
+
     def _enter(self, function: Callable[[int], None]) -> None:
         """Run native code."""
         address = self.hart.address
         with self._gate:
             if self._drop_first:
                 self._native.flush_all(address)
+                self._arm()
                 self._drop_first = False
                 self._pages_to_drop.clear()
             while self._pages_to_drop:
@@ -287,6 +402,7 @@ class InterpreterExecutor:
             self._drop_translations()
         for field, place in self._places.items():
             hart[field] = place
+        hart[layout.HANDLERS] = self.pages.handlers_address
         hart[layout.BUDGET_LEFT] = budget
         hart[layout.SLICE_END] = hart[layout.RETIRED]
         # The host may have changed registers since the last run.
@@ -294,6 +410,11 @@ class InterpreterExecutor:
         self._enter(native.run)
         while True:
             match hart[layout.REASON]:
+                case Reason.CODE if hart[layout.BREAK_PAGES]:
+                    records = self.pages.offered(hart[layout.EXIT_ADDRESS], hart.pc)
+                    hart[layout.OFFERED_RECORDS] = records
+                    hart[layout.OFFERED_PAGE] = hart.pc & -_PAGE
+                    self._enter(native.go_on)
                 case Reason.CODE:
                     self.pages.decode(hart[layout.EXIT_ADDRESS])
                     self._enter(native.go_on)
@@ -309,8 +430,8 @@ class InterpreterExecutor:
                     data = hart[layout.EXIT_DATA] & ((1 << 8 * size) - 1)
                     hart.ram.write(hart[layout.EXIT_ADDRESS], data.to_bytes(size, "little"))
                     # No exit in the guest's eyes: only the end of a page is a poll point.
-                    apart = (hart.pc ^ hart[layout.EXIT_PC]) & -_PAGE
-                    self._enter(native.go_on_elsewhere if apart else native.go_on)
+                    poll_point = (hart.pc ^ hart[layout.EXIT_PC]) & -_PAGE or hart[layout.STEPPING]
+                    self._enter(native.go_on_elsewhere if poll_point else native.go_on)
                 case _:
                     return hart.exit()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from vmlab.engine.accel.stopping import Points
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import CSRS
 from vmlab.engine.cpu.exits import Exit, Reason
@@ -30,8 +31,11 @@ class Executor(Protocol):
     def run(self, budget: int) -> Exit:
         """Execute until there is something for the host to do."""
 
-    def step(self) -> Exit:
-        """Execute one instruction, or take one trap."""
+    def step(self, *, masked: bool = False) -> Exit:
+        """Execute one instruction, or take one trap; if `masked`, no interrupt."""
+
+    def stop_at(self, points: Points) -> None:
+        """Stop at these points, and no others, from now on."""
 
 
 class Divergence(Exception):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 
+from vmlab.engine.accel.stopping import StoppingExecutor
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.access import DeviceAccess, combine
 from vmlab.engine.cpu.core import Core, Routine
-from vmlab.engine.cpu.execution import CoreCpu, DeviceLoad, Jump, Resume, Wait
+from vmlab.engine.cpu.execution import CoreCpu, DeviceLoad, Jump, Resume, Wait, Watched
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import EXTENSIONS, Hart
 from vmlab.engine.cpu.layout import Field
@@ -125,7 +126,7 @@ class ReferenceCpu(CoreCpu):
         """Python runs one thread at a time."""
 
 
-class ReferenceExecutor:
+class ReferenceExecutor(StoppingExecutor):
     """Runs a hart.
 
     Args:
@@ -135,30 +136,30 @@ class ReferenceExecutor:
     name = "reference"
 
     def __init__(self, hart: Hart) -> None:
-        self.hart = hart
+        super().__init__(hart)
         self._core = ReferenceCore(hart)
         self._cpu = ReferenceCpu(self._core)
 
-    def run(self, budget: int) -> Exit:
-        """Execute until there is something for the host to do.
-
-        Args:
-            budget: instructions after which to return, at the next poll point.
-        """
-        hart = self.hart
+    def _run(self, budget: int) -> Exit:
+        hart, breakpoints = self.hart, self.points.breakpoints
         hart.executor = self
+        self._arm()
         hart[layout.BUDGET_LEFT] = budget
         hart[layout.SLICE_END] = hart[layout.RETIRED]
         left = self._poll(hart.pc, 0)
         while left is not None:
+            if hart.pc in breakpoints:
+                hart[layout.RETIRED] = hart[layout.SLICE_END] - left
+                hart[layout.REASON] = Reason.BREAKPOINT.value
+                break
             left = self._instruction(left)
         return hart.exit()
 
-    def step(self) -> Exit:
-        """Execute one instruction, or take one trap."""
+    def _step(self, how: int) -> Exit:
         hart = self.hart
         hart.executor = self
-        hart[layout.STEPPING] = 1
+        self._arm()
+        hart[layout.STEPPING] = how
         hart[layout.BUDGET_LEFT] = 1
         hart[layout.SLICE_END] = hart[layout.RETIRED]
         left = self._poll(hart.pc, 0)
@@ -200,6 +201,11 @@ class ReferenceExecutor:
                 self._device(following, Reason.READ, load.access)
             except DeviceAccess as access:
                 self._device(following, Reason.WRITE, access)
+            except Watched as watched:
+                hart[layout.EXIT_ADDRESS] = watched.address.number
+                hart[layout.EXIT_SIZE] = watched.size
+                hart[layout.EXIT_DATA] = watched.kinds
+                hart[layout.REASON] = Reason.WATCHPOINT.value
             else:
                 left_page = (following ^ pc) & -PAGE != 0
                 return self._continue(following & layout.WORD, left - 1, poll_point=left_page)

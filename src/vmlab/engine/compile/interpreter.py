@@ -13,6 +13,8 @@ An instruction that touches memory has two handlers: one that expects a hit in t
 nothing else, and one that it jumps to at a miss, which walks, traps or leaves to the host. So has
 one that computes with floating-point numbers: on the host's unit, and by softfloat. One that
 branches has two: for a target in the same page, whose record is at a known distance, and for any.
+What looks something up in the TLB has another one that counts the hits; records that are made with
+the handlers' addresses of that kind are for statistics.
 
 Everything is made from the bodies in vmlab.engine.isa; nothing here knows what an instruction does.
 """
@@ -37,7 +39,15 @@ from vmlab.engine.compile.native import (
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.access import DeviceAccess, reserve, take_reservation
 from vmlab.engine.cpu.core import Rare
-from vmlab.engine.cpu.execution import CoreCpu, DeviceLoad, Jump, Resume, Wait, extend
+from vmlab.engine.cpu.execution import (
+    CoreCpu,
+    DeviceLoad,
+    Jump,
+    Resume,
+    Wait,
+    Watched,
+    extend,
+)
 from vmlab.engine.cpu.exits import Reason
 from vmlab.engine.cpu.hart import EXTENSIONS
 from vmlab.engine.cpu.polling import poll
@@ -72,6 +82,7 @@ class Variant:
     length: int
     near: bool = False  # a branch stays in the page
     slow: bool = False  # in all cases: memory without the TLB, floating point by softfloat
+    counted: bool = False  # hits are counted
 
 
 class _HandlerCpu(CoreCpu):
@@ -84,6 +95,8 @@ class _HandlerCpu(CoreCpu):
         self.core = core
         self.variant = variant
         self.branched = False
+        self.jumped = False
+        self.used_tlb = False
         self.gave_up = False  # it knows rare cases
 
     # ------------------------------------------------------------------------------- operands
@@ -125,6 +138,10 @@ class _HandlerCpu(CoreCpu):
         entry = core.entry("%t", table, address)
         tag = function.value(f"load i64, ptr {entry}")
         core.expect(tag.eq(address & (PAGE_MASK | (size - 1))))
+        self.used_tlb = True
+        if self.variant.counted:
+            hits = layout.WRITE_HITS if table == layout.TLB_WRITE else layout.READ_HITS
+            core.count("%t", hits)
         addend = function.value(f"load i64, ptr {core.element(entry, 8)}")
         return core.pointer(address + addend)
 
@@ -133,12 +150,14 @@ class _HandlerCpu(CoreCpu):
 
     def load(self, address: Value, size: int, extension: Extension) -> Value:
         if self.variant.slow:
+            self.core.count("%t", layout.READ_MISSES)
             return super().load(address, size, extension)
         datum = self._load(self._translate(address, size, layout.TLB_READ), size)
         return extend(datum.zero_extend(64), size, extension)
 
     def store(self, address: Value, size: int, value: Value) -> None:
         if self.variant.slow:
+            self.core.count("%t", layout.WRITE_MISSES)
             super().store(address, size, value)
             return
         pointer = self._translate(address, size, layout.TLB_WRITE)
@@ -146,6 +165,7 @@ class _HandlerCpu(CoreCpu):
 
     def atomic(self, operation: AtomicOperation, address: Value, size: int, value: Value) -> Value:
         if self.variant.slow:
+            self.core.count("%t", layout.WRITE_MISSES)
             return super().atomic(operation, address, size, value)
         return self.core.atomic_at(
             self._translate(address, size, layout.TLB_WRITE), operation, value
@@ -153,6 +173,7 @@ class _HandlerCpu(CoreCpu):
 
     def load_reserved(self, address: Value, size: int) -> Value:
         if self.variant.slow:
+            self.core.count("%t", layout.READ_MISSES)
             return super().load_reserved(address, size)
         pointer = self._translate(address, size, layout.TLB_READ)
         value = self.core.function.value(
@@ -163,6 +184,7 @@ class _HandlerCpu(CoreCpu):
 
     def store_conditional(self, address: Value, size: int, value: Value) -> Value:
         if self.variant.slow:
+            self.core.count("%t", layout.WRITE_MISSES)
             return super().store_conditional(address, size, value)
         pointer = self._translate(address, size, layout.TLB_WRITE)
         held, expected = take_reservation(self.core, address, size)
@@ -273,6 +295,8 @@ class HandlerWriter:
         fast = self._write_handler(instruction, name, Variant(length))
         if fast.branched:
             self._write_handler(instruction, name + ".near", Variant(length, near=True))
+        if fast.used_tlb or fast.jumped:
+            self._write_handler(instruction, name, Variant(length, counted=True))
         if fast.gave_up:
             self._write_handler(
                 instruction, name + ".slow", Variant(length, slow=True), named=False
@@ -285,10 +309,14 @@ class HandlerWriter:
         core = NativeCore(self.module, function, hurried=not variant.slow)
         cpu = _HandlerCpu(core, variant)
         function.explore(lambda: self._run(instruction, cpu, name))
-        symbol = f"h.{len(self.names)}.{name}" if named else f"h.{name}"
-        linkage = "hidden" if named else "internal"
-        if named:
+        if variant.counted:
+            symbol = f"c.{self.names.index(name)}.{name}"
+        elif named:
+            symbol = f"h.{len(self.names)}.{name}"
             self.names.append(name)
+        else:
+            symbol = f"h.{name}"
+        linkage = "hidden" if named else "internal"
         header = f'define {linkage} tailcc void @"{symbol}"({SIGNATURE}) {ATTRIBUTES}'
         self.module.add(symbol, function.text(header))
         return cpu
@@ -315,7 +343,14 @@ class HandlerWriter:
         except Resume as resume:
             _tail_call(function, "@poll_at", base=resume.target, budget=after)
         except Jump as jump:
-            _tail_call(function, "@lookup", base=jump.target, budget=after)
+            cpu.jumped = True
+            lookup = "@lookup.counted" if cpu.variant.counted else "@lookup"
+            _tail_call(function, lookup, base=jump.target, budget=after)
+        except Watched as watched:
+            core[layout.EXIT_ADDRESS] = watched.address
+            core[layout.EXIT_SIZE] = watched.size
+            core[layout.EXIT_DATA] = watched.kinds
+            _commit(core, cpu.pc, _budget(function), Reason.WATCHPOINT)
         except Trap as trap:
             _raise(core, trap)
             _tail_call(function, "@trap")
@@ -377,11 +412,11 @@ def _poll_near(core: NativeCore) -> None:
     _tail_call(core.function, "@poll_at", base=pc_of_record(core.function))
 
 
-def _lookup(core: NativeCore) -> None:
+def _lookup(core: NativeCore, *, counted: bool = False) -> None:
     if core.function.unlikely(_budget(core.function).less(1)):
         _tail_call(core.function, "@poll_at")
         return
-    _find(core)
+    _find(core, counted=counted)
 
 
 def _dispatch_at(core: NativeCore, records: Value, pc: Value) -> None:
@@ -392,12 +427,14 @@ def _dispatch_at(core: NativeCore, records: Value, pc: Value) -> None:
     _dispatch(function, record, base=base)
 
 
-def _find(core: NativeCore) -> None:
+def _find(core: NativeCore, *, counted: bool = False) -> None:
     function = core.function
     pc = _pc_argument(core)
     entry = core.entry("%t", layout.TLB_CODE, pc)
     page = function.value(f"load i64, ptr {entry}")
     if function.likely(page.eq(pc & PAGE_MASK)):
+        if counted:
+            core.count("%t", layout.CODE_HITS)
         records = function.value(f"load i64, ptr {core.element(entry, 8)}")
         _dispatch_at(core, records, pc)
     else:
@@ -416,6 +453,14 @@ def _find_slowly(core: NativeCore) -> None:
     if core[layout.STEPPING].ne(0):
         _tail_call(function, "@single")
         return
+    if function.unlikely((core[layout.BREAK_PAGES] >> ((pc >> 12) & 63)).low(1)):
+        if core[layout.OFFERED_PAGE].eq(pc & PAGE_MASK):
+            core[layout.OFFERED_PAGE] = layout.NO_OFFER
+            _enter_page(core, core[layout.OFFERED_RECORDS], pc)
+        else:
+            core[layout.EXIT_ADDRESS] = physical
+            _commit(core, pc, _budget(function), Reason.CODE)
+        return
     page = (physical - core[layout.RAM_BASE]) >> 12
     slot = core.element(core.pointer(core[layout.CODE_MAP]), page << 3)
     records = function.value(f"load atomic i64, ptr {slot} acquire, align 8")
@@ -423,11 +468,17 @@ def _find_slowly(core: NativeCore) -> None:
         core[layout.EXIT_ADDRESS] = physical
         _commit(core, pc, _budget(function), Reason.CODE)
         return
+    _enter_page(core, records, pc)
+
+
+def _enter_page(core: NativeCore, records: Value, pc: Value) -> None:
+    """Remember where the records of a page are, and go on with the instruction at `pc` there."""
     entry = core.entry("%t", layout.TLB_CODE, pc)
     core.store_at(entry, records, 8)
     core.store_at(entry, pc & PAGE_MASK)
     remember_large(core, pc)
     core[layout.CODE_FILLS] = core[layout.CODE_FILLS] + 1
+    core.count("%t", layout.CODE_MISSES)
     _dispatch_at(core, records, pc)
 
 
@@ -470,6 +521,10 @@ def _trap_at(core: NativeCore) -> None:
 
 def _page_end(core: NativeCore) -> None:
     _tail_call(core.function, "@lookup", base=pc_of_record(core.function))
+
+
+def _page_end_counted(core: NativeCore) -> None:
+    _tail_call(core.function, "@lookup.counted", base=pc_of_record(core.function))
 
 
 def _crossing(core: NativeCore) -> None:
@@ -537,7 +592,8 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
         instructions: the set.
         host_fuses: the host that it is for has a fused multiply-add.
 
-    Its symbols: `h.NUMBER.NAME` for the handlers that records may name; `run(state)` which polls
+    Its symbols: `h.NUMBER.NAME` for the handlers that records may name, `c.NUMBER.NAME` for those
+    that count hits and take their places; `run(state)` which polls
     and then executes; `go_on(state)` which only executes, `go_on_elsewhere(state)` which comes from
     another page and polls if the budget is used up; `select_set(state)` and
     `flush_all(state)` for the host that changed registers or memory; `drop_writes(state, page)` for
@@ -557,10 +613,12 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     ):
         glue.add(f"h.{len(writer.names)}.{name}", body, "hidden")
         writer.names.append(name)
+    glue.add(f"c.{writer.names.index(PAGE_END)}.{PAGE_END}", _page_end_counted, "hidden")
     for name, body in (
         ("poll_at", _poll_at),
         ("poll_near", _poll_near),
         ("lookup", _lookup),
+        ("lookup.counted", lambda core: _lookup(core, counted=True)),
         ("find", _find),
         ("find_slowly", _find_slowly),
         ("single", _single),

@@ -6,7 +6,8 @@ LLVM functions here. The sets of the TLB are native code's own affair and are he
 A set holds entries of 16 bytes in three tables: reads, writes, and code. A data entry is {tag,
 addend}: the tag is compared with the address whose bits 3 to 11 are masked out, so that only an
 aligned access to the right page matches, and the addend makes the host's address of the guest's. A
-code entry is {page, decode records}. An unused entry's tag is all ones, which matches nothing.
+code entry is {page, decode records}. An unused entry's tag is all ones, which matches nothing. What
+happens to a set is counted behind its tables.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.core import Core, Routine
 from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.mmu import MPP_SHIFT, MPRV, MXR, SUM, WRITE
+from vmlab.engine.cpu.watching import is_page_watched
 from vmlab.engine.isa.cpu import AtomicOperation, Trap
 from vmlab.engine.isa.values import Value
 from vmlab.engine.memory.ram import ROM
@@ -241,6 +243,11 @@ class NativeCore(Core):
         target = self.element(pointer, offset) if offset else pointer
         self.function.effect(f"store {value.typed}, ptr {target}")
 
+    def count(self, tlb: str, counter: int) -> None:
+        """Count something that happened to a set."""
+        pointer = self.element(tlb, layout.TLB_COUNTERS + 8 * counter)
+        self.store_at(pointer, self.function.value(f"load i64, ptr {pointer}") + 1)
+
     def clear_set(self, tlb: Value) -> None:
         """Make all entries of a set unused."""
         self.function.effect(f"call fastcc void @clear_set(ptr {self.pointer(tlb)})")
@@ -280,12 +287,12 @@ done:
 LOOPS = "".join(
     (
         # All entries of a set.
-        _loop_text("clear_set", "", layout.TLB_SET_SIZE, f"  %tag = add i64 0, {UNUSED}"),
+        _loop_text("clear_set", "", layout.TLB_COUNTERS, f"  %tag = add i64 0, {UNUSED}"),
         # Those of pages whose addresses from bit %shift on are the given one's.
         _loop_text(
             "clear_region",
             ", i64 %address, i64 %shift",
-            layout.TLB_SET_SIZE,
+            layout.TLB_COUNTERS,
             f"""  %old = load i64, ptr %pointer
   %difference = xor i64 %old, %address
   %distance = lshr i64 %difference, %shift
@@ -344,8 +351,11 @@ def _fill(core: NativeCore, access: Value, address: Value, physical: Value) -> V
     writing = access.eq(WRITE)
     if writing & core.flags(physical).ne(0):
         return Value(0, 64)
+    if core.function.unlikely(is_page_watched(core, address).ne(0)):
+        return Value(0, 64)
     core[layout.FILLS] = core[layout.FILLS] + 1
     tlb = core.pointer(core[layout.TLB])
+    core.count(tlb, layout.SET_FILLS)
     entry = core.entry(tlb, 0, address)
     entry = core.element(entry, writing.select(Value(layout.TLB_WRITE), layout.TLB_READ))
     host = physical - core[layout.RAM_BASE] + core[layout.RAM_HOST]
@@ -405,6 +415,7 @@ def _select(core: NativeCore) -> Value:
     tlb = base + victim * layout.TLB_SET_SIZE
     core[layout.TLB] = tlb
     core.clear_set(tlb)
+    core.count(core.pointer(tlb), layout.SET_TAKEN)
     pair = core.element("%s", victim << 4)
     core.store_at(pair, space, layout.TLB_KEYS[0].offset)
     core.store_at(pair, how, layout.TLB_KEYS[1].offset)
@@ -453,11 +464,13 @@ def _flush_set(  # noqa: PLR0917 (a routine takes its values by place)
     widest = core.element(place, layout.TLB_LARGE_SHIFT[0].offset)
     if by_address.eq(0):
         core[layout.SET_FLUSHES] = core[layout.SET_FLUSHES] + 1
+        core.count(core.pointer(tlb), layout.WHOLE_FLUSHES)
         core.clear_set(tlb)
         core.store_at(pair, Value(-1, 64), layout.TLB_LARGE[0].offset)
         core.store_at(pair, Value(0, 64), layout.TLB_LARGE[1].offset)
         core.store_at(widest, Value(0, 64))
         return Value(0, 64)
+    core.count(core.pointer(tlb), layout.PART_FLUSHES)
     if in_large:
         core[layout.REGION_FLUSHES] = core[layout.REGION_FLUSHES] + 1
         core.clear_region(tlb, address, core.function.value(f"load i64, ptr {widest}"))

@@ -9,8 +9,10 @@ from __future__ import annotations
 from vmlab.engine.cpu import access
 from vmlab.engine.cpu.access import DeviceAccess
 from vmlab.engine.cpu.core import Core
+from vmlab.engine.cpu.layout import WATCH_READS, WATCH_WRITES
 from vmlab.engine.cpu.mmu import READ, WRITE
 from vmlab.engine.cpu.system import SYSTEM
+from vmlab.engine.cpu.watching import is_watched
 from vmlab.engine.isa.cpu import AtomicOperation, Cpu, Extension
 from vmlab.engine.isa.values import Value, mask
 
@@ -44,6 +46,16 @@ class DeviceLoad(Leave):
         super().__init__()
 
 
+class Watched(Leave):
+    """It would access what a debugger watches, and has not been executed."""
+
+    def __init__(self, address: Value, size: int, kinds: int) -> None:
+        self.address = address
+        self.size = size
+        self.kinds = kinds
+        super().__init__()
+
+
 def extend(datum: Value, size: int, extension: Extension) -> Value:
     """What a register holds after `size` bytes, zero-extended in `datum`, were loaded."""
     if extension is Extension.SIGN:
@@ -63,26 +75,36 @@ class CoreCpu(Cpu):
     def __init__(self, core: Core) -> None:
         self.core = core
 
+    def _show(self, address: Value, size: int, kinds: int) -> None:
+        """Leave if a debugger watches for such an access."""
+        if is_watched(self.core, address, Value(size), Value(kinds)).ne(0):
+            raise Watched(address, size, kinds)
+
     def load(self, address: Value, size: int, extension: Extension) -> Value:
+        self._show(address, size, WATCH_READS)
         try:
             return extend(access.load(self.core, address, size), size, extension)
         except DeviceAccess as device:
             raise DeviceLoad(device, extension) from None
 
     def store(self, address: Value, size: int, value: Value) -> None:
+        self._show(address, size, WATCH_WRITES)
         access.store(self.core, address, size, value)
 
     def atomic(self, operation: AtomicOperation, address: Value, size: int, value: Value) -> Value:
+        self._show(address, size, WATCH_READS | WATCH_WRITES)
         physical = access.atomic_address(self.core, address, size, WRITE)
         return self.core.physical_atomic(operation, physical, value)
 
     def load_reserved(self, address: Value, size: int) -> Value:
+        self._show(address, size, WATCH_READS)
         physical = access.atomic_address(self.core, address, size, READ)
         value = self.core.physical_read(physical, size).low(8 * size)
         access.reserve(self.core, address, value)
         return value
 
     def store_conditional(self, address: Value, size: int, value: Value) -> Value:
+        self._show(address, size, WATCH_WRITES)
         physical = access.atomic_address(self.core, address, size, WRITE)
         held, expected = access.take_reservation(self.core, address, size)
         if not held:
@@ -91,6 +113,7 @@ class CoreCpu(Cpu):
         return done.zero_extend(64) ^ 1
 
     def zero_block(self, address: Value) -> None:
+        self._show(address & -access.BLOCK, access.BLOCK, WATCH_WRITES)
         access.zero_block(self.core, address)
 
     def check_block(self, address: Value) -> None:

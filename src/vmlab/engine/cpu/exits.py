@@ -20,6 +20,8 @@ class Reason(IntEnum):
     # Within an executor:
     CODE = 9  # a page has no decode records
     NOTES = 10  # pages that somebody watches were written
+    # For a debugger again:
+    WATCHPOINT = 11  # an instruction has accessed what is watched
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Exit:
 
     For READ and WRITE: the physical address, the size in bytes, and for WRITE the data. The
     instruction has retired; a READ is completed with `Hart.complete_read`, once, before the next
-    `run`.
+    `run`. For WATCHPOINT: the virtual address, the size, and the kinds of access (WATCH_READS,
+    WATCH_WRITES); the instruction has retired.
     """
 
     reason: Reason

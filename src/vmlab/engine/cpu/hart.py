@@ -150,6 +150,9 @@ class Hart:
             address, size = self[layout.EXIT_ADDRESS], self[layout.EXIT_SIZE]
             data = self[layout.EXIT_DATA] & mask(8 * size) if reason is Reason.WRITE else 0
             return Exit(reason, address, size, data)
+        if reason is Reason.WATCHPOINT:
+            where = self[layout.EXIT_ADDRESS], self[layout.EXIT_SIZE]
+            return Exit(reason, *where, self[layout.EXIT_DATA])
         return Exit(reason)
 
     def complete_read(self, value: int) -> None:

@@ -107,7 +107,7 @@ EXIT_EXTENSION = _field("exit_extension")
 # The interpreter's own.
 SLICE_END = _field("slice_end")  # RETIRED when the budget of the present slice is 0
 BUDGET_LEFT = _field("budget_left")  # instructions after the present slice
-STEPPING = _field("stepping")  # 1: decode each instruction from memory
+STEPPING = _field("stepping")  # bits of STEP_*, below
 TLB = _field("tlb")  # address of the present set
 TLB_SETS = _field("tlb_sets")  # address of the first set
 TLB_NEXT = _field("tlb_next")  # the set to be replaced next
@@ -128,6 +128,17 @@ WALK_LEVEL = _field("walk_level")  # of the last translation's leaf; 0 where the
 CLOCK_SECONDS = _field("clock_seconds")  # a struct timespec, the clock's answer
 CLOCK_NANOSECONDS = _field("clock_nanoseconds")
 
+# What a debugger wants to see. A bit for each sixty-fourth page: code there is the host's to offer.
+BREAK_PAGES = _field("break_pages")
+OFFERED_PAGE = _field("offered_page")  # address of the page of code that it offers
+OFFERED_RECORDS = _field("offered_records")  # and of the records that are to be executed there
+NO_OFFER = 1  # no page's address
+WATCHING = _field("watching")  # 1: there are watchpoints
+WATCHPOINTS = 8
+# Per watchpoint: first address, bytes, and the kinds of access (below; 0 for none).
+WATCHED = tuple(_field(f"watched{index}") for index in range(3 * WATCHPOINTS))
+WATCH_READS, WATCH_WRITES = 1, 2
+
 # Counters of the memory management unit.
 WALKS = _field("walks")
 FILLS = _field("fills")
@@ -137,6 +148,10 @@ REGION_FLUSHES = _field("region_flushes")
 CODE_FILLS = _field("code_fills")
 SET_SWITCHES = _field("set_switches")
 SET_MISSES = _field("set_misses")
+
+# Of STEPPING: decode an instruction from memory and leave after it; take no interrupt; ignore
+# watchpoints.
+STEP, STEP_MASKED, STEP_UNWATCHED = 1, 2, 4
 
 STATE_SIZE = (_FIRST_FIELD + len(FIELDS)) * 8
 
@@ -153,5 +168,20 @@ TLB_DATA_ENTRIES, TLB_CODE_ENTRIES = 512, 256
 TLB_READ = 0
 TLB_WRITE = TLB_READ + TLB_DATA_ENTRIES * TLB_ENTRY_SIZE
 TLB_CODE = TLB_WRITE + TLB_DATA_ENTRIES * TLB_ENTRY_SIZE
-TLB_SET_SIZE = TLB_CODE + TLB_CODE_ENTRIES * TLB_ENTRY_SIZE
+TLB_COUNTERS = TLB_CODE + TLB_CODE_ENTRIES * TLB_ENTRY_SIZE
+# Counters of a set, by number; those of hits count only in code that was decoded to count them.
+(
+    READ_HITS,
+    WRITE_HITS,
+    CODE_HITS,
+    READ_MISSES,
+    WRITE_MISSES,
+    CODE_MISSES,
+    SET_FILLS,
+    WHOLE_FLUSHES,
+    PART_FLUSHES,
+    SET_TAKEN,
+) = range(10)
+TLB_COUNTER_COUNT = 10
+TLB_SET_SIZE = TLB_COUNTERS + 8 * TLB_COUNTER_COUNT
 RECORD_SIZE = 16

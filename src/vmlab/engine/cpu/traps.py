@@ -20,6 +20,8 @@ from vmlab.engine.cpu.layout import (
     SEPC,
     SHARED_LINES,
     SHARED_MTIMECMP,
+    STEP_MASKED,
+    STEPPING,
     STIMECMP,
     STVAL,
     STVEC,
@@ -78,7 +80,7 @@ def interrupt_to_take(core: Core) -> Value:
     cause = Value(0, 64)
     for bit in reversed(_BY_PRIORITY):
         cause = ready.bit(bit).select(Value(INTERRUPT | bit), cause)
-    return cause
+    return (core[STEPPING] & STEP_MASKED).ne(0).select(Value(0, 64), cause)
 
 
 @routine()
