@@ -149,3 +149,84 @@ INTERRUPTS_ANOTHER = (
     + end(FAIL | 1 << 16)
 )
 """The first hart interrupts the second one, which counts how often that is seen."""
+
+
+# ------------------------------------------------------------------------ for deterministic time
+
+_RACE_NEXT = START + 0x1000
+RACE_LOG, RACE_ENTRIES = START + 0x2000, 2000
+_RACE_PUT = number(A2, RACE_LOG) + word("add", rd=A2, rs1=A2, rs2=T1) + word("sb", rs1=A2, rs2=A0)
+_RACE = (
+    number(T2, RACE_ENTRIES)
+    + number(T0, _RACE_NEXT)
+    + word("addi", rd=A1, rs1=0, imm=1)
+    + word("amoadd.w", rd=T1, rs1=T0, rs2=A1)
+    + word("bgeu", rs1=T1, rs2=T2, imm=len(_RACE_PUT) + 8)
+    + _RACE_PUT
+    + jump(-len(_RACE_PUT) - 8)
+)
+RACE = (
+    jump(4 + len(_RACE) + len(word("addi", rd=A0, rs1=A0, imm=1)) + len(IDLE))
+    + word("addi", rd=A0, rs1=A0, imm=1)
+    + _RACE
+    + IDLE
+    + call(0x48_534D, 0, 1, START + 4, 0)
+    + word("addi", rd=A0, rs1=0, imm=1)
+    + _RACE
+    + end(POWEROFF)
+)
+"""Two harts put their numbers, from 1 on, into a log, each as often as it comes to it."""
+
+_LOOPS = 500
+INSTRUCTIONS_BETWEEN_LOOKS = 3 + 2 * _LOOPS
+LOOKS_AT_CLOCKS = (
+    csr("csrrs", TIME, 0, rd=A0)
+    + number(T1, _LOOPS)
+    + word("addi", rd=T1, rs1=T1, imm=-1)
+    + word("bne", rs1=T1, rs2=0, imm=-4)
+    + csr("csrrs", TIME, 0, rd=A1)
+    + number(T0, 0x200_BFF8)
+    + word("ld", rd=A2, rs1=T0)
+    + end(POWEROFF)
+)
+"""`time` before and after some instructions, and `mtime`: in a0 to a2."""
+
+
+def sleeps(ticks: int, *, or_device: bool = False) -> bytes:
+    """Power off after a power of two of ticks; or at an external interrupt, if that may be."""
+    return handled(
+        csr("csrrs", TIME, 0, rd=T0)
+        + word("addi", rd=T1, rs1=0, imm=1)
+        + word("slli", rd=T1, rs1=T1, imm=ticks.bit_length() - 1)
+        + word("add", rd=T0, rs1=T0, rs2=T1)
+        + csr("csrrw", STIMECMP, T0)
+        + number(T1, 1 << 5 | or_device << 9)
+        + csr("csrrs", SIE, T1)
+        + word("addi", rd=T1, rs1=0, imm=2)
+        + csr("csrrs", SSTATUS, T1)
+        + IDLE,
+        end(POWEROFF),
+    )
+
+
+WAITS_FOR_A_DEVICE = handled(
+    number(T1, 1 << 9)
+    + csr("csrrs", SIE, T1)
+    + word("addi", rd=T1, rs1=0, imm=2)
+    + csr("csrrs", SSTATUS, T1)
+    + IDLE,
+    end(POWEROFF),
+)
+SEPC = 0x141
+LOADS_AND_GOES_ON = handled(
+    number(T0, 0x4000_0000)
+    + word("ld", rd=T1, rs1=T0) * 3
+    + csr("csrrs", TIME, 0, rd=A1)
+    + end(POWEROFF),
+    csr("csrrs", SEPC, 0, rd=T1)
+    + word("addi", rd=T1, rs1=T1, imm=4)
+    + csr("csrrw", SEPC, T1)
+    + word("addi", rd=A0, rs1=A0, imm=1)
+    + word("sret"),
+)
+"""Three loads that nothing answers."""
