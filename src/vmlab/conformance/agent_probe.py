@@ -21,11 +21,12 @@ from vmlab.guests.guest import Guest
 from vmlab.guests.shares import mount_shares
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.architecture import Architecture
-from vmlab.machine.errors import ChannelClosed, OperationFailed
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
 from vmlab.machine.sizes import GIB, KIB, MIB
 
 _CONNECT: Final = 300.0
 """Seconds that a guest has to boot, several at once on a slow host."""
+_EXCERPT: Final = 2000
 _MEMORY_FILE: Final = "/dev/shm/conformance"
 _UNNAMED: Final = "vmlab"
 """What a tiny image is called where nobody has told it a name (images/tiny/init.sh)."""
@@ -51,10 +52,23 @@ class AgentProbe:
     async def _guest(self) -> AsyncIterator[Guest]:
         guest = Guest(self._machine, AgentChannel(self._machine.channel))
         try:
-            await guest.connect(timeout=_CONNECT)
+            try:
+                await guest.connect(timeout=_CONNECT)
+            except DeadlineExceeded as error:
+                error.add_note(await self._last_seen())
+                raise
             yield guest
         finally:
             await guest.close()
+
+    async def _last_seen(self) -> str:
+        """What a guest that does not answer was seen to do last, for whoever reads the report."""
+        state = (await self._machine.status()).state.value
+        if not self._machine.spec.consoles:
+            return f"the machine is {state}, and has no console"
+        async with await self._machine.console() as console:
+            log = (await console.log())[-_EXCERPT:].decode(errors="replace")
+        return f"the machine is {state}; the end of its console:\n{log}"
 
     async def ask(self, command: str, data: bytes | None = None) -> bytes:
         """What a command prints in the guest.

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mutants.base import PROFILE, BrokenHypervisor, BrokenProvider
 
+from vmlab.conformance import agent_probe
 from vmlab.conformance.agent_probe import AgentProbe
 from vmlab.conformance.probe import GuestCannotTell
 from vmlab.conformance.registry import checks
 from vmlab.conformance.runner import Subject, run_check
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Limits
+from vmlab.machine.errors import DeadlineExceeded
+from vmlab.machine.states import MachineState
 
 
 class Boundless(BrokenHypervisor):
@@ -60,3 +65,41 @@ def test_what_a_guest_cannot_tell_is_said() -> None:
     with pytest.raises(GuestCannotTell, match="nobody has told it"):
         asyncio.run(Told(hostname=b"vmlab\n").hostname())
     assert asyncio.run(Told(hostname=b"named\n").hostname()) == "named"
+
+
+class Silent:
+    """A machine whose guest never answers; its console has something to say, if it has one."""
+
+    def __init__(self, *consoles: str) -> None:
+        self.spec = SimpleNamespace(consoles=consoles)
+
+    async def status(self) -> Any:
+        return SimpleNamespace(state=MachineState.RUNNING)
+
+    async def channel(self, name: str) -> Any:
+        await asyncio.Event().wait()
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[Any]:
+        async def log() -> bytes:
+            return b"Kernel panic - not syncing: \xff"
+
+        yield SimpleNamespace(log=log)
+
+    async def console(self) -> Any:
+        return self._open()
+
+
+@pytest.mark.parametrize(
+    ("consoles", "told"),
+    [(("serial",), "running; the end of its console:\nKernel panic"), ((), "has no console")],
+)
+def test_what_a_silent_guest_did_last_is_told(
+    monkeypatch: pytest.MonkeyPatch, consoles: tuple[str, ...], told: str
+) -> None:
+    monkeypatch.setattr(agent_probe, "_CONNECT", 0.01)
+    machine: Any = Silent(*consoles)
+    with pytest.raises(DeadlineExceeded) as caught:
+        asyncio.run(AgentProbe(machine).ticks())
+    (note,) = caught.value.__notes__
+    assert told in note
