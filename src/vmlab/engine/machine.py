@@ -352,6 +352,20 @@ class Machine:
         if was_running:
             self.resume()
 
+    def stand_to_fork(self) -> None:
+        """Stand, with no thread but the caller's at work and RAM that a fork does not share.
+
+        The process may then fork; both sides `resume`. What the machine has of sockets and files is
+        still one for both, and the reactor of the child's has to be a new one.
+
+        Raises:
+            VmlabError: a device does not come to an end; there is still a thread of it.
+        """
+        self.pause()
+        self.harts.join()
+        self._reactor.stop()
+        self.ram.make_private()
+
     def close(self) -> None:
         """End it and release all that it holds."""
         self.harts.join()

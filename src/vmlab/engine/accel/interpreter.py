@@ -23,6 +23,7 @@ from vmlab.engine.code.loader import load
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.memory.pages import own_memory
 from vmlab.engine.memory.ram import CODE, Ram
 
 _PAGE = 4096
@@ -127,7 +128,7 @@ class _RecordPage:
     """The decode records of one page of RAM."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _PAGE_RECORDS_SIZE)
+        self._memory = own_memory(_PAGE_RECORDS_SIZE)
         self.words = memoryview(self._memory).cast("Q")
         self._anchor = ctypes.c_char.from_buffer(self._memory)
         self.address = ctypes.addressof(self._anchor)
@@ -144,7 +145,7 @@ class CodePages:
     def __init__(self, ram: Ram, native: NativeCode) -> None:
         self.ram = ram
         self.native = native
-        self._map = mmap.mmap(-1, ram.pages * 8)
+        self._map = own_memory(ram.pages * 8)
         self._slots = memoryview(self._map).cast("Q")
         self._map_anchor = ctypes.c_char.from_buffer(self._map)
         self.map_address = ctypes.addressof(self._map_anchor)
@@ -294,9 +295,9 @@ class InterpreterExecutor(StoppingExecutor):
         super().__init__(hart)
         self.pages = pages or CodePages(hart.ram, native_code())
         native = self._native = self.pages.native
-        self._sets = mmap.mmap(-1, layout.TLB_SET_COUNT * layout.TLB_SET_SIZE)
-        self._notes = mmap.mmap(-1, hart.ram.pages)
-        self._scratch = mmap.mmap(-1, mmap.PAGESIZE)
+        self._sets = own_memory(layout.TLB_SET_COUNT * layout.TLB_SET_SIZE)
+        self._notes = own_memory(hart.ram.pages)
+        self._scratch = own_memory(mmap.PAGESIZE)
         self._anchors = [
             ctypes.c_char.from_buffer(block) for block in (self._sets, self._notes, self._scratch)
         ]

@@ -16,6 +16,7 @@ from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.pmp import UNUSED
 from vmlab.engine.isa.cpu import Extension
 from vmlab.engine.isa.values import Value, mask
+from vmlab.engine.memory.pages import own_memory
 from vmlab.engine.memory.ram import Ram
 
 _NEVER = layout.WORD
@@ -33,8 +34,8 @@ class Hart:
     def __init__(self, ram: Ram, hart_id: int = 0) -> None:
         self.ram = ram
         self.hart_id = hart_id
-        self._block = mmap.mmap(-1, -(-layout.STATE_SIZE // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self._shared_block = mmap.mmap(-1, mmap.PAGESIZE)
+        self._block = own_memory(-(-layout.STATE_SIZE // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self._shared_block = own_memory(mmap.PAGESIZE)
         self.words = memoryview(self._block).cast("Q")
         self.shared = memoryview(self._shared_block).cast("Q")
         self._anchors = [ctypes.c_char.from_buffer(self._block)]

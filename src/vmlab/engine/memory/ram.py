@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from vmlab.engine.memory.pages import own_memory
 from vmlab.machine.errors import VmlabError
 
 PAGE_SHIFT: Final = 12
@@ -34,6 +35,9 @@ WATCHED: Final = 0x04
 """A write to the page is told to the debugger."""
 ROM: Final = 0x08
 """A write to the page has no effect."""
+
+_MAP_FIXED: Final = 0x10
+"""The same on Linux and macOS (sys/mman.h)."""
 
 _MEMBARRIER_PRIVATE_EXPEDITED: Final = 1 << 3
 _MEMBARRIER_REGISTER: Final = 1 << 4
@@ -108,7 +112,7 @@ class Ram:
             self.fd, size, flags=sharing | getattr(mmap, "MAP_NORESERVE", 0),
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
         )  # fmt: skip
-        self._flags = mmap.mmap(-1, self.pages)
+        self._flags = own_memory(self.pages)
         self._dirty = bytearray(self.pages)
         self._logging = False
         self._flag_lock = threading.Lock()
@@ -122,6 +126,27 @@ class Ram:
         self.on_code_write: Callable[[int, int], None] = _ignore
         self.on_watched_write: Callable[[int, int], None] = _ignore
         self.on_protect: Callable[[int, int], None] = _ignore
+
+    def make_private(self) -> None:
+        """Let what is written from now on stay in this process, and in each fork of it.
+
+        The file keeps the content of this moment. Nobody may write meanwhile; nothing happens if
+        the RAM is private already.
+
+        Raises:
+            OSError: the host does not map it.
+        """
+        if self.private:
+            return
+        # In the place of the mapping that there is, which Python's own `mmap` cannot do.
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        place, size, offset = map(ctypes.c_size_t, (self.host_address, self.size, 0))
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED | getattr(mmap, "MAP_NORESERVE", 0)
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        if libc.mmap(place, size, access, flags, self.fd, offset) != self.host_address:
+            raise OSError(ctypes.get_errno(), "guest memory cannot be made private")
+        self.private = True
 
     def close(self) -> None:
         """Give the memory back; the object is of no use afterwards."""
