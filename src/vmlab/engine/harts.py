@@ -12,12 +12,15 @@ from __future__ import annotations
 import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
 from typing import Final, Protocol
 
 from vmlab.engine.accel.lockstep import Executor
 from vmlab.engine.accel.reference import ReferenceCore
+from vmlab.engine.accel.stopping import Points
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import read_csr, write_csr
 from vmlab.engine.cpu.exits import Exit, Reason
@@ -90,6 +93,28 @@ class CallingHart:
             self._hart[layout.PRIVILEGE] = privilege
 
 
+class Order(Enum):
+    """What a debugger wants of a hart when the machine runs."""
+
+    RUN = "run"
+    STEP = "step"
+    """Execute one instruction, then all harts stand."""
+    HOLD = "hold"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a hart has brought all of them to stand.
+
+    Attributes:
+        hart: Its number.
+        exit: BREAKPOINT, WATCHPOINT, or BUDGET after a step.
+    """
+
+    hart: int
+    exit: Exit
+
+
 class Seat:
     """A hart, who executes it, and what it waits for."""
 
@@ -100,6 +125,9 @@ class Seat:
         self.stopped = True  # by firmware: it executes nothing until it is started
         self.interrupted = False  # by another hart: SSIP is to be set before the next instruction
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
+        # For a debugger:
+        self.order = Order.RUN
+        self.stopped_at: int | None = None  # the breakpoint that it was told of last
         # Where harts take turns:
         self.waiting = False  # for an interrupt
         # Where each has a thread:
@@ -139,6 +167,8 @@ class Harts(ABC):
         self._paused = True
         self._leaving = False
         self.call: Callable[[CallingHart], None] | None = None
+        self.halted: Callable[[Stop], None] = lambda stop: None
+        self._points: dict[str, Points] = {}
 
     def __len__(self) -> int:
         return len(self._seats)
@@ -163,6 +193,33 @@ class Harts(ABC):
     def exits(self, hart: int) -> dict[str, int]:
         """How often a hart left native code, by reason."""
         return {reason.name.lower(): count for reason, count in self._seats[hart].exits.items()}
+
+    # -------------------------------------------------------------------------- for a debugger
+
+    def stop_at(self, points: Points, owner: str = "") -> None:
+        """Stop at these points, and those of other owners, from now on.
+
+        Raises:
+            VmlabError: together these are more watchpoints than a hart has.
+        """
+        wanted = {**self._points, owner: points}
+        every = Points(
+            frozenset().union(*(one.breakpoints for one in wanted.values())),
+            frozenset().union(*(one.watchpoints for one in wanted.values())),
+        )
+        self._points = wanted
+        for seat in self._seats:
+            seat.executor.stop_at(every)
+
+    def order(self, orders: Mapping[int, Order]) -> None:
+        """What harts do when they are resumed; those that are not named run."""
+        for number, seat in enumerate(self._seats):
+            seat.order = orders.get(number, Order.RUN)
+            seat.waiting = seat.waiting and seat.order is Order.RUN
+
+    def is_started(self, hart: int) -> bool:
+        """Whether firmware has started it."""
+        return not self._seats[hart].stopped
 
     # ------------------------------------------------------------------------ from any thread
 
@@ -277,6 +334,26 @@ class Harts(ABC):
 
     # ------------------------------------------------------------- on the thread that runs a hart
 
+    def _execute(self, seat: Seat, budget: int) -> Exit:
+        """Let a hart run for so many instructions, or a step where a debugger wants that."""
+        hart, executor = seat.hart, seat.executor
+        stopped_at, seat.stopped_at = seat.stopped_at, None
+        if seat.order is not Order.STEP:
+            if stopped_at == hart.pc:
+                return executor.step(masked=True)
+            return executor.run(budget)
+        before = hart.retired, hart.pc
+        left = executor.step(masked=True)
+        if left.reason is not Reason.WATCHPOINT and before != (hart.retired, hart.pc):
+            seat.order = Order.HOLD
+            self._halt(seat, Exit(Reason.BUDGET))
+        return left
+
+    def _halt(self, seat: Seat, why: Exit) -> None:
+        """Bring all harts to stand, and tell the debugger."""
+        self.ask_to_pause()
+        self.halted(Stop(seat.hart.hart_id, why))
+
     def _handle(self, seat: Seat, left: Exit) -> None:
         """Do what a hart has left for."""
         hart = seat.hart
@@ -297,6 +374,10 @@ class Harts(ABC):
                 self.call(seat.caller)
             case Reason.WAIT:
                 self._sleep(seat)
+            case Reason.BREAKPOINT | Reason.WATCHPOINT:
+                if left.reason is Reason.BREAKPOINT:
+                    seat.stopped_at = hart.pc
+                self._halt(seat, left)
             case Reason.REQUEST:
                 hart.clear_request()
             case Reason.BUDGET:
@@ -440,14 +521,16 @@ class ParallelHarts(Harts):
     def _serve(self, seat: Seat) -> None:
         while self._may_run(seat):
             try:
-                self._handle(seat, seat.executor.run(BUDGET))
+                self._handle(seat, self._execute(seat, BUDGET))
             except Exception as error:
                 self._mistaken(seat, error)
 
     def _may_run(self, seat: Seat) -> bool:
         """Wait until the hart may run; whether it ever will on this thread."""
         with self._lock:
-            while (self._paused or seat.stopped) and not self._leaving:
+            while (
+                self._paused or seat.stopped or seat.order is Order.HOLD
+            ) and not self._leaving:
                 seat.parked = True
                 self._all_parked.notify_all()
                 seat.woken.wait()

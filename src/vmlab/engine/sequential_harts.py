@@ -19,7 +19,7 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.devices.bus import Bus
 from vmlab.engine.devices.clock import TIMEBASE_HZ
-from vmlab.engine.harts import Harts, Seat
+from vmlab.engine.harts import Harts, Order, Seat
 from vmlab.engine.instruction_clock import InstructionClock
 
 TURN: Final = 1 << 14
@@ -176,7 +176,7 @@ class SequentialHarts(Harts):
 
     def _ready(self, seat: Seat) -> bool:
         """Whether a hart has something to do."""
-        if seat.stopped:
+        if seat.stopped or seat.order is Order.HOLD:
             return False
         if seat.waiting and not seat.interrupted:
             pending, _ = self._pending(seat.hart)
@@ -210,7 +210,7 @@ class SequentialHarts(Harts):
             if self._stirred or self._paused:
                 return
             self._running = seat
-        left = seat.executor.run(until - clock.instructions)
+        left = self._execute(seat, until - clock.instructions)
         with self._lock:
             self._running = None
         clock.instructions += hart.retired - retired
