@@ -79,6 +79,7 @@ class ConformanceProfile:
             beside an operation may take to be seen; on a busy host a multiple of the usual.
         lag: Seconds that a busy host may let something wait that is due, such as a deadline.
         triggers: Triggers of faults that have to work; another one may be refused by its name.
+        faultless: Why faults of a kind cannot exist there, for those that are not declared.
         patience: Seconds that one check may take, on the hypervisor's clock.
         processes: Whether machines are processes of this host.
         variant: The profile for other options, where they change what machines are made of.
@@ -104,6 +105,7 @@ class ConformanceProfile:
     slack: float = 60.0
     lag: float = 0.0
     triggers: frozenset[str] = frozenset({"time"})
+    faultless: Mapping[FaultKind, str] = field(default_factory=dict)
     patience: float = 3600.0
     processes: bool = True
     variant: Callable[[Mapping[str, str]], ConformanceProfile] | None = None

@@ -12,6 +12,7 @@ from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
 from vmlab.machine.architecture import Architecture, host_architecture, parse_architecture
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.faults import FaultKind
 from vmlab.machine.sizes import GIB, MIB
 from vmlab.machine.spec import Boot, Disk, MachineSpec, Nic
 
@@ -23,6 +24,25 @@ _IMAGES: Final = {
 }
 _ECHO: Final = "conformance.echo"
 """Before the agent's channels, whose control port has to be the last one."""
+
+_IN_DRIVER: Final = "it would be this project's own driver that fails, not QEMU"
+_FAULTLESS: Final = {
+    FaultKind.DISK_SLOW: "QEMU's blkdebug filter only fails requests",
+    FaultKind.DISK_TORN_WRITE: "QEMU's blkdebug filter only fails requests",
+    FaultKind.DISK_CORRUPT: "QEMU's blkdebug filter only fails requests",
+    FaultKind.POWER_CUT: "QEMU keeps no writes back that could be lost",
+    FaultKind.NET_LOSS: "a netdev of QEMU's passes all packets or none",
+    FaultKind.NET_DELAY: "a netdev of QEMU's passes all packets or none",
+    FaultKind.CLOCK_JUMP: "QEMU's clock is the host's",
+    FaultKind.CPU_STALL: "QEMU stops all vCPUs or none",
+    FaultKind.OPERATION_FAILURE: _IN_DRIVER,
+    FaultKind.OPERATION_HANG: _IN_DRIVER,
+    FaultKind.OPERATION_PARTIAL: _IN_DRIVER,
+    FaultKind.LOST_EVENT: _IN_DRIVER,
+    FaultKind.STALE_STATUS: _IN_DRIVER,
+    FaultKind.HYPERVISOR_CRASH: "there is none beside the machines' processes, which `kill` ends",
+}
+"""What `vmlab.hypervisors.qemu.faults` does not do to a QEMU, and why."""
 
 
 async def corrupt(hypervisor: Hypervisor, machine: Machine, snapshot: Snapshot) -> None:
@@ -87,6 +107,7 @@ def make_profile(architecture: Architecture) -> ConformanceProfile:
         settle=1.0,
         slack=300.0,
         lag=10.0,
+        faultless=_FAULTLESS,
         patience=1800.0,
         variant=for_options,
     )

@@ -12,9 +12,11 @@ from vmlab.conformance import qemu_profile
 from vmlab.conformance.agent_probe import AgentProbe, memory_of_smbios, parse_cpus
 from vmlab.conformance.probe import GuestCannotTell
 from vmlab.conformance.qemu_profile import corrupt
+from vmlab.hypervisors.qemu.hypervisor import FAULTS
 from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import CorruptSnapshot, InvalidSpec, OperationFailed
+from vmlab.machine.faults import FaultKind
 from vmlab.machine.sizes import MIB
 from vmlab.machine.states import MachineState
 
@@ -124,7 +126,8 @@ def test_profile_is_made_for_the_host_when_it_is_asked_for(
 ) -> None:
     assert Capability.HOTPLUG_NIC not in profile_of(Architecture.RISCV64).must_declare
     assert Capability.FORK not in profile_of(Architecture.PPC64LE).must_declare
-    profile_of(host_architecture() or Architecture.X86_64)
+    profile = profile_of(host_architecture() or Architecture.X86_64)
+    assert set(profile.faultless) == set(FaultKind) - FAULTS
     assert qemu_profile.profile.hypervisor == "qemu"
     with pytest.raises(AttributeError):
         qemu_profile.nothing  # noqa: B018 (looked up on purpose)

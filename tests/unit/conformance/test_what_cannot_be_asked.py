@@ -20,6 +20,7 @@ from vmlab.conformance.runner import Subject, run_check
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Limits
 from vmlab.machine.errors import DeadlineExceeded
+from vmlab.machine.faults import FaultKind
 from vmlab.machine.states import MachineState
 
 
@@ -35,6 +36,28 @@ def test_limits_that_are_not_declared_are_not_asked_for() -> None:
     result = run_check(checks()["errors.limits"], Subject(BrokenProvider(Boundless), PROFILE))
     assert result.findings == []
     assert "declares no limit" in result.reason
+
+
+class Faultless(BrokenHypervisor):
+    """Declares one kind of fault, of the disks."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        only = {"faults": frozenset({FaultKind.DISK_ERROR})}
+        self._capabilities = self._capabilities.model_copy(update=only)
+
+
+def test_why_a_fault_does_not_exist_is_said_where_it_is_known() -> None:
+    profile = PROFILE.with_changes(
+        faultless={FaultKind.DISK_SLOW: "no clock", FaultKind.LOST_EVENT: "tells nothing"}
+    )
+    subject = Subject(BrokenProvider(Faultless), profile)
+    skipped = run_check(checks()["fault.hypervisor"], subject)
+    assert skipped.reason == (
+        "declares no fault of lost-event (tells nothing), stale-status, hypervisor-crash"
+    )
+    partly = run_check(checks()["fault.disks"], subject)
+    assert "the fault disk-slow is not declared (no clock)" in partly.notes
 
 
 class Told(AgentProbe):

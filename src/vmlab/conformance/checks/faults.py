@@ -56,11 +56,18 @@ def declared(lab: Bench, *kinds: FaultKind) -> frozenset[FaultKind]:
     """Those of `kinds` that are declared; the check is skipped if none is."""
     found = lab.capabilities.faults & set(kinds)
     if not found:
-        raise Skipped("declares no fault of " + ", ".join(kind.value for kind in kinds))
+        words = [kind.value + _why_not(lab, kind) for kind in kinds]
+        raise Skipped("declares no fault of " + ", ".join(words))
     for kind in kinds:
         if kind not in found:
-            lab.note(f"the fault {kind.value} is not declared")
+            lab.note(f"the fault {kind.value} is not declared{_why_not(lab, kind)}")
     return found
+
+
+def _why_not(lab: Bench, kind: FaultKind) -> str:
+    """Why there are no faults of that kind, where the profile knows."""
+    why = lab.profile.faultless.get(kind)
+    return f" ({why})" if why else ""
 
 
 @check(
