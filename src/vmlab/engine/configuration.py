@@ -6,13 +6,15 @@ is a MachineSpec's to say. Relative paths are seen from the file.
 
 from __future__ import annotations
 
+import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from vmlab.engine.structures import WrongData, structure
+from vmlab.engine.structures import WrongData, as_json, structure
 from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
 
 D = TypeVar("D")
@@ -231,6 +233,39 @@ def load(path: Path) -> Configuration:
             problem = SpecProblem(name, value, f"from {least} to {limit - 1}")
             raise InvalidSpec([problem], source=str(path))
     return _seen_from(path.absolute().parent, made)
+
+
+def text_of(made: Configuration) -> str:
+    """The machine file that `load` reads as this configuration.
+
+    Raises:
+        UnicodeEncodeError: a path is no text.
+    """
+    lines: list[str] = []
+    _add_table(lines, "", as_json(made))
+    text = "\n".join(lines) + "\n"
+    text.encode()
+    return text
+
+
+def _add_table(lines: list[str], path: str, table: Mapping[str, Any]) -> None:
+    """The values of a table, and then the tables in it (TOML 1.0)."""
+    inner = {key: value for key, value in table.items() if _holds_tables(value)}
+    lines += [f"{key} = {_value(value)}" for key, value in table.items() if key not in inner]
+    for key, value in inner.items():
+        name = f"{path}{key}"
+        for each in value if isinstance(value, list) else [value]:
+            lines += ["", f"[[{name}]]" if isinstance(value, list) else f"[{name}]"]
+            _add_table(lines, f"{name}.", each)
+
+
+def _holds_tables(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and bool(value))
+
+
+def _value(value: object) -> str:
+    # What JSON escapes TOML reads the same, but for DEL, which it does not allow as it stands.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _seen_from(folder: Path, made: Configuration) -> Configuration:

@@ -98,6 +98,14 @@ class MemoryInfo:
 
 
 @dataclass(frozen=True)
+class ExecutionInfo:
+    """Of x-query-execution: who executes the guest, and how many instructions it has retired."""
+
+    executor: str
+    retired: int
+
+
+@dataclass(frozen=True)
 class HartInfo:
     """Of x-query-harts: what a hart did since it was reset.
 
@@ -328,6 +336,7 @@ class Control:
         add("query-block", self.query_block)
         add("query-blockstats", self.query_blockstats)
         add("query-balloon", self.query_balloon)
+        add("x-query-execution", self.query_execution)
         add("x-query-harts", self.query_harts)
         add("x-query-networks", self.query_networks)
         add("stop", self.stop)
@@ -455,6 +464,10 @@ class Control:
             )
             for name, nic in self.machine.nics.items()
         ]
+
+    def query_execution(self) -> ExecutionInfo:
+        """Who executes the guest, and how far it is."""
+        return ExecutionInfo(self.machine.configuration.execution.value, self.machine.retired)
 
     def query_harts(self) -> list[HartInfo]:
         """What each hart did."""

@@ -114,6 +114,7 @@ class Machine:
     ) -> None:
         self.configuration = configuration
         self.running = False
+        self._retired_before = 0
         self._happened = happened
         self._reactor = reactor
         self._stack = ExitStack()
@@ -136,7 +137,8 @@ class Machine:
             self.workers = TimedWorkers(self.clock, _LATENCY)
             self._entropy = random.Random(seed or 0).randbytes
         self._stack.callback(self.workers.close)
-        wanted = 4 + made.scsi + len(made.nics) + len(made.disks)
+        blocks = sum(disk.bus is DiskBus.VIRTIO for disk in made.disks)
+        wanted = 4 + made.scsi + len(made.nics) + blocks
         self.board = Board(
             self.ram,
             made.harts,
@@ -347,6 +349,7 @@ class Machine:
         """Begin anew, as after power-on."""
         was_running = self.running
         self.pause()
+        self._retired_before = self.retired
         self.board.reset()
         self._boot()
         if was_running:
@@ -374,6 +377,11 @@ class Machine:
         for device in self.board.devices():
             device.close()
         self._stack.close()
+
+    @property
+    def retired(self) -> int:
+        """Instructions of all harts since the machine was made; a reset forgets none."""
+        return self._retired_before + sum(hart.retired for hart in self.harts)
 
     # ------------------------------------------------------- from harts and devices, any thread
 

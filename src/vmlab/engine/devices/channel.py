@@ -6,6 +6,7 @@ sends is written there too, whether somebody is connected or not.
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from contextlib import suppress
@@ -19,6 +20,7 @@ from vmlab.machine.errors import VmlabError
 _BUFFER: Final = 1 << 20
 """Bytes on the way in either direction before the other side has to wait."""
 _PIECE: Final = 65536
+_LONGEST_PATH: Final = 107
 
 
 class Listener(Protocol):
@@ -43,16 +45,30 @@ def listen(path: Path) -> socket.socket:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         server.setblocking(False)
-        server.bind(str(path))
+        _bind(server, path)
         path.chmod(0o600)
         server.listen(4)
     except OSError as error:
         server.close()
         raise VmlabError(
             f"the socket {str(path)!r} cannot be opened: {error.strerror or error}",
-            hint="a socket's path is new, in a folder that can be written, and below 108 bytes",
+            hint="a socket's path is new, and in a folder that can be written",
         ) from None
     return server
+
+
+def _bind(server: socket.socket, path: Path) -> None:
+    """Bind to a path of any length.
+
+    `sockaddr_un` holds 107 bytes: the way to a longer one leads through a descriptor of its folder.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        short = Path(f"/proc/self/fd/{folder}")
+        long = len(os.fsencode(path)) > _LONGEST_PATH and short.exists()
+        server.bind(str(short / path.name if long else path))
+    finally:
+        os.close(folder)
 
 
 class SocketChannel:

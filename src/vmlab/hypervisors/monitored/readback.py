@@ -98,11 +98,14 @@ async def labels(emulator: Emulator, kind: str) -> tuple[str, ...]:
 async def metrics(emulator: Emulator, now: float) -> MachineMetrics:
     """What the machine uses."""
     cpus = await vcpus(emulator)
-    seconds = tuple(_thread_seconds(emulator.process.pid, cpu.thread) for cpu in cpus)
+    # vCPUs that take turns have one thread; what each of them used of it nobody knows.
+    threads = {cpu.thread for cpu in cpus}
+    seconds = {thread: _thread_seconds(emulator.process.pid, thread) for thread in threads}
+    each = tuple(seconds[cpu.thread] for cpu in cpus) if len(threads) == len(cpus) else ()
     return MachineMetrics(
         time=now,
         uptime_seconds=max(0.0, _uptime(emulator.process.pid)),
-        cpu=CpuMetrics(seconds=sum(seconds), per_vcpu_seconds=seconds),
+        cpu=CpuMetrics(seconds=sum(seconds.values()), per_vcpu_seconds=each),
         memory=MemoryMetrics(
             total_bytes=await memory_size(emulator),
             resident_bytes=_resident(emulator.process.pid),
