@@ -6,6 +6,7 @@ both.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +14,7 @@ from enum import Enum
 from vmlab.engine.configuration import DiskBus, DiskFile, ImageFormat
 from vmlab.engine.devices.storage.metered import DiskOperation
 from vmlab.engine.devices.virtio.keyboard import KEY_POWER
+from vmlab.engine.harts import Stop
 from vmlab.engine.machine import Machine
 from vmlab.engine.monitor.commands import CommandError, Commands
 from vmlab.machine.errors import VmlabError
@@ -26,6 +28,7 @@ class RunState(Enum):
     PRELAUNCH = "prelaunch"
     RUNNING = "running"
     PAUSED = "paused"
+    DEBUG = "debug"
     SHUTDOWN = "shutdown"
     INTERNAL_ERROR = "internal-error"
 
@@ -314,7 +317,10 @@ class Control:
 
     def __init__(self, machine: Machine, quit_: Callable[[Cause], None]) -> None:
         self.machine = machine
-        self.status = RunState.PRELAUNCH
+        self._status = RunState.PRELAUNCH
+        self.changed: list[Callable[[RunState], None]] = []
+        self.reason: Stop | None = None  # why it stands for its debugger
+        self.late: list[Stop] = []  # what else happened meanwhile
         self.emit: Callable[[str, object | None], None] = lambda name, data: None
         self._quit = quit_
         self._nodes: dict[str, DiskFile] = {}
@@ -362,6 +368,17 @@ class Control:
             ("DEVICE_DELETED", Deleted),
         ):
             self.commands.add_event(name, data)
+
+    @property
+    def status(self) -> RunState:
+        """What the machine is doing; whoever is in `changed` is told of changes."""
+        return self._status
+
+    @status.setter
+    def status(self, status: RunState) -> None:
+        self._status = status
+        for tell in self.changed:
+            tell(status)
 
     # ------------------------------------------------------------------------------ questions
 
@@ -499,9 +516,27 @@ class Control:
         if self.status in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
             raise CommandError("Resetting the Virtual Machine is required")
         if self.status is not RunState.RUNNING:
-            self.machine.resume()
+            if not self.late:
+                self.machine.resume()
             self.status = RunState.RUNNING
             self.emit("RESUME", None)
+            if self.late:
+                self.trapped(self.late.pop(0))
+
+    def trapped(self, stop: Stop) -> None:
+        """A hart has met what a debugger waits for, and all of them stand or are about to."""
+        if self.status is not RunState.RUNNING:
+            # Another one came first. What has not been executed is met again.
+            if not self.machine.harts.meet_again(stop):
+                self.late.append(stop)
+            return
+        self.reason = stop
+        try:
+            self.machine.pause()
+        except VmlabError as error:
+            print(f"{error}; {error.hint}", file=sys.stderr, flush=True)
+        self.status = RunState.DEBUG
+        self.emit("STOP", None)
 
     def system_reset(self) -> None:
         """Begin anew."""

@@ -217,6 +217,11 @@ class Harts(ABC):
             seat.order = orders.get(number, Order.RUN)
             seat.waiting = seat.waiting and seat.order is Order.RUN
 
+    def meet_again(self, stop: Stop) -> bool:
+        """Have a hart stop once more where it stands; False if that is behind it."""
+        self._seats[stop.hart].stopped_at = None
+        return stop.exit.reason is Reason.BREAKPOINT
+
     def is_started(self, hart: int) -> bool:
         """Whether firmware has started it."""
         return not self._seats[hart].stopped
