@@ -40,8 +40,8 @@ class Stage:
     made: list[str] = field(default_factory=list)
 
 
-GUEST_AGREES: Final = frozenset({"unplug_disk", "unplug_nic"})
-"""What a guest may have to agree to, so that it can be refused of one that stands still."""
+GUEST_AGREES: Final = frozenset({"unplug_disk", "unplug_nic", "resize"})
+"""What a guest may have to take part in, so that it can be refused of one that stands still."""
 
 Call = Callable[[Bench, Stage], Awaitable[object]]
 Needs = Callable[[MachineState], tuple[Capability, ...]]

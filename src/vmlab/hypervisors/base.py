@@ -374,7 +374,10 @@ class Machine(ABC):
 
     @abstractmethod
     async def unplug_disk(self, name: str, *, timeout: float | None = None) -> None:
-        """Remove a disk and, unless it has a `source` of its own, its contents."""
+        """Remove a disk and, unless it has a `source` of its own, its contents.
+
+        Where the guest has to let go of it, a paused machine refuses it with InvalidState.
+        """
 
     @abstractmethod
     async def resize_disk(self, name: str, size: int, *, timeout: float | None = None) -> DiskInfo:
@@ -398,7 +401,8 @@ class Machine(ABC):
     ) -> MachineInfo:
         """Change the number of vCPUs and the memory in bytes.
 
-        A machine at rest needs `resize`; a live one `hotplug-vcpu` and `hotplug-memory`.
+        A machine at rest needs `resize`; a live one `hotplug-vcpu` and `hotplug-memory`. Where
+        the guest has to take part, a paused machine refuses it with InvalidState.
         """
 
     @abstractmethod

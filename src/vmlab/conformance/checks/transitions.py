@@ -38,8 +38,8 @@ def _reachable(lab: Bench) -> list[MachineState]:
 @check(
     "states.legal",
     clause="every operation that the table allows in a state begins there and lands where it "
-    "says; an unplug that the guest has to agree to may be refused while it is paused, with "
-    "InvalidState",
+    "says; an unplug or a resize that the guest has to take part in may be refused while it is "
+    "paused, with InvalidState",
 )
 async def legal(lab: Bench) -> None:
     for state in _reachable(lab):
@@ -71,7 +71,7 @@ async def _perform(lab: Bench, drill: Drill, ready: Stage, state: MachineState) 
         lab.equal(error.actual, state.value, f"{what}: the error's actual state")
         rest = {fitting.value for fitting in OPERATIONS[drill.operation] - {state}}
         lab.equal(set(error.expected), rest, f"{what}: the error's expected states")
-        lab.note(f"{what} is refused: the guest has to agree to it")
+        lab.note(f"{what} is refused: the guest has to take part in it")
     except ResourceNotFound:
         # It began; a machine that never ran has no fault that could be cleared.
         lab.equal(
