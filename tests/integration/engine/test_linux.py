@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ IMAGE = "debian-13-riscv64-tiny"
 # Read before the tests get directories of their own: images are slow to fetch and never change.
 _STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 _PATIENCE = 300
+_OPENSBI = "/usr/share/qemu/opensbi-riscv64-generic-fw_dynamic.bin"
 
 
 class Guest:
@@ -90,14 +92,14 @@ Boot = Callable[..., Guest]
 
 @pytest.fixture
 def boot(tmp_path: Path) -> Iterator[Boot]:
-    """Boot the tiny image with so many harts and more lines of the machine's file."""
+    """Boot the tiny image with so many harts, more lines of the machine's file, and firmware."""
     image = ImageStore(_STORE).ensure(IMAGE)
     made: list[Guest] = []
 
-    def start(harts: int, more: str = "") -> Guest:
+    def start(harts: int, more: str = "", firmware: str = "") -> Guest:
         lines = [f'name = "vm"\nmemory = {256 << 20}\nharts = {harts}\nqmp = "q.sock"', more]
         lines += [f'[boot]\nkernel = "{image.kernel}"\ninitrd = "{image.initrd}"']
-        lines += [f'cmdline = "{image.cmdline} console=ttyS0"']
+        lines += [f'cmdline = "{image.cmdline} console=ttyS0"\nfirmware = "{firmware}"']
         lines += ['[serial]\nsocket = "s.sock"\nlog = "s.log"']
         lines += [f'[[channels]]\nname = "{name}"\nsocket = "{name}.sock"' for name in CHANNELS]
         (tmp_path / "m.toml").write_text("\n".join(lines))
@@ -151,6 +153,37 @@ def test_debian_runs_on_two_harts_and_sees_what_is_done_to_its_machine(
             guest.process.wait(5)
     assert guest.process.returncode == 0
     assert "reboot: Power down" in (tmp_path / "s.log").read_text(errors="replace")
+
+
+def test_debian_runs_under_opensbi_and_reaches_the_host_by_its_user_network(boot: Boot) -> None:
+    nic = 'name = "net"\nmac = "52:54:00:12:34:56"\nsegment = "user"\nforwards = [{ guest = 5000 }]'
+    guest = boot(1, f"[[nics]]\n{nic}\n", _OPENSBI)
+    assert "SBI implementation ID=0x1 " in guest.run("dmesg"), "OpenSBI's number"
+
+    guest.run("ip link set eth0 up && udhcpc -q -n -s /etc/udhcpc/default.script -i eth0")
+    assert "10.0.2.15/24" in guest.run("ip -4 addr show dev eth0")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(_PATIENCE)
+        guest.run(f"echo out | nc 10.0.2.2 {server.getsockname()[1]} >/dev/null &")
+        assert _all_of(server.accept()[0]) == b"out\n"
+
+    ((forward,),) = [each["forwards"] for each in guest.order("x-query-networks")]
+    assert forward["guest"] == 5000
+    # Input that does not end: at its end nc does.
+    guest.run("mkfifo /run/f; (nc -l -p 5000 <>/run/f >/run/got) >/dev/null 2>&1 &")
+    guest.run("until netstat -ltn | grep -q :5000; do sleep 0.1; done")
+    with socket.create_connection(("127.0.0.1", forward["host"]), _PATIENCE) as client:
+        client.sendall(b"in\n")
+    assert guest.run("until [ -s /run/got ]; do sleep 0.1; done; cat /run/got") == "in\n"
+    (counted,) = guest.order("x-query-networks")
+    assert counted["received"] > 0
+    assert counted["sent-bytes"] > 0
+
+
+def _all_of(stream: socket.socket) -> bytes:
+    stream.settimeout(_PATIENCE)
+    with stream, stream.makefile("rb") as file:
+        return file.read()
 
 
 def _sequence_digest(last: int) -> str:
