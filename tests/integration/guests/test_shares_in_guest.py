@@ -1,4 +1,4 @@
-"""Shares in a real guest: mounted by 9p or copied, read-only and writable."""
+"""Shares in a real guest: by virtiofs, by 9p or copied, read-only and writable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.integration.guests.conftest import _IMAGE_STORE, IMAGES
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import CommandFailed, Guest
-from vmlab.guests.shares import mount_shares
+from vmlab.guests.shares import mount_shares, unmount_shares
 from vmlab.hypervisors.ownership import Home, Run
-from vmlab.hypervisors.qemu import provider
+from vmlab.hypervisors.qemu import QemuHypervisor, provider, virtiofs
 from vmlab.images import ImageStore
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import OperationFailed
@@ -41,23 +41,46 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+WAYS = [ShareKind.P9, *([ShareKind.VIRTIOFS] if virtiofs.why_not() is None else [])]
+"""The ways that this host has."""
+
+
 @pytest.fixture(scope="module")
-def shares(source: Path) -> tuple[Share, Share, Share]:
-    """Read-only, writable, and one that finds its own way."""
-    common = {"source": source, "kind": ShareKind.P9}
+def shares(source: Path) -> tuple[Share, ...]:
+    """One that finds its own way; and each way, one that is read-only and one that is writable."""
     return (
-        Share(tag="fixed", target="/mnt/fixed", **common),
-        Share(tag="work", target="/mnt/with space", readonly=False, **common),
         Share(tag="own", target="/mnt/own", source=source),
+        *(
+            Share(
+                tag=f"{way.value}-{'rw' if writable else 'ro'}",
+                source=source,
+                target=f"/mnt/{way.value} {'work' if writable else 'fixed'}",
+                readonly=not writable,
+                kind=way,
+            )
+            for way in WAYS
+            for writable in (False, True)
+        ),
     )
 
 
-@pytest.fixture(scope="module")
-def do(shares: tuple[Share, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Do]:
-    """Runs a coroutine function with a guest whose machine has the shares."""
+@pytest.fixture(params=WAYS, ids=lambda way: way.value)
+def fixed(request: pytest.FixtureRequest, shares: tuple[Share, ...]) -> Share:
+    """A read-only share."""
+    return next(share for share in shares if share.tag == f"{request.param.value}-ro")
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.value)
+def work(request: pytest.FixtureRequest, shares: tuple[Share, ...]) -> Share:
+    """A writable share."""
+    return next(share for share in shares if share.tag == f"{request.param.value}-rw")
+
+
+def spec_with(*shares: Share) -> MachineSpec:
+    """A machine with those shares."""
     assert shutil.which("qemu-system-x86_64"), "tools/debian-packages.txt lists it"
     image = ImageStore(_IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
-    spec = MachineSpec.of(
+    return MachineSpec.of(
         name="shares",
         architecture=Architecture.X86_64,
         memory="256M",
@@ -65,47 +88,63 @@ def do(shares: tuple[Share, ...], tmp_path_factory: pytest.TempPathFactory) -> I
         channels=CHANNELS,
         shares=shares,
     )
+
+
+async def booted(hypervisor: QemuHypervisor, *shares: Share) -> Guest:
+    """The guest of a machine with those shares, not mounted yet."""
+    machine = await hypervisor.create(spec_with(*shares))
+    await machine.start()
+    guest = Guest(machine, AgentChannel(machine.channel))
+    await guest.connect(timeout=300)
+    return guest
+
+
+@pytest.fixture(scope="module")
+def do(shares: tuple[Share, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Do]:
+    """Runs a coroutine function with a guest whose machine has the shares."""
     with Run.begin(Home.open(tmp_path_factory.mktemp("home"))) as run, asyncio.Runner() as runner:
         hypervisor = provider.open(run.owner)
-
-        async def boot() -> Guest:
-            machine = await hypervisor.create(spec)
-            await machine.start()
-            guest = Guest(machine, AgentChannel(machine.channel))
-            await guest.connect(timeout=300)
-            return guest
-
-        guest = runner.run(boot())
+        guest = runner.run(booted(hypervisor, *shares))
         yield lambda body: runner.run(asyncio.wait_for(body(guest), 500))
         runner.run(guest.close())
         runner.run(hypervisor.close())
 
 
 def test_a_read_only_share_is_seen_with_every_byte_and_cannot_be_written(
-    do: Do, shares: tuple[Share, ...], source: Path
+    do: Do, fixed: Share, source: Path
 ) -> None:
     async def body(guest: Guest) -> None:
-        fixed = shares[0]
-        assert await mount_shares(guest, [fixed]) == {"fixed": ShareKind.P9}
+        assert await mount_shares(guest, [fixed]) == {fixed.tag: fixed.kind}
         assert await guest.read(f"{fixed.target}/deep/bytes") == ANY_BYTES
-        assert (await guest.succeed(f"{fixed.target}/link")).stdout == "ran\n"
-        refused = await guest.fail(f"echo no >{fixed.target}/script")
+        assert (await guest.succeed(f"'{fixed.target}'/link")).stdout == "ran\n"
+        refused = await guest.fail(f"echo no >'{fixed.target}/script'")
         assert "Read-only file system" in refused.stderr
+        # It is the host that refuses: the guest's root may mount it as it likes.
+        again = await guest.execute(
+            f"mount -o remount,rw '{fixed.target}'; cd '{fixed.target}'; "
+            "echo no >script; echo no >new; rm script; chmod 777 script; touch deep"
+        )
+        assert not again.ok
+        assert (source / "script").read_text() == "#!/bin/sh\necho ran\n"
+        assert (source / "script").stat().st_mode & 0o777 == 0o755
+        assert not (source / "new").exists()
         # What the host writes later is there as well: it is the directory and not a copy.
         (source / "later").write_text("later")
         await guest.wait_for_file(f"{fixed.target}/later", timeout=300)
         assert await guest.read(f"{fixed.target}/later") == b"later"
         (source / "later").unlink()
+        await unmount_shares(guest, [fixed])
+        await unmount_shares(guest, [fixed])
+        assert not (await guest.execute(f"ls '{fixed.target}'/*")).ok
 
     do(body)
 
 
 def test_what_the_guest_writes_to_a_writable_share_is_on_the_host(
-    do: Do, shares: tuple[Share, ...], source: Path
+    do: Do, work: Share, source: Path
 ) -> None:
     async def body(guest: Guest) -> None:
-        work = shares[1]
-        assert await mount_shares(guest, [work]) == {"work": ShareKind.P9}
+        assert await mount_shares(guest, [work]) == {work.tag: work.kind}
         data = os.urandom(3 << 20)
         await guest.write(f"{work.target}/new/file", data)
         assert (source / "new" / "file").read_bytes() == data
@@ -113,6 +152,68 @@ def test_what_the_guest_writes_to_a_writable_share_is_on_the_host(
         assert (source / "moved").read_bytes() == data
         assert not (source / "new").exists()
         (source / "moved").unlink()
+        # A share that is in use is not torn away.
+        await guest.succeed(f"cd '{work.target}'; sleep 1000 >/dev/null 2>&1 & echo $! >/tmp/held")
+        with pytest.raises(OperationFailed, match=f"cannot unmount share '{work.tag}'"):
+            await unmount_shares(guest, [work])
+        await guest.succeed("kill $(cat /tmp/held)")
+        await guest.wait_until_succeeds(f"umount '{work.target}'", timeout=300)
+
+    do(body)
+
+
+MADE = """
+cd '{place}' && mkdir made && cd made && umask 022
+echo '#!/bin/sh' >tool; echo 'echo built' >>tool; chmod 751 tool
+echo text >plain; chmod 640 plain
+ln -s tool link; ln -s /nowhere dangling; ln plain hard
+mkdir -m 2750 folder; mkfifo fifo 2>/dev/null
+dd if=/dev/zero of=sparse bs=1 count=1 seek=1M 2>/dev/null
+touch -d @1000000000 old
+"""
+
+
+def test_what_is_built_in_a_share_is_ordinary_files_of_the_host(
+    do: Do, work: Share, source: Path
+) -> None:
+    made = source / "made"
+
+    async def body(guest: Guest) -> None:
+        await mount_shares(guest, [work])
+        await guest.succeed(MADE.format(place=work.target))
+        modes = {path.name: path.lstat().st_mode & 0o7777 for path in made.iterdir()}
+        assert (modes["tool"], modes["plain"], modes["folder"]) == (0o751, 0o640, 0o2750)
+        assert str((made / "link").readlink()) == "tool"
+        assert str((made / "dangling").readlink()) == "/nowhere"
+        assert (made / "plain").stat().st_nlink == 2
+        assert (made / "old").stat().st_mtime == 1_000_000_000
+        assert (made / "sparse").stat().st_size == (1 << 20) + 1
+        done = await asyncio.create_subprocess_exec(made / "link", stdout=asyncio.subprocess.PIPE)
+        assert (await done.communicate())[0] == b"built\n"
+        for path in (made, *made.iterdir()):
+            status = path.lstat()
+            assert (status.st_uid, status.st_gid) == (os.geteuid(), os.getegid()), path
+            assert os.listxattr(path, follow_symlinks=False) == [], path
+        # And the other way.
+        (made / "host").write_text("#!/bin/sh\necho hosted\n")
+        (made / "host").chmod(0o700)
+        (made / "back").symlink_to("host")
+        assert (await guest.succeed(f"'{work.target}/made/back'")).stdout == "hosted\n"
+        (made / "host").chmod(0o644)
+        await guest.wait_until_succeeds(
+            f"test $(stat -c %a '{work.target}/made/host') = 644", timeout=300
+        )
+        if os.geteuid() == 0:
+            os.chown(made / "host", 1234, 2345)
+            await guest.wait_until_succeeds(
+                f"test $(stat -c %u:%g '{work.target}/made/host') = 1234:2345", timeout=300
+            )
+            await guest.succeed(f"chown 77:88 '{work.target}/made/plain'")
+            status = (made / "plain").stat()
+            assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (77, 88, 0o640)
+        await guest.succeed(f"rm -r '{work.target}/made'")
+        assert not made.exists()
+        await unmount_shares(guest, [work])
 
     do(body)
 
@@ -121,23 +222,30 @@ def test_one_that_finds_its_own_way_is_mounted_where_that_works_and_copied_elsew
     do: Do, shares: tuple[Share, ...], source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def body(guest: Guest) -> None:
-        own = shares[2]
-        assert await mount_shares(guest, [own]) == {"own": ShareKind.P9}
-        assert await guest.read(f"{own.target}/deep/bytes") == ANY_BYTES
-        # From here on the guest's kernel has no 9p.
-        await guest.succeed(
-            "for t in $(awk '$3 == \"9p\" { print $2 }' /proc/mounts); do "
-            'umount "$(printf %b "$t")" || exit; done',
-            "rmmod 9p && find /lib/modules/ -name '9p.ko*' -exec rm '{}' +",
-        )
-        with caplog.at_level(logging.WARNING):
+        own = shares[0]
+        with caplog.at_level(logging.INFO):
+            for way in reversed(WAYS):
+                assert await mount_shares(guest, [own]) == {"own": way}
+                assert await guest.read(f"{own.target}/deep/bytes") == ANY_BYTES
+                await unmount_shares(guest, [own])
+                # From here on the guest's kernel does not have it.
+                await guest.succeed(
+                    f"rmmod {way.value} && "
+                    f"find /lib/modules/ -name '{way.value}.ko*' -exec rm '{{}}' +"
+                )
+            if len(WAYS) == 2:
+                assert "share own is mounted by 9p: virtiofs: " in caplog.text
             assert await mount_shares(guest, [own]) == {"own": ShareKind.COPY}
-        assert "share own is copied: 9p: " in caplog.text
+        assert "share own is copied: virtiofs: " in caplog.text
         assert await guest.read(f"{own.target}/deep/bytes") == ANY_BYTES
         assert (await guest.succeed(f"{own.target}/link")).stdout == "ran\n"
         assert "Read-only" in (await guest.fail(f"echo no >{own.target}/script")).stderr
-        with pytest.raises(OperationFailed, match="cannot mount share 'work'"):
-            await mount_shares(guest, [shares[1].model_copy(update={"kind": ShareKind.AUTO})])
+        writable = own.model_copy(update={"readonly": False, "target": "/mnt/other"})
+        with pytest.raises(OperationFailed, match="cannot mount share 'own' at /mnt/other") as no:
+            await mount_shares(guest, [writable])
+        assert "would be lost" in str(no.value.hint)
+        with pytest.raises(OperationFailed, match="'9p-ro' at /mnt/9p fixed: 9p: mount"):
+            await mount_shares(guest, [share for share in shares if share.tag == "9p-ro"])
 
     do(body)
 
@@ -158,10 +266,51 @@ def test_a_copy_that_is_writable_is_the_guests_own(do: Do, source: Path) -> None
     do(body)
 
 
-def test_a_way_that_the_machine_has_not_is_refused_by_name(do: Do, source: Path) -> None:
-    async def body(guest: Guest) -> None:
-        share = Share(tag="no", source=source, target="/mnt/no", kind=ShareKind.VIRTIOFS)
-        with pytest.raises(OperationFailed, match="cannot mount share 'no' at /mnt/no: virtiofs"):
-            await mount_shares(guest, [share])
+def test_shares_can_be_mounted_again_when_the_machine_was_reset(
+    shares: tuple[Share, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Run.begin(Home.open(tmp_path_factory.mktemp("home"))) as run, asyncio.Runner() as runner:
+        hypervisor = provider.open(run.owner)
 
-    do(body)
+        async def body() -> None:
+            guest = await booted(hypervisor, *shares)
+            for resets in (False, True):
+                if resets:
+                    await guest.machine.restart(graceful=False)
+                    await guest.connect(timeout=300)
+                ways = await mount_shares(guest, shares)
+                assert ways == {"own": WAYS[-1]} | {one.tag: one.kind for one in shares[1:]}
+                for share in shares:
+                    assert await guest.read(f"{share.target}/deep/bytes") == ANY_BYTES
+            await guest.close()
+
+        runner.run(asyncio.wait_for(body(), 500))
+        runner.run(hypervisor.close())
+
+
+def test_a_machine_is_forked_when_its_9p_shares_are_unmounted(
+    source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    share = Share(tag="src", source=source, target="/src", kind=ShareKind.P9)
+    with Run.begin(Home.open(tmp_path_factory.mktemp("home"))) as run, asyncio.Runner() as runner:
+        hypervisor = provider.open(run.owner)
+
+        async def body() -> None:
+            guest = await booted(hypervisor, share)
+            await mount_shares(guest, [share])
+            for refused in (guest.machine.fork("no"), guest.machine.snapshot("no")):
+                with pytest.raises(OperationFailed, match="'src'") as why:
+                    await refused
+                assert "unmount the shares in the guest first" in str(why.value.hint)
+            await guest.machine.snapshot("disks", memory=False)
+            await unmount_shares(guest, [share])
+            fork = await guest.machine.fork("fork")
+            other = Guest(fork, AgentChannel(fork.channel))
+            await other.connect(timeout=300)
+            assert await mount_shares(other, [share]) == {"src": ShareKind.P9}
+            assert await other.read("/src/deep/bytes") == ANY_BYTES
+            await other.close()
+            await guest.close()
+
+        runner.run(asyncio.wait_for(body(), 500))
+        runner.run(hypervisor.close())

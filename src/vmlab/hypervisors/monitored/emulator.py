@@ -87,7 +87,7 @@ class Emulator:
 
         Args:
             argv: The command line.
-            directory: A new one, for all that is the process's.
+            directory: For all that is the process's.
             owner: Whose it is.
             machine: Name of the machine.
             id_: Id of the machine.
@@ -280,7 +280,7 @@ class Emulator:
 
 
 def _prepare(directory: Path, argv: Sequence[str], files: Mapping[str, str]) -> None:
-    directory.mkdir(mode=0o700, parents=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, text in {**files, COMMAND_LINE: _readable(argv)}.items():
         (directory / name).write_text(text, "utf-8")
 

@@ -7,6 +7,7 @@ Sockets are named relative to the directory that QEMU is started in, which keeps
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ from vmlab.hypervisors.monitored.streams import channel_socket, console_log, con
 from vmlab.hypervisors.qemu.boards import BOARDS, Board
 from vmlab.hypervisors.qemu.disks import device_options
 from vmlab.hypervisors.qemu.layout import Layout, dimm_device, memory_object
+from vmlab.hypervisors.qemu.virtiofs import socket_name
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.sizes import MIB
-from vmlab.machine.spec import MachineSpec, ShareKind
+from vmlab.machine.spec import MachineSpec, Share, ShareKind
 
 _MODULES: Final = 16
 """Memory modules that may be added."""
@@ -107,7 +109,7 @@ def arguments(launch: Launch) -> list[str]:
         *_always(board),
         *_disks(launch, board),
         *_nics(launch, board),
-        *_shares(launch.spec),
+        *_shares(launch),
         *_display(launch.spec, board),
         *(("-incoming", "defer") if launch.incoming else ()),
     ]
@@ -315,23 +317,31 @@ def _nics(launch: Launch, board: Board) -> list[str]:
     return words
 
 
-def _shares(spec: MachineSpec) -> list[str]:
+def _shares(launch: Launch) -> list[str]:
+    """The devices of the shares; one that finds its own way may have two of one tag."""
     words: list[str] = []
-    for number, share in enumerate(spec.shares):
-        if share.kind not in {ShareKind.AUTO, ShareKind.P9}:
-            continue
-        # mapped-xattr lets an ordinary user's QEMU keep owners and devices; "none" refuses them.
-        options = {
-            "driver": "local",
-            "id": f"share{number}",
-            "path": share.source.absolute(),
-            "security_model": "none" if share.readonly else "mapped-xattr",
-            "multidevs": "remap",
-            "readonly": share.readonly,
-        }
-        words += ["-fsdev", keyval(options)]
-        words += ["-device", f"virtio-9p-pci,fsdev=share{number},mount_tag={share.tag}"]
+    for number, share in enumerate(launch.spec.shares):
+        if share.kind in {ShareKind.AUTO, ShareKind.P9}:
+            words += _p9(number, share)
+        if share.tag in launch.layout.virtiofs:
+            words += ["-chardev", f"socket,id=virtiofs{number},path={socket_name(number)}"]
+            words += ["-device", f"vhost-user-fs-pci,chardev=virtiofs{number},tag={share.tag}"]
     return words
+
+
+def _p9(number: int, share: Share) -> list[str]:
+    options = {
+        "driver": "local",
+        "id": f"share{number}",
+        "path": share.source.absolute(),
+        # What the guest writes are files as any other, with the modes that the guest gives them.
+        # Owners too where this process may do that; elsewhere all are this user's.
+        "security_model": "passthrough" if os.geteuid() == 0 else "none",
+        "multidevs": "remap",
+        "readonly": share.readonly,
+    }
+    words = ["-fsdev", keyval(options)]
+    return [*words, "-device", f"virtio-9p-pci,fsdev=share{number},mount_tag={share.tag}"]
 
 
 def _display(spec: MachineSpec, board: Board) -> list[str]:

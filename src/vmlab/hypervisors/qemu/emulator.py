@@ -1,17 +1,25 @@
-"""A QEMU process: what the base has, and QEMU's jobs."""
+"""A QEMU process: what the base has, the daemons that end with it, and QEMU's jobs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from vmlab.hypervisors.monitored import emulator
 from vmlab.hypervisors.monitored.emulator import QMP_SOCKET
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu.command_line import SECOND_QMP_SOCKET
-from vmlab.hypervisors.qmp import QmpError, QmpLost
+from vmlab.hypervisors.qemu.virtiofs import Daemons
+from vmlab.hypervisors.qmp import QmpConnection, QmpError, QmpLost
 from vmlab.machine.errors import MachineCrashed, OperationFailed
+
+if TYPE_CHECKING:
+    from vmlab.hypervisors.processes import OwnedProcess
+
+_LAST_MOMENTS: Final = 1.0
+"""Seconds in which QEMU's end is noticed, after that of a process that ends with it."""
 
 
 class Emulator(emulator.Emulator):
@@ -22,6 +30,30 @@ class Emulator(emulator.Emulator):
     messages: ClassVar[str] = "qemu.log"
     sockets: ClassVar[tuple[str, ...]] = (QMP_SOCKET, SECOND_QMP_SOCKET)
     transient: ClassVar[tuple[str, ...]] = ("*.sock", "*.pcap")
+
+    def __init__(
+        self, machine: str, directory: Path, process: OwnedProcess, qmp: QmpConnection
+    ) -> None:
+        super().__init__(machine, directory, process, qmp)
+        # Those that serve its shares: they end with it.
+        self.daemons = Daemons(directory)
+
+    async def _notice(self, on_end: Callable[[str], None]) -> None:
+        ended = asyncio.ensure_future(self.process.wait())
+        alone = asyncio.ensure_future(self.daemons.one_ended())
+        try:
+            await asyncio.wait({ended, alone}, return_when=asyncio.FIRST_COMPLETED)
+            # A daemon ends when QEMU does, and may be seen to end first.
+            await asyncio.wait({ended}, timeout=_LAST_MOMENTS)
+        finally:
+            for task in (ended, alone):
+                task.cancel()
+        if not self.ending:
+            on_end(self.daemons.last_words() if self.running else self.last_words())
+
+    async def _end(self) -> None:
+        await super()._end()
+        await self.daemons.end()
 
     async def run_job(
         self, command: str, arguments: Mapping[str, Any], *, timeout: float | None = None

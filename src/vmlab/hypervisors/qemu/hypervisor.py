@@ -19,7 +19,7 @@ from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
 from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT
-from vmlab.hypervisors.qemu import memory, timers
+from vmlab.hypervisors.qemu import memory, timers, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
 from vmlab.hypervisors.qemu.machine import QemuMachine
@@ -70,12 +70,12 @@ SUPPORTED: Final = frozenset(
         Capability.GUEST_CHANNELS,
         Capability.DISPLAY,
         Capability.SHARE_9P,
+        Capability.SHARE_VIRTIOFS,
         Capability.FAULTS,
     }
 )
 UNSUPPORTED: Final = {
     Capability.DETERMINISTIC: "QEMU's devices are not driven by the instruction count",
-    Capability.SHARE_VIRTIOFS: "virtiofsd is not started by this back end",
     Capability.SHARE_COPY: "a copy needs the guest's agent: see vmlab.guests",
 }
 _LOADS: Final = (Capability.MEMORY_SNAPSHOT, Capability.FORK, Capability.LIVE_MIGRATION)
@@ -147,6 +147,8 @@ def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
     if not any(BOARDS[architecture].grows for architecture in programs):
         lacking |= dict.fromkeys(_GROWTH, _NO_GROWTH)
     lacking |= {} if loadable else dict.fromkeys(_LOADS, timers.WHY_NOT)
+    if (missing := virtiofs.why_not()) is not None:
+        lacking[Capability.SHARE_VIRTIOFS] = missing
     if programs and set(programs) <= set(HANGS_WITH_NODES):
         lacking[Capability.NUMA] = "; ".join(HANGS_WITH_NODES[name] for name in programs)
     supported = SUPPORTED - set(lacking)

@@ -52,6 +52,7 @@ class Layout:
         macs: NIC -> MAC address.
         modules: Bytes of each memory module that came while it ran.
         vcpus: The devices of the vCPUs that came while it ran, as `device_add` took them.
+        virtiofs: Tags of the shares that the guest gets by virtiofs.
     """
 
     ports: int = 0
@@ -60,12 +61,20 @@ class Layout:
     macs: dict[str, str] = field(default_factory=dict)
     modules: tuple[int, ...] = ()
     vcpus: tuple[dict[str, Any], ...] = ()
+    virtiofs: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, spec: MachineSpec, board: Board) -> Self:
-        """The layout of a machine that starts for the first time."""
+    def of(cls, spec: MachineSpec, board: Board, virtiofs: Iterable[str] = ()) -> Self:
+        """The layout of a machine that starts for the first time.
+
+        Args:
+            spec: The machine.
+            board: Its machine type.
+            virtiofs: Tags of the shares that the guest gets by virtiofs.
+        """
         devices = len(spec.disks) + len(spec.nics)
-        layout = cls(ports=devices + SPARE_PORTS if board.hotplug == "port" else 0)
+        ports = devices + SPARE_PORTS if board.hotplug == "port" else 0
+        layout = cls(ports=ports, virtiofs=tuple(virtiofs))
         for disk in spec.disks:
             layout = layout.with_disk(disk.name, disk.bus)
         for nic in spec.nics:
@@ -141,6 +150,7 @@ class Layout:
             "macs": self.macs,
             "modules": self.modules,
             "vcpus": self.vcpus,
+            "virtiofs": self.virtiofs,
         }
 
     @classmethod
@@ -154,4 +164,5 @@ class Layout:
             # Records of earlier versions have none.
             tuple(record.get("modules", ())),
             tuple(record.get("vcpus", ())),
+            tuple(record.get("virtiofs", ())),
         )

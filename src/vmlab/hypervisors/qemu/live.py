@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from vmlab.hypervisors import processes
 from vmlab.hypervisors.monitored import readback
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.monitored.machine import MonitoredMachine
 from vmlab.hypervisors.monitored.names import nic_device
 from vmlab.hypervisors.monitored.networks import bridge_port, join_bridge
-from vmlab.hypervisors.operation import Operation
+from vmlab.hypervisors.operation import Operation, uninterrupted
 from vmlab.hypervisors.picture import Picture
 from vmlab.hypervisors.processes import OwnedProcess
-from vmlab.hypervisors.qemu import display, networks
+from vmlab.hypervisors.qemu import display, networks, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS, Board
 from vmlab.hypervisors.qemu.command_line import Launch, arguments
 from vmlab.hypervisors.qemu.disks import make_disk
@@ -27,6 +28,8 @@ from vmlab.hypervisors.qemu.layout import Layout
 from vmlab.hypervisors.qemu.memory import Template
 from vmlab.hypervisors.qemu.private_memory import SmallBlocks
 from vmlab.hypervisors.qemu.traffic import Traffic
+from vmlab.hypervisors.qemu.virtiofs import Daemons
+from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import OperationFailed, UnsupportedOperation
@@ -94,7 +97,7 @@ class LiveMachine(MonitoredMachine[Emulator]):
 
     async def _do_create(self, operation: Operation) -> None:
         self.check_launch()
-        self.layout = Layout.of(self._spec, self.board)
+        self.layout = self.fresh_layout()
         await super()._do_create(operation)
 
     def check_launch(self) -> None:
@@ -127,6 +130,10 @@ class LiveMachine(MonitoredMachine[Emulator]):
                     "leave the maximum out",
                 )
         arguments(self._launch_of(self._spec, (), Layout.of(self._spec, self.board), ()))
+
+    def fresh_layout(self) -> Layout:
+        """Where its devices are when it starts anew."""
+        return Layout.of(self._spec, self.board, virtiofs.by_virtiofs(self._spec))
 
     # The process.
 
@@ -176,24 +183,35 @@ class LiveMachine(MonitoredMachine[Emulator]):
             incoming: Wait for another process's state.
         """
         number = self.next_launch()
+        spec, layout = spec or self._spec, layout or self.layout
         line = arguments(
             self._launch_of(
-                spec or self._spec,
+                spec,
                 tuple(self.disks.values()) if disks is None else disks,
-                layout or self.layout,
+                layout,
                 memory,
                 private=private,
                 incoming=incoming,
             )
         )
-        emulator = await Emulator.start(
-            line,
-            self.launch_directory(number),
-            owner=self.qemu.owner,
-            machine=self.name,
-            id_=self.id,
-            on_event=self.watcher(number),
-        )
+        directory, owner = self.launch_directory(number), self.qemu.owner
+        shares = [(n, share) for n, share in enumerate(spec.shares) if share.tag in layout.virtiofs]
+        daemons = await Daemons.start(shares, directory, owner=owner, machine=self.id)
+        try:
+            emulator = await Emulator.start(
+                line,
+                directory,
+                owner=owner,
+                machine=self.name,
+                id_=self.id,
+                on_event=self.watcher(number),
+            )
+        except BaseException as error:
+            blamed = await uninterrupted(daemons.give_up())
+            if blamed and isinstance(error, OperationFailed):
+                error.message = f"{error.message}; virtiofsd said: {blamed}"
+            raise
+        emulator.daemons = daemons
         self.on_failure(lambda: self.discard(emulator))
         return emulator
 
@@ -226,7 +244,7 @@ class LiveMachine(MonitoredMachine[Emulator]):
     async def _do_start(self, operation: Operation) -> None:
         self.begin()
         self._template = None
-        self.layout = _kept_macs(Layout.of(self._spec, self.board), self.layout)
+        self.layout = _kept_macs(self.fresh_layout(), self.layout)
         self.cut.clear()
         emulator = await self.launch()
         await self.attach(emulator)
@@ -301,12 +319,25 @@ class LiveMachine(MonitoredMachine[Emulator]):
 
     async def adopt_emulator(self, process: OwnedProcess, number: int) -> Emulator:
         """Talk to a QEMU that somebody else started."""
-        return await Emulator.adopt(
+        emulator = await Emulator.adopt(
             process,
             self.launch_directory(number),
             machine=self.name,
             on_event=self.watcher(number),
         )
+        found = await done_in_thread(processes.adopt, self.qemu.owner, self.id)
+        serving = [other for other in found if not self.is_machine(other.argv)]
+        emulator.daemons = Daemons(emulator.directory, serving)
+        return emulator
+
+    async def find_process(self) -> MachineState:
+        """Find the machine's process again; one that lost a share's daemon meanwhile has failed."""
+        state = await super().find_process()
+        emulator = self.emulator
+        if emulator is None or len(emulator.daemons.processes) >= len(self.layout.virtiofs):
+            return state
+        await self.discard(emulator)
+        return MachineState.FAILED
 
     async def _do_screenshot(self) -> Picture:
         return await display.screenshot(self.need())

@@ -22,6 +22,7 @@ from vmlab.hypervisors.qemu import (
     migration,
     snapshots,
     timers,
+    virtiofs,
 )
 from vmlab.hypervisors.qemu import readback as qemu_readback
 from vmlab.hypervisors.qemu.disks import grow_image
@@ -96,10 +97,36 @@ class QemuMachine(LiveMachine):
                 hint=f"{timers.WHY_NOT}: {hint}",
             )
 
+    async def _require_savable(self, capability: Capability, hint: str) -> None:
+        """Refuse to save or send the state of devices that have some which QEMU cannot save.
+
+        Raises:
+            UnsupportedOperation: a share is served by virtiofs.
+            OperationFailed: the guest has a share mounted by 9p.
+        """
+        if tags := self.layout.virtiofs:
+            kept = f"{virtiofs.WHY_UNSAVED} ({', '.join(map(repr, tags))})"
+            raise UnsupportedOperation(
+                capability.value,
+                hypervisor="qemu",
+                machine=self.name,
+                hint=f'{kept}: give it the kind "9p" and unmount it first, or {hint}',
+            )
+        if self.emulator is not None:
+            found = await self.emulator.execute("query-migrate")
+            if reasons := found.get("blocked-reasons"):
+                raise OperationFailed(
+                    f"the state of machine {self.name!r} cannot be saved: {'; '.join(reasons)}",
+                    hint=f"unmount the shares in the guest first, or {hint}",
+                    machine=self.name,
+                    hypervisor="qemu",
+                )
+
     async def _do_snapshot(self, operation: Operation, name: str, memory_too: bool) -> Snapshot:
         self.begin()
         if memory_too:
             self._require_loading(Capability.MEMORY_SNAPSHOT, "take it with memory=False")
+            await self._require_savable(Capability.MEMORY_SNAPSHOT, "take it with memory=False")
         part = self.snapshot_directory / f".{name}.part"
         self.on_failure(lambda: done_in_thread(snapshots.remove, part))
         await done_in_thread(part.mkdir)
@@ -265,6 +292,9 @@ class QemuMachine(LiveMachine):
         assert isinstance(child, QemuMachine)
         self.begin()
         self._require_loading(Capability.FORK, "make a machine out of a snapshot of its disks")
+        await self._require_savable(
+            Capability.FORK, "make a machine out of a snapshot of its disks"
+        )
         child.begin()
         emulator = self.need()
         resume = await self.hold(emulator)
@@ -298,6 +328,7 @@ class QemuMachine(LiveMachine):
         self.begin()
         if live:
             self._require_loading(Capability.LIVE_MIGRATION, "stop it first")
+            await self._require_savable(Capability.LIVE_MIGRATION, "stop it first")
         arrival.begin()
         arrival.on_failure(arrival.remove_directory)
         late = await in_thread(lambda check: arriving.move_files(self, arrival, check))

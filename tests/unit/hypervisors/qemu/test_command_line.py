@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,11 @@ def test_disks_are_behind_ports_and_bootable_without_a_kernel() -> None:
     assert len([device for device in devices if device.startswith("pcie-root-port")]) == 10
 
 
-def test_shares_are_read_only_unless_they_are_not() -> None:
+@pytest.mark.parametrize(("user", "model"), [(0, "passthrough"), (1000, "none")])
+def test_shares_are_read_only_unless_they_are_not_and_their_files_are_ordinary(
+    monkeypatch: pytest.MonkeyPatch, user: int, model: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     words = argv(
         spec_of(
             shares=[
@@ -187,8 +192,38 @@ def test_shares_are_read_only_unless_they_are_not() -> None:
     read, write = after(words, "-fsdev")
     assert "path=/a,,b" in read
     assert read.endswith("readonly=on")
-    assert "security_model=mapped-xattr" in write
+    assert f"security_model={model}" in write
     assert write.endswith("readonly=off")
+
+
+def test_a_share_has_a_device_for_each_way_that_it_may_go() -> None:
+    kinds = {"own": "auto", "slow": "9p", "fast": "virtiofs", "mine": "copy"}
+    spec = spec_of(
+        shares=[
+            {"tag": tag, "source": "/a", "target": "/a", "kind": kind}
+            for tag, kind in kinds.items()
+        ]
+    )
+    layout = Layout.of(spec, BOARDS[spec.architecture], ("own", "fast"))
+    devices = after(argv(spec, layout=layout), "-device")
+    assert [word for word in devices if word.startswith("virtio-9p")] == [
+        "virtio-9p-pci,fsdev=share0,mount_tag=own",
+        "virtio-9p-pci,fsdev=share1,mount_tag=slow",
+    ]
+    assert [word for word in devices if word.startswith("vhost")] == [
+        "vhost-user-fs-pci,chardev=virtiofs0,tag=own",
+        "vhost-user-fs-pci,chardev=virtiofs2,tag=fast",
+    ]
+    assert "socket,id=virtiofs2,path=virtiofs-2.sock" in after(
+        argv(spec, layout=layout), "-chardev"
+    )
+    assert Layout.from_record(json.loads(json.dumps(layout.to_record()))).virtiofs == (
+        "own",
+        "fast",
+    )
+    old = layout.to_record()
+    del old["virtiofs"]
+    assert Layout.from_record(old).virtiofs == ()
 
 
 def test_commas_in_paths_are_doubled() -> None:
