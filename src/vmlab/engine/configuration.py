@@ -155,6 +155,13 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Gdb:
+    """The socket that a debugger may come to."""
+
+    socket: str
+
+
+@dataclass(frozen=True)
 class Configuration:
     """All of a machine.
 
@@ -176,6 +183,7 @@ class Configuration:
         no_shutdown: Whether the process stays when the guest has powered off, until it is told to
             quit.
         time: What time is made of.
+        gdb: Where GDB may come to.
         seed: What all randomness that the guest is given comes from; without it, the host's, or 0
             where time is deterministic. Whoever knows it knows the guest's keys.
     """
@@ -197,6 +205,7 @@ class Configuration:
     no_shutdown: bool = False
     time: Time = field(default_factory=Time)
     seed: int | None = None
+    gdb: Gdb | None = None
 
 
 def load(path: Path) -> Configuration:
@@ -285,6 +294,7 @@ def _seen_from(folder: Path, made: Configuration) -> Configuration:
         qmp=str(folder / made.qmp),
         boot=boot,
         serial=port(made.serial) if made.serial is not None else None,
+        gdb=Gdb(str(folder / made.gdb.socket)) if made.gdb is not None else None,
         consoles=[port(one) for one in made.consoles],
         channels=[port(one) for one in made.channels],
         disks=[replace(one, file=str(folder / one.file)) for one in made.disks],

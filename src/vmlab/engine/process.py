@@ -14,13 +14,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vmlab.engine.configuration import Configuration
 from vmlab.engine.control import VERSION, Cause, Control, Panicked, RunState, Shutdown
 from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.machine import Happening, Machine
 from vmlab.engine.monitor.server import Monitor
+
+if TYPE_CHECKING:
+    from vmlab.engine.debug.gdbstub import GdbServer
 
 EXIT_FAILED: Final = 1
 """Status of a process whose machine failed; 0 is a power-off or an order to quit."""
@@ -55,11 +58,22 @@ class Process:
                 VERSION,
                 self._work.put,
             )
+            self._gdb = self._debugged(configuration)
         except BaseException:
             self._machine.close()
             self._reactor.close()
             raise
         self._control.emit = self._monitor.emit
+
+    def _debugged(self, configuration: Configuration) -> GdbServer | None:
+        """What a debugger comes to, if one may."""
+        control = self._control
+        self._machine.harts.halted = lambda stop: self._work.put(lambda: control.trapped(stop))
+        if configuration.gdb is None:
+            return None
+        from vmlab.engine.debug.gdbstub import GdbServer
+
+        return GdbServer(Path(configuration.gdb.socket), self._reactor, control, self._work.put)
 
     def run(self) -> int:
         """Serve until the end; the status that the process is to end with."""
@@ -80,6 +94,8 @@ class Process:
             except queue.Empty:
                 break
         self._monitor.close()
+        if self._gdb is not None:
+            self._gdb.close()
         self._machine.close()
         self._reactor.close()
         return self._status
