@@ -1,0 +1,1 @@
+"""Watching a guest: what a debugger sees of it, the GDB stub, symbols, traces."""
