@@ -304,6 +304,8 @@ class InterpreterExecutor(StoppingExecutor):
         sets, notes, scratch = map(ctypes.addressof, self._anchors)
         words = memoryview(self._scratch).cast("Q")
         words[2] = words[4] = native.handler("page_end")
+        near = layout.NEAR_SCRATCH // 8
+        words[near + 2] = words[near + 4] = native.handler("near_end")
         self._thread = 0  # the one that it ran on last
         # Held around changes of the following.
         self._gate = threading.Condition()

@@ -50,6 +50,8 @@ from vmlab.engine.cpu.execution import (
 )
 from vmlab.engine.cpu.exits import Reason
 from vmlab.engine.cpu.hart import EXTENSIONS
+from vmlab.engine.cpu.mmu import FETCH
+from vmlab.engine.cpu.pmp import allows
 from vmlab.engine.cpu.polling import poll
 from vmlab.engine.cpu.system import FirmwareCall
 from vmlab.engine.cpu.traps import fetchable, take_trap
@@ -62,8 +64,9 @@ RECORD_OPERANDS = {"rd": 12, "rs1": 13, "rs2": 14, "rs3": 15}
 RECORD_IMMEDIATE = 8
 
 # Handlers that are no instruction's.
-PAGE_END, CROSSING, ILLEGAL, BREAKPOINT, STALE = (
+PAGE_END, NEAR_END, CROSSING, ILLEGAL, BREAKPOINT, STALE = (
     "page_end",
+    "near_end",
     "crossing",
     "illegal",
     "breakpoint",
@@ -450,7 +453,9 @@ def _find_slowly(core: NativeCore) -> None:
         _raise(core, trap)
         _tail_call(function, "@trap_at")
         return
-    if core[layout.STEPPING].ne(0):
+    # Protection that differs within a page is looked at for each instruction.
+    whole = allows(core, physical & PAGE_MASK, Value(4096), Value(FETCH), core[layout.PRIVILEGE])
+    if core[layout.STEPPING].ne(0) | ~whole:
         _tail_call(function, "@single")
         return
     if function.unlikely((core[layout.BREAK_PAGES] >> ((pc >> 12) & 63)).low(1)):
@@ -486,15 +491,19 @@ def _single(core: NativeCore) -> None:
     """Decode one instruction from memory and execute it from a record of its own."""
     function = core.function
     pc = _pc_argument(core)
+    length = Value(2, 64)
     try:
         word = core.physical_read(fetchable(core, pc), 2)
         if (word & 3).eq(3):
             word = word | (core.physical_read(fetchable(core, pc + 2), 2) << 16)
+            length = Value(4, 64)
     except Trap as trap:
         _raise(core, trap)
         _tail_call(function, "@trap_at")
         return
-    scratch = core[layout.SCRATCH]
+    # What follows is a poll point only at the end of a page, or of a step.
+    near = core[layout.STEPPING].eq(0) & (((pc + length) ^ pc) & PAGE_MASK).eq(0)
+    scratch = core[layout.SCRATCH] + near.select(Value(layout.NEAR_SCRATCH), 0)
     record = core.pointer(scratch)
     handlers = core.pointer(core[layout.HANDLERS])
     # An offset that is in no page: every branch goes far.
@@ -525,6 +534,10 @@ def _page_end(core: NativeCore) -> None:
 
 def _page_end_counted(core: NativeCore) -> None:
     _tail_call(core.function, "@lookup.counted", base=pc_of_record(core.function))
+
+
+def _near_end(core: NativeCore) -> None:
+    _tail_call(core.function, "@find", base=pc_of_record(core.function))
 
 
 def _crossing(core: NativeCore) -> None:
@@ -606,6 +619,7 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     glue = _Glue(module)
     for name, body in (
         (PAGE_END, _page_end),
+        (NEAR_END, _near_end),
         (CROSSING, _crossing),
         (ILLEGAL, _illegal),
         (BREAKPOINT, _breakpoint),

@@ -116,6 +116,7 @@ NOTED = _field("noted")  # 1: there are notes
 CODE_MAP = _field("code_map")  # address of one word per page of RAM: its decode records, or 0
 PAGE_FLAGS = _field("page_flags")  # address of one byte per page of RAM
 SCRATCH = _field("scratch")  # address of a decode record of one instruction
+NEAR_SCRATCH = 256  # bytes from there to another one, which no poll point follows
 HANDLERS = _field("handlers")  # address of the handlers' addresses
 TLB_SET_COUNT = 8
 # Per set: the address space (satp), and who accesses it how; the second is 0 for an unused set.

@@ -67,6 +67,32 @@ def test_random_programs_run_alike(pair, extensions: str, single: bool) -> None:
         assert harts[0].ram.read(start, 2 * REACH) == harts[1].ram.read(start, 2 * REACH)
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["blocks", "instructions"])
+def test_programs_run_alike_where_protection_differs_within_their_page(pair, single) -> None:
+    """Four bytes of the page are nobody's; the timer's interrupt comes in the midst."""
+    source = random.Random(4)
+    maker = ProgramMaker(RISCV64, ["I", "C"], seed=4)
+    harts = [executor.hart for executor in pair]
+    for _ in range(2):
+        program = maker.program(200)
+        prepare(harts, program.code, source)
+        for hart in harts:
+            hart.ram.write(BASE + SIZE - 64, bytes.fromhex("73104030") + WFI)  # csrw mie, zero
+            hart[layout.PRIVILEGE] = 1
+            hart[layout.MIE] = 1 << 7
+            hart.set_timer_compare(source.randrange(4, 12) if hart is harts[0] else timer)
+            timer = hart.shared[layout.SHARED_MTIMECMP]
+            hart[layout.PMPADDR[0]] = BASE + 4092 >> 2
+            hart[layout.PMPADDR[1]] = (1 << 54) - 1
+            hart[layout.PMPCFG0] = 0x1F10
+            hart[layout.PMP_OPEN] = 0
+        Lockstep(*pair, single=single).run(1 << 20, host=lambda _exit, _hart: None)
+        assert harts[0][layout.MCAUSE] == 1 << 63 | 7
+        assert BASE < harts[0][layout.MEPC] < BASE + len(program.code)
+    for hart in harts:
+        hart.set_timer_compare(layout.WORD)
+
+
 def test_random_words_trap_alike(pair) -> None:
     """Any 32 bits do the same in both, be they illegal, a jump into nothing or a CSR access."""
     source = random.Random(3)
