@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Final
 
 from vmlab.engine.accel.stopping import NO_POINTS, Points, Watchpoint
@@ -45,6 +46,9 @@ _WATCH_NAMES: Final = {
     WATCH_READS: "rwatch",
     WATCH_READS | WATCH_WRITES: "awatch",
 }
+_WORKING: Final = b"%Working#" + b"%02x" % (sum(b"Working") & 0xFF)
+"""A notification that clients do not know and go on waiting after (GDB manual, E.10)."""
+_WORKING_SECONDS: Final = 0.5  # a client waits for two
 _EXECUTABLE: Final = "kernel"
 """The name of the file in which a client finds the kernel's symbols."""
 
@@ -144,9 +148,20 @@ class Session:
         self._breakpoints: dict[int, set[int]] = {_SOFTWARE: set(), _HARDWARE: set()}
         self._watchpoints: set[Watchpoint] = set()
         self._set = NO_POINTS
+        self._symbols: bytes | None = None
 
     def _symbol_file(self) -> bytes:
-        return symbol_file(symbols_in(self._control.machine.ram))
+        """The kernel's symbols as a file; the client is kept from losing its patience meanwhile."""
+        if self._symbols is None:
+            made: list[bytes] = []
+            ram = self._control.machine.ram
+            work = Thread(target=lambda: made.append(symbol_file(symbols_in(ram))), daemon=True)
+            work.start()
+            while work.is_alive():
+                work.join(_WORKING_SECONDS)
+                self._send_bytes(_WORKING)
+            (self._symbols,) = made or [b""]
+        return self._symbols
 
     # ------------------------------------------------------------------------------- packets
 
@@ -158,7 +173,7 @@ class Session:
                     self._control.stop()
                 case Mark.BROKEN if self._acknowledge:
                     self._send_bytes(b"-")
-                case Mark.REPEAT:
+                case Mark.REPEAT if self._acknowledge:
                     self._send_bytes(self._last)
                 case bytes():
                     if self._acknowledge:
@@ -404,6 +419,7 @@ class Session:
             frozenset().union(*self._breakpoints.values()), frozenset(self._watchpoints)
         )
         self._set_points(points)
+        self._symbols = None  # they move when the kernel does
         self._harts.order(orders)
         self._running = True
         try:

@@ -13,6 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from vmlab.engine.memory.ram import Ram
@@ -59,7 +60,7 @@ class SymbolTable:
     def around(self, address: int) -> tuple[Symbol, int] | None:
         """The last symbol up to an address, and the distance from it."""
         place = bisect_right(self._addresses, address) - 1
-        if place < 0 or place == len(self.symbols) - 1 and address != self._addresses[-1]:
+        if place < 0 or (place == len(self.symbols) - 1 and address != self._addresses[-1]):
             return None
         found = self.symbols[place]
         return found, address - found.address
@@ -191,7 +192,7 @@ def _addresses(image: bytes, number_at: int, count: int, behind: int) -> list[in
         offsets = _words(image, offsets_at, count) if offsets_at >= 0 else array("I")
         if len(offsets) < count or offsets[0] > offsets[-1] or not offsets[-1]:
             continue
-        if any(first > second for first, second in zip(offsets, offsets[1:], strict=False)):
+        if any(first > second for first, second in pairwise(offsets)):
             continue
         (base,) = struct.unpack_from("<Q", image, offsets_at + size)
         return [base + offset for offset in offsets]
