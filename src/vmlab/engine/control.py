@@ -17,6 +17,7 @@ from vmlab.engine.devices.virtio.keyboard import KEY_POWER
 from vmlab.engine.harts import Stop
 from vmlab.engine.machine import Machine
 from vmlab.engine.monitor.commands import CommandError, Commands
+from vmlab.engine.structures import spelled
 from vmlab.machine.errors import VmlabError
 
 VERSION = (0, 1, 0)
@@ -214,14 +215,14 @@ class BlockInfo:
 class BlockDeviceStats:
     """What went through a disk since it was opened."""
 
-    rd_bytes: int
-    wr_bytes: int
-    rd_operations: int
-    wr_operations: int
-    flush_operations: int
-    failed_rd_operations: int
-    failed_wr_operations: int
-    failed_flush_operations: int
+    rd_bytes: int = spelled("rd_bytes")
+    wr_bytes: int = spelled("wr_bytes")
+    rd_operations: int = spelled("rd_operations")
+    wr_operations: int = spelled("wr_operations")
+    flush_operations: int = spelled("flush_operations")
+    failed_rd_operations: int = spelled("failed_rd_operations")
+    failed_wr_operations: int = spelled("failed_wr_operations")
+    failed_flush_operations: int = spelled("failed_flush_operations")
 
 
 @dataclass(frozen=True)

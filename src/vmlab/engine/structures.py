@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, Final, TypeVar, Union
 
@@ -17,6 +17,7 @@ S = TypeVar("S")
 
 _EXPECTED: Final = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _LARGEST: Final = 1 << 63
+_KEY: Final = "key"
 
 
 class WrongData(Exception):
@@ -38,17 +39,26 @@ def dashed(key: str) -> str:
     return key.rstrip("_").replace("_", "-")
 
 
+def spelled(name: str) -> Any:
+    """A field that is called `name` in data, where that has underscores."""
+    return field(metadata={_KEY: name})
+
+
+def _key_of(part: Field[Any]) -> str:
+    return str(part.metadata.get(_KEY, dashed(part.name)))
+
+
 def members_of(structure: type) -> tuple[Member, ...]:
     """The fields of a dataclass."""
     hints = typing.get_type_hints(structure)
     return tuple(
         Member(
-            dashed(field.name),
-            field.name,
-            hints[field.name],
-            field.default is not MISSING or field.default_factory is not MISSING,
+            _key_of(part),
+            part.name,
+            hints[part.name],
+            part.default is not MISSING or part.default_factory is not MISSING,
         )
-        for field in fields(structure)
+        for part in fields(structure)
     )
 
 
@@ -117,7 +127,7 @@ def as_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
-        pairs = ((dashed(field.name), getattr(value, field.name)) for field in fields(value))
+        pairs = ((_key_of(part), getattr(value, part.name)) for part in fields(value))
         return {name: as_json(part) for name, part in pairs if part is not None}
     if isinstance(value, list | tuple):
         return [as_json(each) for each in value]

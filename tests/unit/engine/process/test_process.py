@@ -185,7 +185,7 @@ def test_disks_are_plugged_in_and_out(run: Run, tmp_path: Path) -> None:
     assert (found["qdev"], found["inserted"]["node-name"]) == ("d", "n")
     assert found["inserted"]["image"]["virtual-size"] == MIB
     (stats,) = wire.ask("query-blockstats")["return"]
-    assert (stats["qdev"], stats["stats"]["wr-operations"]) == ("d", 0)
+    assert (stats["qdev"], stats["stats"]["wr_operations"]) == ("d", 0)
     assert wire.ask("block_resize", arguments={"node-name": "n", "size": 2 * MIB}) == {"return": {}}
     (found,) = wire.ask("query-block")["return"]
     assert found["inserted"]["image"]["virtual-size"] == 2 * MIB
