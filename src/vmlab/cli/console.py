@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vmlab.cli.run import HypervisorOption
+from vmlab.cli.run import HolderOption
 
 __all__ = ["console"]
 
@@ -17,7 +17,7 @@ def console(
     log: Annotated[
         bool, typer.Option("--log", help="Print what it has printed so far, and end.")
     ] = False,
-    hypervisor: HypervisorOption = "qemu",
+    hypervisor: HolderOption = None,
 ) -> int:
     """Attach to a machine's serial console: what it printed so far, then live; Ctrl-] leaves it."""
     from vmlab.lab.session import Interrupted, with_kept

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmlab.cli.run import HypervisorOption, attached
+from vmlab.cli.run import HolderOption, attached
 
 if TYPE_CHECKING:
     from vmlab.lab.session import Interrupts, Session
@@ -19,7 +19,7 @@ def copy(
     source: Annotated[str, typer.Argument(help="PATH here, or NAME:/PATH in a machine.")],
     target: Annotated[str, typer.Argument(help="NAME:/PATH in a machine, or PATH here.")],
     *,
-    hypervisor: HypervisorOption = "qemu",
+    hypervisor: HolderOption = None,
 ) -> int:
     """Copy a file or a directory between here and a machine; modes and links are kept."""
     from vmlab.machine.errors import InvalidSpec, SpecProblem

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vmlab.cli.run import HypervisorOption
+from vmlab.cli.run import HolderOption
 
 __all__ = ["delete"]
 
@@ -14,7 +14,7 @@ __all__ = ["delete"]
 def delete(
     names: Annotated[list[str], typer.Argument(help="Machines that `vmlab run --keep` left.")],
     *,
-    hypervisor: HypervisorOption = "qemu",
+    hypervisor: HolderOption = None,
 ) -> int:
     """Kill and delete machines with their disks and snapshots."""
     from vmlab.hypervisors.base import Machine

@@ -30,11 +30,9 @@ def demo(
     *,
     image: Annotated[
         list[str] | None,
-        typer.Option(
-            "--image", "-i", help="Image to boot; this host's tiny Debian if left out; repeatable."
-        ),
+        typer.Option("--image", "-i", help="Image to boot; a tiny Debian if left out; repeatable."),
     ] = None,
-    hypervisor: HypervisorOption = "qemu",
+    hypervisor: HypervisorOption = None,
     examples: Annotated[
         Path | None,
         typer.Option(help="Tests to run afterwards; ./examples if there are any, else none."),
@@ -114,14 +112,19 @@ def _refuse(options: Mapping[str, object], simulated: bool) -> None:
 
 
 def _real(
-    images: list[str], hypervisor: str, examples: Path | None, report: Path | None, as_json: bool
+    images: list[str],
+    hypervisor: str | None,
+    examples: Path | None,
+    report: Path | None,
+    as_json: bool,
 ) -> ExitCode:
-    from vmlab.lab.boot import tiny_image
+    from vmlab.lab.boot import Wish
     from vmlab.lab.demonstration import as_rows, find_examples
+    from vmlab.lab.preference import preference
     from vmlab.report import Recorder
 
     suite = find_examples(examples)
-    names = images or [tiny_image()]
+    names = images or [preference(Wish(), hypervisor).tiny_image]
     shown: list[Shown] = []
     with tempfile.TemporaryDirectory(prefix="vmlab-demo-") as folder:
         scratch = Path(folder)
@@ -147,7 +150,9 @@ def _real(
     return ExitCode.OK if well and run.outcome.ok else ExitCode.FAILED
 
 
-def _show(name: str, label: str, hypervisor: str, recorder: Recorder, as_json: bool) -> Shown:
+def _show(
+    name: str, label: str, hypervisor: str | None, recorder: Recorder, as_json: bool
+) -> Shown:
     """One boot; with the time of each step as it ends, unless JSON is wanted."""
     from vmlab.lab.demonstration import boot_and_run
 
@@ -172,7 +177,7 @@ def _show(name: str, label: str, hypervisor: str, recorder: Recorder, as_json: b
         print(timeline_text(shown.steps))
         print(shown.output, end="", flush=True)
         print(
-            f"({shown.image.architecture.value}, {hypervisor} with {shown.accelerator}; "
+            f"({shown.image.architecture.value}, {shown.hypervisor} with {shown.accelerator}; "
             "the machine is gone again)",
             flush=True,
         )

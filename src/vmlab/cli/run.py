@@ -23,7 +23,7 @@ __all__ = ["run"]
 
 ImageOption = Annotated[
     str | None,
-    typer.Option("--image", "-i", help="Image to boot; the tiny one of this host's architecture."),
+    typer.Option("--image", "-i", help="Image to boot; a tiny Debian if left out."),
 ]
 KernelOption = Annotated[
     Path | None,
@@ -37,7 +37,16 @@ ModulesOption = Annotated[
     Path | None, typer.Option("--modules", help="Directory with the modules of --kernel.")
 ]
 HypervisorOption = Annotated[
-    str, typer.Option("--hypervisor", "-H", help="The hypervisor that runs it.")
+    str | None,
+    typer.Option(
+        "--hypervisor",
+        "-H",
+        help="The hypervisor that runs it; the embedded engine where it can, else QEMU.",
+    ),
+]
+HolderOption = Annotated[
+    str | None,
+    typer.Option("--hypervisor", "-H", help="The hypervisor that has it; found if left out."),
 ]
 MemoryOption = Annotated[str, typer.Option("--memory", "-m", help='Memory, such as "512M".')]
 CpusOption = Annotated[int, typer.Option("--cpus", "-c", min=1, help="Number of vCPUs.")]
@@ -72,7 +81,7 @@ def run(
     initrd: InitrdOption = None,
     append: AppendOption = "",
     modules: ModulesOption = None,
-    hypervisor: HypervisorOption = "qemu",
+    hypervisor: HypervisorOption = None,
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     share: ShareOption = None,
@@ -122,7 +131,7 @@ def perform(
     wish: Wish,
     body: Callable[[Session, Interrupts], Awaitable[int]],
     *,
-    hypervisor: str,
+    hypervisor: str | None,
     keep: bool = False,
     show_timeline: Callable[[Timeline], None] | None = None,
 ) -> int:
@@ -138,7 +147,7 @@ def perform(
 def _perform(
     wish: Wish,
     body: Callable[[Session, Interrupts], Awaitable[int]],
-    hypervisor: str,
+    hypervisor: str | None,
     keep: bool,
     show_timeline: Callable[[Timeline], None] | None,
 ) -> int:
@@ -146,6 +155,7 @@ def _perform(
 
     from vmlab.images import ImageStore
     from vmlab.lab import boot
+    from vmlab.lab.preference import preference
     from vmlab.lab.session import Interrupted, run_session
     from vmlab.lab.terminal import on_terminal
     from vmlab.lab.timeline import Timeline
@@ -155,16 +165,21 @@ def _perform(
         gc.enable()
         return await body(session, interrupts)
 
-    wish = replace(wish, terminal=on_terminal() or keep)
+    chosen = preference(wish, hypervisor)
+    named = wish.image or (chosen.tiny_image if wish.kernel is None else None)
+    wish = replace(wish, image=named, terminal=on_terminal() or keep)
     boot.check(wish)
     steps = Timeline()
     with steps.step("image"), drawn_progress() as progress:
         image = boot.find_image(wish, ImageStore(), progress=progress)
+    chosen = chosen.for_image(image, hypervisor)
+    if chosen.reason:
+        output.note(chosen.reason)
     try:
         status = run_session(
             boot.booted_by(wish, image),
             collecting,
-            hypervisor=hypervisor,
+            hypervisor=chosen.hypervisor,
             keep=keep,
             timeline=steps,
             tell=output.note,
@@ -180,7 +195,7 @@ def _perform(
 
 
 def attached(
-    name: str, body: Callable[[Session, Interrupts], Awaitable[int]], *, hypervisor: str
+    name: str, body: Callable[[Session, Interrupts], Awaitable[int]], *, hypervisor: str | None
 ) -> int:
     """Do something with a machine that was kept; returns the exit status."""
     from vmlab.lab.session import Interrupted, attach_session

@@ -39,7 +39,7 @@ def shell(
     initrd: InitrdOption = None,
     append: AppendOption = "",
     modules: ModulesOption = None,
-    hypervisor: HypervisorOption = "qemu",
+    hypervisor: HypervisorOption = None,
     memory: MemoryOption = "512M",
     cpus: CpusOption = 1,
     share: ShareOption = None,

@@ -16,19 +16,11 @@ from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
 from vmlab.lab.ways import label_of
-from vmlab.machine.architecture import Architecture, host_architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.spec import MachineSpec, ShareKind
 
 TERMINAL: Final = "terminal"
 """The console of the kind virtio that commands get as their terminal."""
-
-_TINY: Final = {
-    Architecture.X86_64: "debian-12-amd64-tiny",
-    Architecture.RISCV64: "debian-13-riscv64-tiny",
-    Architecture.AARCH64: "debian-13-arm64-tiny",
-    Architecture.PPC64LE: "debian-13-ppc64el-tiny",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +28,7 @@ class Wish:
     """What somebody wants to be booted, as they said it.
 
     Args:
-        image: Name of an image; None is the tiny one of this host's architecture, or a kernel.
+        image: Name of an image; None until a hypervisor is chosen, or with a kernel.
         kernel: A kernel of one's own instead, in the tiny image of its architecture.
         initrd: An initramfs of one's own for it.
         modules: A directory with its modules.
@@ -117,12 +109,8 @@ def find_image(wish: Wish, store: ImageStore, *, progress: Progress = silent) ->
     """
     if wish.kernel is not None:
         return _with_own_kernel(wish, wish.kernel, store, progress)
-    return store.ensure(wish.image or tiny_image(), progress=progress)
-
-
-def tiny_image() -> str:
-    """The name of the tiny image of this host's architecture."""
-    return _TINY[host_architecture() or Architecture.X86_64]
+    assert wish.image is not None, "without a kernel there is an image"
+    return store.ensure(wish.image, progress=progress)
 
 
 def _with_own_kernel(wish: Wish, kernel: Path, store: ImageStore, progress: Progress) -> Image:

@@ -18,6 +18,7 @@ from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import ProgressEvent
 from vmlab.lab import boot
 from vmlab.lab.boot import Wish
+from vmlab.lab.preference import preference
 from vmlab.lab.session import Interrupts, Session, run_session, split_boot
 from vmlab.lab.timeline import Step, Timeline
 from vmlab.machine.errors import OperationFailed
@@ -41,6 +42,7 @@ class Shown:
         making: What had to be fetched and built first, with bytes where it has any.
         steps: Where the time went.
         accelerator: What ran the guest's instructions.
+        hypervisor: What ran the machine.
     """
 
     image: Image
@@ -50,6 +52,7 @@ class Shown:
     making: tuple[tuple[Step, int], ...]
     steps: Timeline
     accelerator: str
+    hypervisor: str
 
 
 @dataclass
@@ -76,7 +79,7 @@ def boot_and_run(
     name: str,
     command: str,
     *,
-    hypervisor: str,
+    hypervisor: str | None,
     recorder: Recorder,
     label: str,
     progress: Progress,
@@ -87,7 +90,7 @@ def boot_and_run(
     Args:
         name: The image's.
         command: Text for the guest's shell.
-        hypervisor: What runs the machine.
+        hypervisor: What runs the machine; None is what runs such an image best.
         recorder: Takes it as one test.
         label: The test's name in the report.
         progress: Told of what is fetched and built.
@@ -98,11 +101,13 @@ def boot_and_run(
     """
     clock = _Clock(progress, tell)
     steps = Timeline()
-    with recorder.start(SUITE, label, hypervisor=hypervisor) as attempt:
-        wish = Wish(image=name)
-        boot.check(wish)
+    wish = Wish(image=name)
+    boot.check(wish)
+    chosen = preference(wish, hypervisor)
+    with recorder.start(SUITE, label, hypervisor=chosen.hypervisor) as attempt:
         with steps.step("image"):
             image = boot.find_image(wish, ImageStore(), progress=clock)
+        chosen = chosen.for_image(image, hypervisor)
         accelerator = ""
 
         async def body(session: Session, interrupts: Interrupts) -> CommandResult:
@@ -113,7 +118,7 @@ def boot_and_run(
                 return await session.guest.execute(command)
 
         result = run_session(
-            boot.booted_by(wish, image), body, hypervisor=hypervisor, timeline=steps
+            boot.booted_by(wish, image), body, hypervisor=chosen.hypervisor, timeline=steps
         )
         for step in steps.steps:
             attempt.metric(step.name, step.seconds, unit="s")
@@ -125,11 +130,11 @@ def boot_and_run(
             raise OperationFailed(
                 f"{command!r} exited with status {result.status}: {result.stderr}",
                 hint=f"`vmlab run --image {name} -- {command}` shows it again",
-                hypervisor=hypervisor,
+                hypervisor=chosen.hypervisor,
             )
     return Shown(
         image, command, result.status, result.stdout + result.stderr, tuple(clock.steps), steps,
-        accelerator,
+        accelerator, chosen.hypervisor,
     )  # fmt: skip
 
 
@@ -202,6 +207,7 @@ def as_rows(shown: Sequence[Shown]) -> list[dict[str, object]]:
         {
             "image": one.image.name,
             "architecture": one.image.architecture.value,
+            "hypervisor": one.hypervisor,
             "accelerator": one.accelerator,
             "command": one.command,
             "status": one.status,

@@ -20,13 +20,12 @@ from vmlab.hypervisors.ownership import Owner, Run, Store
 from vmlab.lab.boot import Bootable
 from vmlab.lab.bringup import booted, last_words
 from vmlab.lab.debugger import gdb_command
+from vmlab.lab.preference import holder
 from vmlab.lab.timeline import Timeline
 from vmlab.lab.ways import channel_into
 from vmlab.machine.errors import InvalidSpec, MachineCrashed, UnsupportedOperation, VmlabError
 
 T = TypeVar("T")
-
-DEFAULT_HYPERVISOR = "qemu"
 
 _ANSWER_TIMEOUT = 30.0
 """Seconds that the guest of a machine that has run for long is given to answer."""
@@ -92,7 +91,7 @@ def run_session(
     wanted: Bootable,
     body: Callable[[Session, Interrupts], Awaitable[T]],
     *,
-    hypervisor: str = DEFAULT_HYPERVISOR,
+    hypervisor: str,
     keep: bool = False,
     timeline: Timeline | None = None,
     tell: Callable[[str], None] | None = None,
@@ -160,16 +159,19 @@ def with_kept(
     name: str,
     body: Callable[[Machine], Awaitable[T]],
     *,
-    hypervisor: str = DEFAULT_HYPERVISOR,
+    hypervisor: str | None = None,
 ) -> T:
     """Call `body` with a machine of the default store, whatever its state.
+
+    Without a `hypervisor` it is looked for on all of them.
 
     Raises:
         MachineNotFound: there is none of that name.
         VmlabError: what `body` raised.
         Interrupted: a signal ended it.
     """
-    opened = registry.provider(hypervisor).open(Store.open().owner)
+    owner = Store.open().owner
+    opened = registry.provider(holder(name, owner, hypervisor)).open(owner)
 
     async def found(interrupts: Interrupts) -> T:
         return await body(await opened.get(name))
@@ -181,16 +183,19 @@ def attach_session(
     name: str,
     body: Callable[[Session, Interrupts], Awaitable[T]],
     *,
-    hypervisor: str = DEFAULT_HYPERVISOR,
+    hypervisor: str | None = None,
 ) -> T:
     """Call `body` with the inside of a machine that runs in the default store.
+
+    Without a `hypervisor` it is looked for on all of them.
 
     Raises:
         MachineNotFound: there is none of that name.
         VmlabError: it does not answer, or what `body` raised.
         Interrupted: a signal ended it.
     """
-    opened = registry.provider(hypervisor).open(Store.open().owner)
+    owner = Store.open().owner
+    opened = registry.provider(holder(name, owner, hypervisor)).open(owner)
 
     async def attached(interrupts: Interrupts) -> T:
         machine = await opened.get(name)

@@ -28,7 +28,7 @@ def booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Booted:
     def find_image(wish: Wish, store: object, *, progress: object) -> Image:
         seen["wish"] = wish
         files = {"kernel": StoredFile("kernel", 1, "")}
-        return Image("0" * 64, "tiny", Architecture.X86_64, tmp_path, files)
+        return Image("0" * 64, "tiny", Architecture.RISCV64, tmp_path, files)
 
     def run_session(wanted: Bootable, body: object, **options: Any) -> int:
         seen.update(options, wanted=wanted)

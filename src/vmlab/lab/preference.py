@@ -1,0 +1,127 @@
+"""Which hypervisor runs a machine when nobody has named one: the embedded engine, where it can.
+
+What it cannot do is QEMU's, and that is told. A machine that was kept is looked for where it is.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from vmlab.hypervisors import registry
+from vmlab.machine.architecture import Architecture, host_architecture
+from vmlab.machine.errors import MachineNotFound, VmlabError
+
+if TYPE_CHECKING:
+    from vmlab.hypervisors.ownership import Owner
+    from vmlab.images import Image
+    from vmlab.lab.boot import Wish
+
+EMBEDDED: Final = "embedded"
+QEMU: Final = "qemu"
+TINY: Final = {
+    Architecture.X86_64: "debian-12-amd64-tiny",
+    Architecture.RISCV64: "debian-13-riscv64-tiny",
+    Architecture.AARCH64: "debian-13-arm64-tiny",
+    Architecture.PPC64LE: "debian-13-ppc64el-tiny",
+}
+"""The tiny image of each architecture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Who is to run a machine.
+
+    Attributes:
+        hypervisor: Its name.
+        reason: Why it is not the one that runs machines otherwise; empty if it is, or was named.
+    """
+
+    hypervisor: str
+    reason: str = ""
+
+    @property
+    def tiny_image(self) -> str:
+        """The image that it boots when none is named: one that runs well on it."""
+        if self.hypervisor == EMBEDDED:
+            return TINY[Architecture.RISCV64]
+        return TINY[host_architecture() or Architecture.X86_64]
+
+    def for_image(self, image: Image, named: str | None) -> Preference:
+        """The same now that the image is known, whose architecture may be another one."""
+        if named is not None or self.hypervisor != EMBEDDED:
+            return self
+        if image.architecture is Architecture.RISCV64:
+            return self
+        return _qemu(f"it runs riscv64 guests, and {image.name} is {image.architecture.value}")
+
+
+def preference(wish: Wish, named: str | None) -> Preference:
+    """Who is to run the machine that is wished for.
+
+    Args:
+        wish: The machine; its image may not be known yet.
+        named: The hypervisor that somebody has named, if any.
+    """
+    if named is not None:
+        return Preference(named)
+    lacking = _lacking(wish)
+    return _qemu(lacking) if lacking else Preference(EMBEDDED)
+
+
+def _qemu(lacking: str) -> Preference:
+    return Preference(QEMU, f"on QEMU, and not on the embedded engine: {lacking}")
+
+
+def _lacking(wish: Wish) -> str:
+    """What the embedded engine does not have for a machine, in words; empty if it has all."""
+    from vmlab.guests.shares import parse_share
+    from vmlab.hypervisors.embedded.hypervisor import HOSTS
+    from vmlab.machine.spec import ShareKind
+
+    if platform.machine().lower() not in HOSTS:
+        return f"it has no code for {platform.machine()}"
+    if wish.image in TINY.values() and wish.image != TINY[Architecture.RISCV64]:
+        architecture = next(name for name, image in TINY.items() if image == wish.image)
+        return f"it runs riscv64 guests, and {wish.image} is {architecture.value}"
+    if wish.gdb:
+        return "it has no place for gdb yet"
+    if any(parse_share(text, "share").kind is not ShareKind.COPY for text in wish.shares):
+        return "it shares no directories yet"
+    if wish.network and shutil.which("passt") is None:
+        return "a network needs passt there, which is not installed"
+    return ""
+
+
+def holder(name: str, owner: Owner, named: str | None) -> str:
+    """The hypervisor that has a machine of a store's.
+
+    Args:
+        name: Of the machine, or its id.
+        owner: The store.
+        named: The hypervisor that somebody has named, if any.
+
+    Raises:
+        MachineNotFound: there is no such machine.
+    """
+    from vmlab.hypervisors.records import MachineRecords
+
+    if named is not None:
+        return named
+    for hypervisor in registry.names():
+        records = MachineRecords(owner, hypervisor)
+        for id_ in records.ids():
+            try:
+                spec = records.load(id_).get("spec", {})
+            except VmlabError:
+                # Gone meanwhile, or damaged, which its own hypervisor tells.
+                continue
+            if name in {id_, spec.get("name") if isinstance(spec, dict) else None}:
+                return hypervisor
+    raise MachineNotFound(
+        f"there is no machine {name!r}",
+        hint="`vmlab run --keep` leaves one, and says its name",
+        machine=name,
+    )
