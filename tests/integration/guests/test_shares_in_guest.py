@@ -6,11 +6,16 @@ import asyncio
 import logging
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.integration.guests.conftest import _IMAGE_STORE, IMAGES
+from tests.integration.ordinary_user import NOBODY, as_nobody
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import CommandFailed, Guest
@@ -314,3 +319,72 @@ def test_a_machine_is_forked_when_its_9p_shares_are_unmounted(
 
         runner.run(asyncio.wait_for(body(), 500))
         runner.run(hypervisor.close())
+
+
+AS_ORDINARY_USER = """
+    import asyncio, os, sys
+    from pathlib import Path
+    from vmlab.guests.agent import CHANNELS, AgentChannel
+    from vmlab.guests.guest import Guest
+    from vmlab.guests.shares import mount_shares
+    from vmlab.hypervisors.ownership import Home, Run
+    from vmlab.hypervisors.qemu import provider
+    from vmlab.machine.spec import MachineSpec, Share
+
+    async def main():
+        place, cmdline, made = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+        share = Share(tag="work", source=place / "shared", target="/work", readonly=False)
+        with Run.begin(Home.open(place / "home")) as run:
+            async with provider.open(run.owner) as qemu:
+                print((await qemu.capabilities()).unsupported.get("share-virtiofs"))
+                machine = await qemu.create(MachineSpec.of(
+                    name="m", architecture="x86_64", memory="256M", channels=CHANNELS,
+                    boot={"kernel": place / "kernel", "initrd": place / "initrd",
+                          "cmdline": cmdline}, shares=[share]))
+                await machine.start()
+                guest = Guest(machine, AgentChannel(machine.channel))
+                await guest.connect(timeout=300)
+                print((await mount_shares(guest, [share]))["work"].value)
+                await guest.succeed(made)
+                print((await guest.succeed("/work/host; stat -c %u /work/host")).stdout)
+                print((await guest.execute("chown 77 /work/host; cd /work; mknod n c 1 3")).status)
+                await guest.close()
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_an_ordinary_users_guest_writes_is_that_users(tmp_path: Path) -> None:
+    image = ImageStore(_IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
+    with tempfile.TemporaryDirectory(prefix="vmlab-u-") as directory:
+        place = Path(directory)
+        shutil.copy(image.kernel, place / "kernel")
+        shutil.copy(image.initrd, place / "initrd")
+        shared = place / "shared"
+        shared.mkdir()
+        (shared / "host").write_text("#!/bin/sh\necho hosted\n")
+        (shared / "host").chmod(0o750)
+        for path in (place, *place.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        script = textwrap.dedent(AS_ORDINARY_USER)
+        made = MADE.format(place="/work")
+        done = subprocess.run(
+            as_nobody(place, sys.executable, "-c", script, place, image.cmdline, made),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        why, way, *seen = done.stdout.split("\n")
+        assert why == "virtiofsd has to be started by root"
+        assert way == "9p"
+        # A device node is not for an ordinary user to make.
+        assert list(filter(None, seen)) == ["hosted", str(NOBODY), "1"]
+        modes = {path.name: path.lstat().st_mode & 0o7777 for path in (shared / "made").iterdir()}
+        assert (modes["tool"], modes["plain"], modes["folder"]) == (0o751, 0o640, 0o2750)
+        assert str((shared / "made" / "link").readlink()) == "tool"
+        for path in (shared / "made", *(shared / "made").iterdir(), shared / "host"):
+            status = path.lstat()
+            assert (status.st_uid, status.st_gid) == (NOBODY, NOBODY), path
+            assert os.listxattr(path, follow_symlinks=False) == [], path
