@@ -323,9 +323,14 @@ class Guest:
         return result.stdout_bytes
 
     async def write(
-        self, path: str, data: bytes | str, *, mode: int = 0o644, timeout: float | None = None
+        self,
+        path: str,
+        data: bytes | str | AsyncIterable[bytes],
+        *,
+        mode: int = 0o644,
+        timeout: float | None = None,
     ) -> None:
-        """Make `data` the contents of a file; directories above it are made.
+        """Make `data`, or pieces as they come, a file's contents; directories above it are made.
 
         A file that is there is replaced as a whole, through a symbolic link too; a device, or a
         file where none can be made beside it (/proc, /sys), is written to as it is.
@@ -333,13 +338,16 @@ class Guest:
         Raises:
             CommandFailed: it cannot be written; the file that was there is untouched.
         """
+        if isinstance(data, str):
+            data = data.encode()
         command = _WRITE.format(
             name=quote(path),
             parent=quote(str(PurePosixPath(path).parent)),
             token=secrets.token_hex(6),
             mode=f"{mode:o}",
+            take=_take('"$p"', len(data) if isinstance(data, bytes) else 0),
         )
-        await self.give(command, data.encode() if isinstance(data, str) else data, timeout=timeout)
+        await self.give(command, data, timeout=timeout)
 
     async def give(
         self, script: str, data: bytes | AsyncIterable[bytes], *, timeout: float | None = None
@@ -378,12 +386,14 @@ class Guest:
         plan = await asyncio.to_thread(trees.plan, source)
         large = plan.large
         if plan.single is not None:
+            status = plan.single
             script = _COPY_FILE_IN.format(
                 **words,
-                mode=f"{stat.S_IMODE(plan.single.st_mode):o}",
-                time=int(plan.single.st_mtime),
+                mode=f"{stat.S_IMODE(status.st_mode):o}",
+                time=int(status.st_mtime),
+                take=_take('"$s"', status.st_size),
             )
-            await self.give(script, trees.contents(source), timeout=timeout)
+            await self.give(script, trees.contents(source, status.st_size), timeout=timeout)
             return
         stream = trees.packed(source, name, without=large)
         if not large:
@@ -399,11 +409,12 @@ class Guest:
             if not result.ok:
                 raise CommandFailed(result, "0", machine=self.machine.name)
             for path, status in large.items():
+                inner = quote(str(PurePosixPath(scratch, name, path)))
                 script = _FILL.format(
-                    name=quote(str(PurePosixPath(scratch, name, path))),
-                    time=int(status.st_mtime),
+                    take=_take(inner, status.st_size), name=inner, time=int(status.st_mtime)
                 )
-                await self.give(script, trees.contents(source / path), timeout=timeout)
+                pieces = trees.contents(source / path, status.st_size)
+                await self.give(script, pieces, timeout=timeout)
             await self.succeed(_SETTLE.format(**words), timeout=timeout)
         except BaseException:
             await uninterrupted(self._forget(scratch))
@@ -578,6 +589,17 @@ def _only_changed(result: CommandResult) -> bool:
     )
 
 
+def _take(file: str, size: int) -> str:
+    """A shell command that writes the input to `file`, a quoted path to nothing or an empty file.
+
+    A large file gets its size before its contents: a tmpfs that is mounted with huge=within_size,
+    as that of the tiny images is, then has huge pages for them (2.1 x as fast on emulated riscv64).
+    """
+    if size < trees.LARGE:
+        return f"take >{file}"
+    return f"{{ truncate -s {size} {file} 2>/dev/null; take 1<>{file}; }}"
+
+
 # Whatever ends the command, its own file goes with it. Text for str.format.
 _WRITE: Final = """mkdir -p {parent} || exit
 n=$(readlink -f {name}) || n={name}
@@ -588,7 +610,7 @@ if [ -b "$n" ] || [ -c "$n" ] || [ -p "$n" ] || ! (: >"$p") 2>/dev/null; then
 fi
 trap 'rm -f "$p"' EXIT
 trap 'exit 143' HUP INT TERM
-take >"$p" && chmod {mode} "$p" && mv -f "$p" "$n"
+{take} && chmod {mode} "$p" && mv -f "$p" "$n"
 """
 
 _BEGIN: Final = """s={scratch}
@@ -604,7 +626,7 @@ trap 'exit 143' HUP INT TERM
 # A link to a directory is what is replaced, and not a place to move things into.
 _COPY_FILE_IN: Final = (
     _BEGIN
-    + """take >"$s" && chmod {mode} "$s" && touch -d @{time} "$s" || exit
+    + """{take} && chmod {mode} "$s" && touch -d @{time} "$s" || exit
 {{ ! [ -d {target} ] || rm -f {target}; }} && mv -f "$s" {target}
 """
 )
@@ -616,7 +638,7 @@ _UNPACK: Final = (
 """
 )
 
-_FILL: Final = "take >{name} && touch -d @{time} {name}"
+_FILL: Final = "{take} && touch -d @{time} {name}"
 
 _SETTLE: Final = (
     "{{ ! [ -d {target} ] || rm -f {target}; }} && mv -f {scratch}/{name} {target} && "

@@ -62,19 +62,33 @@ class _Pieces(io.RawIOBase):
             self._hand_on(piece)
 
 
-async def contents(path: Path) -> AsyncIterator[bytes]:
-    """The bytes of a file, in pieces.
+async def contents(path: Path, size: int) -> AsyncIterator[bytes]:
+    """The bytes of a file, in pieces; of a LARGE one as many as it had when it was looked at.
+
+    Args:
+        path: The file.
+        size: Bytes that it has; below LARGE it is not relied on (files of /proc say 0).
 
     Raises:
-        OperationFailed: it cannot be read.
+        OperationFailed: it cannot be read, or a large one has become shorter.
     """
+    left = size if size >= LARGE else None
     try:
         file = await asyncio.to_thread(path.open, "rb")
         try:
-            while piece := await asyncio.to_thread(file.read, PIECE):
+            while left != 0:
+                piece = await asyncio.to_thread(
+                    file.read, PIECE if left is None else min(PIECE, left)
+                )
+                if not piece:
+                    break
+                if left is not None:
+                    left -= len(piece)
                 yield piece
         finally:
             file.close()
+        if left:
+            raise OSError(f"it became {left} bytes shorter meanwhile")
     except OSError as error:
         raise _unreadable(error, path) from error
 

@@ -16,6 +16,7 @@ import stat
 import tarfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -26,6 +27,7 @@ from tests.unit.guests.ports import HostedAgent
 from vmlab.guests import agent as agent_module
 from vmlab.guests import trees
 from vmlab.guests.agent import AgentChannel
+from vmlab.guests.command import Command
 from vmlab.guests.guest import CommandFailed, Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.errors import (
@@ -325,7 +327,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_not_there_in_part(
         (tmp_path / "file").write_bytes(os.urandom(100_000))
         (tmp_path / "guest").mkdir()
 
-        async def breaking(path: Path) -> AsyncIterator[bytes]:
+        async def breaking(path: Path, size: int) -> AsyncIterator[bytes]:
             yield path.read_bytes()
             raise OperationFailed(f"cannot read {path}: Input/output error")
 
@@ -334,6 +336,90 @@ def test_a_file_that_cannot_be_read_to_its_end_is_not_there_in_part(
             await guest.copy_in(tmp_path / "file", str(tmp_path / "guest" / "file"))
         assert list((tmp_path / "guest").iterdir()) == []
         assert (await guest.succeed("echo next")).stdout == "next\n"
+
+    drive(body)
+
+
+@pytest.mark.parametrize("size", [100_000, 3 << 20, trees.PIECE * 2])
+def test_a_file_that_grows_or_shrinks_while_it_is_copied_is_copied_as_it_was_or_not_at_all(
+    drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    data = os.urandom(size)
+    real = trees.plan
+
+    async def body(guest: Guest) -> None:
+        for change in (0, 1000, -1000):
+            source.write_bytes(data)
+
+            def plan(path: Path, change: int = change) -> trees.Plan:
+                found = real(path)
+                os.truncate(path, size + change)
+                return found
+
+            monkeypatch.setattr(trees, "plan", plan)
+            copying = guest.copy_in(source, str(target))
+            if size >= trees.LARGE and change < 0:
+                with pytest.raises(OperationFailed, match="it became 1000 bytes shorter"):
+                    await copying
+                assert not target.exists()
+                continue
+            await copying
+            # What is small is taken as it is.
+            expected = data if size >= trees.LARGE else source.read_bytes()
+            assert target.read_bytes() == expected
+            target.unlink()
+        assert list(tmp_path.iterdir()) == [source]
+
+    drive(body)
+
+
+def test_large_files_have_their_size_before_their_contents(
+    drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, target = tmp_path / "tree", tmp_path / "guest"
+    tree.mkdir()
+    (tree / "inner").write_bytes(data := os.urandom(3 << 20))
+    real = trees.contents
+
+    async def sized() -> None:
+        while not any(
+            entry.is_file() and entry.stat().st_size == len(data) for entry in target.rglob("*")
+        ):
+            await asyncio.sleep(0.01)
+
+    async def patient(path: Path, size: int) -> AsyncIterator[bytes]:
+        await sized()
+        async for piece in real(path, size):
+            yield piece
+
+    async def body(guest: Guest) -> None:
+        monkeypatch.setattr(trees, "contents", patient)
+        for source, copied in ((tree / "inner", "file"), (tree, "tree/inner")):
+            await guest.copy_in(source, str(target / copied.partition("/")[0]))
+            assert (target / copied).read_bytes() == data
+            (target / copied).unlink()
+
+    drive(body)
+
+
+def test_large_files_are_copied_to_a_guest_without_truncate(
+    drive: Drive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").write_bytes(data := os.urandom(3 << 20))
+
+    async def body(guest: Guest) -> None:
+        run = guest.channel.run
+
+        async def without(command: Command, **named: Any) -> int:
+            text = f"truncate() {{ return 127; }}\n{command.text}"
+            return await run(replace(command, text=text), **named)
+
+        monkeypatch.setattr(guest.channel, "run", without)
+        await guest.copy_in(tmp_path / "source", str(tmp_path / "copied"))
+        await guest.write(str(tmp_path / "written"), data)
+        assert (tmp_path / "copied").read_bytes() == data
+        assert (tmp_path / "written").read_bytes() == data
 
     drive(body)
 
