@@ -76,12 +76,12 @@ def test_programs_run_alike_where_protection_differs_within_their_page(pair, sin
     for _ in range(2):
         program = maker.program(200)
         prepare(harts, program.code, source)
+        moment = source.randrange(4, 12)
         for hart in harts:
             hart.ram.write(BASE + SIZE - 64, bytes.fromhex("73104030") + WFI)  # csrw mie, zero
             hart[layout.PRIVILEGE] = 1
             hart[layout.MIE] = 1 << 7
-            hart.set_timer_compare(source.randrange(4, 12) if hart is harts[0] else timer)
-            timer = hart.shared[layout.SHARED_MTIMECMP]
+            hart.set_timer_compare(moment)
             hart[layout.PMPADDR[0]] = BASE + 4092 >> 2
             hart[layout.PMPADDR[1]] = (1 << 54) - 1
             hart[layout.PMPCFG0] = 0x1F10
