@@ -36,6 +36,8 @@ from vmlab.engine.isa.values import Value
 
 BUDGET: Final = 1 << 30
 """Instructions between two looks that nobody asked for."""
+TRACER: Final = "tracer"
+"""The owner of the breakpoints at which traces begin; nobody is told of them."""
 _SUPERVISOR: Final = 1
 _MACHINE: Final = 3
 _SSIP: Final = 1
@@ -93,6 +95,20 @@ class CallingHart:
             self._hart[layout.PRIVILEGE] = privilege
 
 
+class Tracer(Protocol):
+    """Writes down what a hart executes."""
+
+    @property
+    def tracing(self) -> bool:
+        """Whether it has begun, and not ended."""
+
+    def met(self, address: int) -> None:
+        """The hart has come to a breakpoint."""
+
+    def step(self, executor: Executor, *, masked: bool) -> Exit:
+        """Execute one instruction, or take one trap."""
+
+
 class Order(Enum):
     """What a debugger wants of a hart when the machine runs."""
 
@@ -125,7 +141,9 @@ class Seat:
         self.stopped = True  # by firmware: it executes nothing until it is started
         self.interrupted = False  # by another hart: SSIP is to be set before the next instruction
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
+        self.accesses: dict[int, int] = {}  # of devices, by page of their addresses
         # For a debugger:
+        self.tracer: Tracer | None = None
         self.order = Order.RUN
         self.stopped_at: int | None = None  # the breakpoint that it was told of last
         # Where harts take turns:
@@ -221,6 +239,18 @@ class Harts(ABC):
         """Have a hart stop once more where it stands; False if that is behind it."""
         self._seats[stop.hart].stopped_at = None
         return stop.exit.reason is Reason.BREAKPOINT
+
+    def trace(self, hart: int, tracer: Tracer | None) -> None:
+        """Have a hart's instructions written down from now on; the harts stand."""
+        self._seats[hart].tracer = tracer
+
+    def executor(self, hart: int) -> Executor:
+        """Who executes a hart."""
+        return self._seats[hart].executor
+
+    def accesses(self, hart: int) -> dict[int, int]:
+        """How often a hart accessed devices, by the pages of their addresses."""
+        return dict(self._seats[hart].accesses)
 
     def is_started(self, hart: int) -> bool:
         """Whether firmware has started it."""
@@ -343,16 +373,32 @@ class Harts(ABC):
         """Let a hart run for so many instructions, or a step where a debugger wants that."""
         hart, executor = seat.hart, seat.executor
         stopped_at, seat.stopped_at = seat.stopped_at, None
+        tracer = seat.tracer if seat.tracer is not None and seat.tracer.tracing else None
         if seat.order is not Order.STEP:
+            if tracer is not None:
+                if stopped_at != hart.pc and self._is_breakpoint(hart.pc):
+                    return Exit(Reason.BREAKPOINT)
+                return tracer.step(executor, masked=False)
             if stopped_at == hart.pc:
                 return executor.step(masked=True)
             return executor.run(budget)
         before = hart.retired, hart.pc
-        left = executor.step(masked=True)
+        if tracer is not None:
+            left = tracer.step(executor, masked=True)
+        else:
+            left = executor.step(masked=True)
         if left.reason is not Reason.WATCHPOINT and before != (hart.retired, hart.pc):
             seat.order = Order.HOLD
             self._halt(seat, Exit(Reason.BUDGET))
         return left
+
+    def _is_breakpoint(self, address: int) -> bool:
+        """Whether somebody else than a tracer has a breakpoint there."""
+        return any(
+            address in points.breakpoints
+            for owner, points in self._points.items()
+            if owner != TRACER
+        )
 
     def _halt(self, seat: Seat, why: Exit) -> None:
         """Bring all harts to stand, and tell the debugger."""
@@ -363,6 +409,9 @@ class Harts(ABC):
         """Do what a hart has left for."""
         hart = seat.hart
         seat.exits[left.reason] += 1
+        if left.reason in (Reason.READ, Reason.WRITE):
+            page = left.address & -4096
+            seat.accesses[page] = seat.accesses.get(page, 0) + 1
         match left.reason:
             case Reason.READ:
                 try:
@@ -379,9 +428,13 @@ class Harts(ABC):
                 self.call(seat.caller)
             case Reason.WAIT:
                 self._sleep(seat)
-            case Reason.BREAKPOINT | Reason.WATCHPOINT:
-                if left.reason is Reason.BREAKPOINT:
-                    seat.stopped_at = hart.pc
+            case Reason.BREAKPOINT:
+                seat.stopped_at = hart.pc
+                if seat.tracer is not None:
+                    seat.tracer.met(hart.pc)
+                if self._is_breakpoint(hart.pc):
+                    self._halt(seat, left)
+            case Reason.WATCHPOINT:
                 self._halt(seat, left)
             case Reason.REQUEST:
                 hart.clear_request()

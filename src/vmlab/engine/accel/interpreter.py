@@ -412,7 +412,8 @@ class InterpreterExecutor(StoppingExecutor):
         native.select_set(hart.address)
         self._enter(native.run)
         while True:
-            match hart[layout.REASON]:
+            reason = hart[layout.REASON]
+            match reason:
                 case Reason.CODE if hart[layout.BREAK_PAGES]:
                     records = self.pages.offered(hart[layout.EXIT_ADDRESS], hart.pc)
                     hart[layout.OFFERED_RECORDS] = records
@@ -437,6 +438,8 @@ class InterpreterExecutor(StoppingExecutor):
                     self._enter(native.go_on_elsewhere if poll_point else native.go_on)
                 case _:
                     return hart.exit()
+            served = Reason(reason)
+            self.served[served] = self.served.get(served, 0) + 1
 
     def _tell_notes(self) -> None:
         """Tell the RAM of pages that native code wrote by itself although they are flagged."""

@@ -57,6 +57,7 @@ class StoppingExecutor(ABC):
     def __init__(self, hart: Hart) -> None:
         self.hart = hart
         self.points = NO_POINTS
+        self.served: dict[Reason, int] = {}  # how often it left for something that it does itself
         self._hit: Exit | None = None  # a watchpoint's, to be told when the access is complete
 
     def run(self, budget: int) -> Exit:
