@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmlab.engine.devices import aclint, plic, rtc, syscon, uart
-from vmlab.engine.devices.bus import Bus, Window
+from vmlab.engine.devices.bus import Bus, Device, Window
 from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
 from vmlab.engine.devices.virtio import mmio
 from vmlab.engine.devices.virtio.device import VirtioDevice
@@ -84,6 +84,8 @@ class Board:
         slots: virtio-mmio slots, 8 to 28.
         extensions: What the harts have beside rv64imafdc.
         set_compare: Called with (hart, ticks) for `mtimecmp`, if the harts do the comparing.
+        line_changed: Called instead of `set_pending` for the PLIC's lines, if the harts look at its
+            block themselves.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Board:
         slots: int = QEMU_SLOTS,
         extensions: tuple[str, ...] = EXTENSIONS,
         set_compare: Callable[[int, int], None] | None = None,
+        line_changed: Callable[[int, int, bool], None] | None = None,
     ) -> None:
         if not 1 <= harts <= MAX_HARTS:
             raise VmlabError(
@@ -114,7 +117,7 @@ class Board:
         self.separate_aclint = separate_aclint
         self.extensions = extensions
         self.bus = Bus([("RAM", ram.base, ram.end)])
-        self.plic = plic.Plic(harts, set_pending)
+        self.plic = plic.Plic(harts, line_changed or set_pending)
         self.aclint = aclint.Aclint(harts, clock, set_pending, set_compare)
         self.uart = uart.Uart(self.plic.line(UART_SOURCE))
         self.rtc = rtc.GoldfishRtc(clock, self.plic.line(RTC_SOURCE))
@@ -131,10 +134,15 @@ class Board:
             sswi = aclint.Sswi(harts, set_pending)
             attach(Window("sswi", SSWI_BASE, aclint.SSWI_SIZE, words), sswi)
         attach(Window("plic", PLIC_BASE, plic.SIZE, words), self.plic)
+        self.bus.tell("plic", self._plic_answers)
         attach(Window("uart", UART_BASE, uart.SIZE), self.uart)
         for slot, transport in enumerate(self.slots):
             base = VIRTIO_BASE + VIRTIO_STRIDE * slot
             attach(Window(f"virtio{slot}", base, mmio.SIZE), transport)
+
+    def _plic_answers(self, device: Device) -> None:
+        """Harts claim and complete by themselves unless something stands before the PLIC."""
+        self.plic.answer_at(PLIC_BASE if device is self.plic else None)
 
     def plug(self, device: VirtioDevice) -> int:
         """Put a virtio device into the next free slot, before the machine starts.

@@ -25,6 +25,7 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import read_csr, write_csr
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.cpu.interrupts import external_lines
 from vmlab.engine.cpu.traps import instruction_bits, take_trap
 from vmlab.engine.devices.bus import Bus, BusFault
 from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
@@ -271,6 +272,11 @@ class Harts(ABC):
         if level:
             self._wake(seat)
 
+    def line_changed(self, hart: int, bit: int, level: bool) -> None:
+        """A line changed that a hart finds out the level of by itself."""
+        if level:
+            self._wake(self._seats[hart])
+
     def set_compare(self, hart: int, ticks: int) -> None:
         """Set a hart's `mtimecmp`."""
         seat = self._seats[hart]
@@ -478,6 +484,7 @@ class Harts(ABC):
     def _pending(self, hart: Hart) -> tuple[int, int | None]:
         """The bits of `mip`, and the tick at which a timer may set another (None: none will)."""
         pending = hart[layout.MIP] | hart.shared[layout.SHARED_LINES]
+        pending |= external_lines(ReferenceCore(hart)).number
         now = self._time.ticks()
         moments = [(_MTIP, hart.shared[layout.SHARED_MTIMECMP])]
         if hart[layout.MENVCFG] & _STCE:
@@ -586,9 +593,7 @@ class ParallelHarts(Harts):
     def _may_run(self, seat: Seat) -> bool:
         """Wait until the hart may run; whether it ever will on this thread."""
         with self._lock:
-            while (
-                self._paused or seat.stopped or seat.order is Order.HOLD
-            ) and not self._leaving:
+            while (self._paused or seat.stopped or seat.order is Order.HOLD) and not self._leaving:
                 seat.parked = True
                 self._all_parked.notify_all()
                 seat.woken.wait()

@@ -147,8 +147,9 @@ class Machine:
             self._ended_by_board,
             slots=max(QEMU_SLOTS, wanted),
             set_compare=self._set_compare,
+            line_changed=self._line_changed,
         )
-        harts = [Hart(self.ram, number) for number in range(made.harts)]
+        harts = [Hart(self.ram, number, self.board.plic.block) for number in range(made.harts)]
         self.harts = self._at_work(harts, self._executors(harts))
         self._stack.callback(self.clock.halt)
         self._stack.callback(self.harts.join)
@@ -387,6 +388,9 @@ class Machine:
 
     def _set_pending(self, hart: int, bit: int, level: bool) -> None:
         self.harts.set_pending(hart, bit, level)
+
+    def _line_changed(self, hart: int, bit: int, level: bool) -> None:
+        self.harts.line_changed(hart, bit, level)
 
     def _set_compare(self, hart: int, ticks: int) -> None:
         self.harts.set_compare(hart, ticks)

@@ -30,7 +30,7 @@ _PAGE = 4096
 _RECORDS = _PAGE // 2
 _ENDS = 2  # records after a page's last: an instruction there may be two halfwords long
 _PAGE_RECORDS_SIZE = (_RECORDS + _ENDS) * layout.RECORD_SIZE
-_HANDLER_PREFIX, _COUNTING_PREFIX = "h.", "c."
+_HANDLER_PREFIX, _COUNTING_PREFIX, _HOST_PREFIX = "h.", "c.", "host."
 
 _RETIRED_PAGES = 128  # 4 MiB
 _FEW_PAGES = 16  # beyond that it is cheaper to drop everything
@@ -93,6 +93,14 @@ class NativeCode:
         self.go_on_elsewhere: _Native = one(symbols["go_on_elsewhere"])
         self.select_set: _Native = one(symbols["select_set"])
         self.flush_all: _Native = one(symbols["flush_all"])
+        host_call = ctypes.CFUNCTYPE(
+            ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
+        )
+        self.interrupts: dict[str, Callable[[int, int, int], int]] = {
+            symbol.removeprefix(_HOST_PREFIX): host_call(address)
+            for symbol, address in symbols.items()
+            if symbol.startswith(_HOST_PREFIX)
+        }
         two = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
         self.drop_writes: Callable[[int, int], None] = two(symbols["drop_writes"])
         self.decode_page: Callable[[int, int, int], None] = three(symbols["decode_page"])
@@ -295,6 +303,8 @@ class InterpreterExecutor(StoppingExecutor):
         super().__init__(hart)
         self.pages = pages or CodePages(hart.ram, native_code())
         native = self._native = self.pages.native
+        if hart.interrupts is not None:
+            hart.interrupts.native = native.interrupts
         self._sets = own_memory(layout.TLB_SET_COUNT * layout.TLB_SET_SIZE)
         self._notes = own_memory(hart.ram.pages)
         self._scratch = own_memory(mmap.PAGESIZE)

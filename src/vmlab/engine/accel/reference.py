@@ -15,6 +15,7 @@ from vmlab.engine.cpu.core import Core, Routine
 from vmlab.engine.cpu.execution import CoreCpu, DeviceLoad, Jump, Resume, Wait, Watched
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import EXTENSIONS, Hart
+from vmlab.engine.cpu.interrupts import BlockCore
 from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.mmu import PAGE
 from vmlab.engine.cpu.polling import poll
@@ -36,6 +37,7 @@ class ReferenceCore(Core):
     def __init__(self, hart: Hart) -> None:
         self.hart = hart
         self._ram = hart.ram
+        self._devices = BlockCore(hart.interrupts) if hart.interrupts is not None else None
 
     def __getitem__(self, field: Field) -> Value:
         return Value(self.hart.words[field.index], 64)
@@ -82,6 +84,22 @@ class ReferenceCore(Core):
         self, by_address: Value, address: Value, by_space: Value, space: Value
     ) -> None:
         """There is no TLB."""
+
+    def device_word(self, index: Value) -> Value:
+        assert self._devices is not None
+        return self._devices.device_word(index)
+
+    def set_device_word(self, index: Value, value: Value) -> None:
+        assert self._devices is not None
+        self._devices.set_device_word(index, value)
+
+    def lock_devices(self) -> Value:
+        assert self._devices is not None
+        return self._devices.lock_devices()
+
+    def unlock_devices(self) -> None:
+        assert self._devices is not None
+        self._devices.unlock_devices()
 
     def call(self, routine: Routine, *arguments: Value) -> Value:
         return routine.body(self, *arguments)

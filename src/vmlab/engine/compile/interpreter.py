@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 from vmlab.engine.compile.decoder import decoder_text
 from vmlab.engine.compile.emitter import FunctionEmitter
@@ -50,6 +51,7 @@ from vmlab.engine.cpu.execution import (
 )
 from vmlab.engine.cpu.exits import Reason
 from vmlab.engine.cpu.hart import EXTENSIONS
+from vmlab.engine.cpu.interrupts import HOST_ROUTINES
 from vmlab.engine.cpu.mmu import FETCH
 from vmlab.engine.cpu.pmp import allows
 from vmlab.engine.cpu.polling import poll
@@ -63,6 +65,7 @@ SIGNATURE = "ptr noalias %s, ptr %r, i64 %p, i64 %b, ptr %t"
 RECORD_OPERANDS = {"rd": 12, "rs1": 13, "rs2": 14, "rs3": 15}
 RECORD_IMMEDIATE = 8
 
+HOST_PREFIX = "host."
 # Handlers that are no instruction's.
 PAGE_END, NEAR_END, CROSSING, ILLEGAL, BREAKPOINT, STALE = (
     "page_end",
@@ -598,6 +601,23 @@ def _void_entry(
     module.add(name, function.text(f"define hidden void @{name}(ptr %s{parameters}) {ATTRIBUTES}"))
 
 
+def _host_entry(module: ModuleEmitter, operation: Callable[..., Value]) -> None:
+    """A C function of a routine's name, `u64 name(state, u64 ...)`."""
+    function = FunctionEmitter()
+    core = NativeCore(module, function)
+    count = len(signature(operation).parameters) - 1
+    arguments = [Value(f"%a{index}", 64, function) for index in range(count)]
+
+    def run() -> None:
+        function.effect(f"ret {operation(core, *arguments).typed}")
+
+    function.explore(run)
+    parameters = "".join(f", i64 %a{index}" for index in range(count))
+    name = f"{HOST_PREFIX}{operation.__name__}"
+    header = f'define hidden i64 @"{name}"(ptr %s{parameters}) {ATTRIBUTES}'
+    module.add(name, function.text(header))
+
+
 def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     """The whole interpreter of an instruction set as LLVM IR.
 
@@ -610,8 +630,8 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     and then executes; `go_on(state)` which only executes, `go_on_elsewhere(state)` which comes from
     another page and polls if the budget is used up; `select_set(state)` and
     `flush_all(state)` for the host that changed registers or memory; `drop_writes(state, page)` for
-    a page of the host's that must not be written unseen any more; and
-    `decode_page(code, records, handlers)`.
+    a page of the host's that must not be written unseen any more; `host.NAME(state, ...)` for what
+    the host does to interrupts; and `decode_page(code, records, handlers)`.
     """
     module = ModuleEmitter(host_fuses=host_fuses)
     writer = HandlerWriter(instructions, module)
@@ -653,5 +673,7 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
         lambda core: drop_writes(core, Value("%host", 64, core.function)),
         ", i64 %host",
     )
+    for operation in HOST_ROUTINES:
+        _host_entry(module, operation)
     module.add("decode", decoder_text(instructions, writer.names))
     return module.text()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from vmlab.engine.compile.emitter import METADATA, FunctionEmitter
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.core import Core, Routine
+from vmlab.engine.cpu.interrupts import LOCK
 from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.mmu import MPP_SHIFT, MPRV, MXR, SUM, WRITE
 from vmlab.engine.cpu.watching import is_page_watched
@@ -202,6 +203,30 @@ class NativeCore(Core):
         return self.function.value(
             f"atomicrmw {operation.value} ptr {pointer}, {operand.typed} seq_cst", operand.width
         )
+
+    # ------------------------------------------------------------------------------------ devices
+
+    def _device_word(self, index: Value | int) -> str:
+        offset = index << 3 if isinstance(index, Value) else 8 * index
+        return self.element(self.pointer(self[layout.INTERRUPTS]), offset)
+
+    def device_word(self, index: Value) -> Value:
+        return self.function.value(
+            f"load atomic i64, ptr {self._device_word(index)} monotonic, align 8"
+        )
+
+    def set_device_word(self, index: Value, value: Value) -> None:
+        pointer = self._device_word(index)
+        self.function.effect(f"store atomic {value.typed}, ptr {pointer} monotonic, align 8")
+
+    def lock_devices(self) -> Value:
+        pair = self.function.operation(
+            f"cmpxchg ptr {self._device_word(LOCK)}, i64 0, i64 1 acquire monotonic"
+        )
+        return self.function.value(f"extractvalue {{i64, i1}} {pair}, 1", 1)
+
+    def unlock_devices(self) -> None:
+        self.function.effect(f"store atomic i64 0, ptr {self._device_word(LOCK)} release, align 8")
 
     # ----------------------------------------------------------------------------------- routines
 

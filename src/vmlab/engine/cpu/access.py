@@ -2,13 +2,16 @@
 
 The reference executor uses this for every access, native code where its TLB misses. An access to
 an address that is not RAM raises `DeviceAccess`: the executor leaves to the host with the whole
-access, and the host completes it, once.
+access, and the host completes it, once. The interrupt controller's registers are done here.
 """
 
 from __future__ import annotations
 
+from vmlab.engine.cpu import interrupts
 from vmlab.engine.cpu.core import Core, routine
+from vmlab.engine.cpu.interrupts import BUSY, load_register, register_offset, store_register
 from vmlab.engine.cpu.layout import (
+    INTERRUPTS,
     RESERVATION_ADDRESS,
     RESERVATION_SIZE,
     RESERVATION_VALID,
@@ -54,6 +57,12 @@ def load(core: Core, address: Value, size: int) -> Value:
     if not in_ram(core, physical, size):
         if size > 1 and (physical & (size - 1)).ne(0):
             raise Trap(Cause.LOAD_MISALIGNED, address)
+        if size == 4 and core[INTERRUPTS].ne(0):
+            register = register_offset(core, physical)
+            if register.below(interrupts.SIZE):
+                value = load_register(core, register)
+                if value.ne(BUSY):
+                    return value
         raise DeviceAccess(physical, size, None)
     return core.physical_read(physical, size)
 
@@ -67,6 +76,11 @@ def store(core: Core, address: Value, size: int, value: Value) -> None:
     if not in_ram(core, physical, size):
         if size > 1 and (physical & (size - 1)).ne(0):
             raise Trap(Cause.STORE_MISALIGNED, address)
+        if size == 4 and core[INTERRUPTS].ne(0):
+            register = register_offset(core, physical)
+            word = value & 0xFFFF_FFFF
+            if register.below(interrupts.SIZE) and store_register(core, register, word).ne(BUSY):
+                return
         raise DeviceAccess(physical, size, value)
     if core.is_observed(physical):
         raise DeviceAccess(physical, size, value)

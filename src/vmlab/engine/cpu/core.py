@@ -21,7 +21,31 @@ class Rare(Exception):
     """Code for the usual case has met another one; code for all cases is to do it, from anew."""
 
 
-class Core(ABC):
+class DeviceCore(ABC):
+    """What routines over the state of devices that harts share may use."""
+
+    @abstractmethod
+    def device_word(self, index: Value) -> Value:
+        """A word of the interrupt controller's block, which must be there."""
+
+    @abstractmethod
+    def set_device_word(self, index: Value, value: Value) -> None:
+        """Write a word of the block; its lock is held."""
+
+    @abstractmethod
+    def lock_devices(self) -> Value:
+        """Take the block's lock: one bit, whether it was to be had."""
+
+    @abstractmethod
+    def unlock_devices(self) -> None:
+        """Give the lock back."""
+
+    @abstractmethod
+    def call(self, routine: Routine, *arguments: Value) -> Value:
+        """Run a routine, or generate a call of it."""
+
+
+class Core(DeviceCore):
     """A hart's state and memory, below the level of instructions.
 
     Attributes:
@@ -98,10 +122,6 @@ class Core(ABC):
         self, by_address: Value, address: Value, by_space: Value, space: Value
     ) -> None:
         """Forget translations: of one address or all, of one address space or all."""
-
-    @abstractmethod
-    def call(self, routine: Routine, *arguments: Value) -> Value:
-        """Run a routine, or generate a call of it."""
 
 
 @dataclass(frozen=True)

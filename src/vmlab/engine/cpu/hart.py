@@ -12,6 +12,7 @@ import threading
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.execution import extend
 from vmlab.engine.cpu.exits import Exit, Reason
+from vmlab.engine.cpu.interrupts import InterruptBlock
 from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.pmp import UNUSED
 from vmlab.engine.isa.cpu import Extension
@@ -29,11 +30,15 @@ class Hart:
     Args:
         ram: its memory.
         hart_id: its number.
+        interrupts: the interrupt controller that it polls, if there is one.
     """
 
-    def __init__(self, ram: Ram, hart_id: int = 0) -> None:
+    def __init__(
+        self, ram: Ram, hart_id: int = 0, interrupts: InterruptBlock | None = None
+    ) -> None:
         self.ram = ram
         self.hart_id = hart_id
+        self.interrupts = interrupts
         self._block = own_memory(-(-layout.STATE_SIZE // mmap.PAGESIZE) * mmap.PAGESIZE)
         self._shared_block = own_memory(mmap.PAGESIZE)
         self.words = memoryview(self._block).cast("Q")
@@ -57,6 +62,7 @@ class Hart:
         self[layout.RAM_SIZE] = self.ram.size
         self[layout.RAM_HOST] = self.ram.host_address
         self[layout.SHARED] = self.shared_address
+        self[layout.INTERRUPTS] = self.interrupts.address if self.interrupts is not None else 0
         self[layout.STIMECMP] = _NEVER
         self[layout.PMP_OPEN] = UNUSED
         self[layout.TRAP_RETIRED] = _NEVER

@@ -94,6 +94,7 @@ TIME_DIVISOR = _field("time_divisor")  # instructions per tick of `time`; 0: the
 TIME_OFFSET = _field("time_offset")
 CLOCK = _field("clock")  # address of clock_gettime
 SHARED = _field("shared")  # address of the shared words
+INTERRUPTS = _field("interrupts")  # address of the interrupt controller's block, or 0
 
 # How the last run ended.
 REASON = _field("reason")

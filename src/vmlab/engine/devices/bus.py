@@ -68,6 +68,7 @@ class Bus:
         self._bases: list[int] = []
         self._windows: list[Window] = []
         self._devices: list[Device] = []
+        self._told: dict[str, Callable[[Device], None]] = {}
 
     def attach(self, window: Window, device: Device) -> None:
         """Put `device` at `window`.
@@ -98,6 +99,22 @@ class Bus:
         self._windows.insert(place, window)
         self._devices.insert(place, device)
 
+    def tell(self, name: str, answers: Callable[[Device], None]) -> None:
+        """Call `answers` with the device that answers in a window, now and when it is another.
+
+        For harts that do a device's work themselves: only while nothing stands before it.
+
+        Raises:
+            KeyError: there is no such window.
+        """
+        self._told[name] = answers
+        answers(self.device(name))
+
+    def _put(self, place: int, device: Device) -> None:
+        self._devices[place] = device
+        if (answers := self._told.get(self._windows[place].name)) is not None:
+            answers(device)
+
     def windows(self) -> tuple[Window, ...]:
         """The windows in the order of their addresses."""
         return tuple(self._windows)
@@ -122,7 +139,7 @@ class Bus:
         Raises:
             KeyError: there is no such window.
         """
-        self._devices[self._place(name)] = device
+        self._put(self._place(name), device)
 
     def interpose(self, name: str, wrap: Callable[[Device], Device]) -> Callable[[], None]:
         """Let `wrap(device)` answer for the device called `name`: where faults come in.
@@ -135,13 +152,13 @@ class Bus:
         """
         before = self._devices[self._place(name)]
         wrapped = wrap(before)
-        self._devices[self._place(name)] = wrapped
+        self._put(self._place(name), wrapped)
 
         def restore() -> None:
             place = self._place(name)
             if self._devices[place] is not wrapped:
                 raise RuntimeError(f"another wrapper of {name!r} is still in place")
-            self._devices[place] = before
+            self._put(place, before)
 
         return restore
 

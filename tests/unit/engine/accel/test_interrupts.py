@@ -1,0 +1,310 @@
+"""The interrupt controller beside a model of it: from devices, from the bus, and from harts' loads.
+
+The model is written after the specification (RISC-V PLIC 1.0.0) with sets and without bits.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmlab.engine.accel.interpreter import InterpreterExecutor
+from vmlab.engine.accel.lockstep import Executor
+from vmlab.engine.accel.reference import ReferenceExecutor
+from vmlab.engine.cpu import layout
+from vmlab.engine.cpu.exits import Exit, Reason
+from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.cpu.interrupts import LOCK
+from vmlab.engine.devices.bus import Bus, Device, Window
+from vmlab.engine.devices.plic import SIZE, Plic
+from vmlab.engine.isa.riscv64 import RISCV64
+from vmlab.engine.memory.ram import Ram
+
+BASE, PLIC = 0x8000_0000, 0xC00_0000
+HARTS = 2
+SOURCES = range(1, 97)
+SEIP, MEIP = 9, 11
+SLEEPS = RISCV64["wfi"].encode()
+
+
+@dataclass
+class Model:
+    """The controller of the specification."""
+
+    level: set[int] = field(default_factory=set)
+    pending: set[int] = field(default_factory=set)
+    serving: set[int] = field(default_factory=set)
+    priority: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(97), 0))
+    enabled: list[set[int]] = field(default_factory=lambda: [set() for _ in range(2 * HARTS)])
+    threshold: list[int] = field(default_factory=lambda: [0] * (2 * HARTS))
+
+    def drive(self, source: int, level: bool) -> None:
+        if level and source not in self.level and source not in self.serving:
+            self.pending.add(source)
+        (self.level.add if level else self.level.discard)(source)
+
+    def best(self, context: int) -> int:
+        candidates = [
+            source for source in self.pending & self.enabled[context] if self.priority[source]
+        ]
+        return min(candidates, key=lambda source: (-self.priority[source], source), default=0)
+
+    def line(self, context: int) -> bool:
+        return self.priority[self.best(context)] > self.threshold[context]
+
+    def claim(self, context: int) -> int:
+        if source := self.best(context):
+            self.pending.discard(source)
+            self.serving.add(source)
+        return source
+
+    def complete(self, context: int, source: int) -> None:
+        if source in self.enabled[context]:
+            self.serving.discard(source)
+            if source in self.level:
+                self.pending.add(source)
+
+    def read(self, offset: int) -> int:
+        if offset < 4 * 97:
+            return self.priority[offset // 4]
+        part = offset % 0x80 // 4
+        if 0x1000 <= offset < 0x1010:
+            return word_of(self.pending, part)
+        if 0x2000 <= offset < 0x2000 + 0x80 * len(self.enabled):
+            return word_of(self.enabled[(offset - 0x2000) // 0x80], part)
+        context, register = divmod(offset - 0x20_0000, 0x1000)
+        if 0 <= context < len(self.enabled) and register in (0, 4):
+            return self.claim(context) if register else self.threshold[context]
+        return 0
+
+    def write(self, offset: int, value: int) -> None:
+        if 4 <= offset < 4 * 97:
+            self.priority[offset // 4] = value & 7
+        elif 0x2000 <= offset < 0x2000 + 0x80 * len(self.enabled):
+            enabled = self.enabled[(offset - 0x2000) // 0x80]
+            first = offset % 0x80 // 4 * 32
+            for source in SOURCES:
+                if first <= source < first + 32:
+                    there = value >> (source - first) & 1
+                    (enabled.add if there else enabled.discard)(source)
+        else:
+            context, register = divmod(offset - 0x20_0000, 0x1000)
+            if 0 <= context < len(self.enabled) and register == 0:
+                self.threshold[context] = value & 7
+            elif 0 <= context < len(self.enabled) and register == 4:
+                self.complete(context, value)
+
+
+def word_of(sources: set[int], word: int) -> int:
+    return sum(1 << (source - 32 * word) for source in sources if source // 32 == word)
+
+
+def any_offset(chance: random.Random) -> int:
+    context = chance.randrange(2 * HARTS + 1)
+    return chance.choice(
+        (
+            4 * chance.randrange(100),
+            0x1000 + 4 * chance.randrange(6),
+            0x2000 + 0x80 * context + 4 * chance.randrange(6),
+            0x20_0000 + 0x1000 * context,
+            0x20_0004 + 0x1000 * context,
+            0x20_0004 + 0x1000 * context,
+            0x20_0004 + 0x1000 * context,
+            4 * chance.randrange(SIZE // 4),
+        )
+    )
+
+
+def any_value(chance: random.Random) -> int:
+    return chance.choice(
+        (chance.randrange(8), chance.randrange(100), 0xFFFF_FFFF, chance.getrandbits(32))
+    )
+
+
+class Board:
+    """Harts of one kind with a controller between them."""
+
+    def __init__(self, kind: type[ReferenceExecutor] | type[InterpreterExecutor]) -> None:
+        self.told: dict[tuple[int, int], bool] = {}
+        self.plic = Plic(HARTS, lambda *line: self.told.update({line[:2]: line[2]}))
+        self.bus = Bus()
+        self.bus.attach(Window("plic", PLIC, SIZE, frozenset({4})), self.plic)
+        self.bus.tell(
+            "plic", lambda device: self.plic.answer_at(PLIC if self.own(device) else None)
+        )
+        self.ram = Ram(1 << 20, BASE)
+        harts = [Hart(self.ram, number, self.plic.block) for number in range(HARTS)]
+        self.executors: list[Executor] = [kind(hart) for hart in harts]
+        code = [
+            RISCV64["lw"].encode(rd=10, rs1=11, imm=0),
+            SLEEPS,
+            RISCV64["sw"].encode(rs1=11, rs2=10, imm=0),
+            SLEEPS,
+            RISCV64["csrrs"].encode(rd=12, rs1=0, imm=0x344),
+            SLEEPS,
+        ]
+        self.ram.write(BASE, b"".join(word.to_bytes(4, "little") for word in code))
+        self.exits = 0
+
+    def own(self, device: Device) -> bool:
+        return device is self.plic
+
+    def run(self, number: int, place: int) -> Hart:
+        executor = self.executors[number]
+        executor.hart.pc = BASE + place
+        executor.hart[layout.TIME_DIVISOR] = 10
+        while (left := executor.run(10)).reason is not Reason.WAIT:
+            self.exits += 1
+            self.answer(executor.hart, left)
+        return executor.hart
+
+    def answer(self, hart: Hart, left: Exit) -> None:
+        if left.reason is Reason.READ:
+            hart.complete_read(self.bus.read(left.address, left.size))
+        elif left.reason is Reason.WRITE:
+            self.bus.write(left.address, left.size, left.data)
+        else:
+            raise AssertionError(left)
+
+    def load(self, number: int, offset: int) -> int:
+        self.executors[number].hart.set_x(11, PLIC + offset)
+        return self.run(number, 0).x(10) & 0xFFFF_FFFF
+
+    def store(self, number: int, offset: int, value: int) -> None:
+        hart = self.executors[number].hart
+        hart.set_x(11, PLIC + offset)
+        hart.set_x(10, value | 0xABCD_0000_0000_0000)
+        self.run(number, 8)
+
+    def lines(self) -> list[bool]:
+        pending = [self.run(number, 16).x(12) for number in range(HARTS)]
+        return [bool(bits >> bit & 1) for bits in pending for bit in (MEIP, SEIP)]
+
+    def close(self) -> None:
+        self.ram.close()
+
+
+@pytest.fixture(params=["reference", "interpreter"])
+def board(request: pytest.FixtureRequest) -> Iterator[Board]:
+    made = Board(ReferenceExecutor if request.param == "reference" else InterpreterExecutor)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_controller_is_the_specifications(board: Board, seed: int) -> None:
+    chance = random.Random(seed)
+    model = Model()
+    for offset in (*(4 * source for source in SOURCES), *range(0x2000, 0x2200, 4)):
+        value = any_value(chance)
+        board.bus.write(PLIC + offset, 4, value)
+        model.write(offset, value)
+    for step in range(600):
+        kind, number = chance.randrange(5), chance.randrange(HARTS)
+        if kind == 0:
+            source, level = chance.choice(SOURCES), chance.random() < 0.6
+            board.plic.set_level(source, level)
+            model.drive(source, level)
+            continue
+        offset, value = any_offset(chance), any_value(chance)
+        if kind == 1:
+            board.bus.write(PLIC + offset, 4, value)
+            model.write(offset, value)
+        elif kind == 2:
+            board.store(number, offset, value)
+            model.write(offset, value)
+        elif kind == 3:
+            assert board.load(number, offset) == model.read(offset), f"{step}: {offset:#x}"
+        else:
+            assert board.bus.read(PLIC + offset, 4) == model.read(offset), f"{step}: {offset:#x}"
+        assert board.lines() == [model.line(context) for context in range(2 * HARTS)], step
+    state = board.plic.state
+    for words, sources in (
+        (state.pending, model.pending),
+        (state.level, model.level),
+        (state.in_service, model.serving),
+    ):
+        assert words.tolist() == [word_of(sources, word) for word in range(4)]
+
+
+def ready(board: Board, source: int = 5) -> None:
+    """A source that S mode of hart 0 takes."""
+    board.bus.write(PLIC + 4 * source, 4, 1)
+    board.bus.write(PLIC + 0x2080, 4, 1 << source)
+
+
+def test_claim_and_complete_leave_no_hart(board: Board) -> None:
+    ready(board)
+    for _ in range(3):
+        board.plic.set_level(5, True)
+        assert board.told[0, SEIP] is True
+        assert board.load(0, 0x20_1004) == 5
+        board.plic.set_level(5, False)
+        board.store(0, 0x20_1004, 5)
+        assert board.load(0, 0x2080) == 1 << 5
+        board.store(0, 0x2080, 1 << 5)
+    assert board.exits == 0
+    assert not any(board.lines())
+
+
+def test_a_completion_that_raises_a_line_is_told(board: Board) -> None:
+    """Another hart may be asleep that has to be woken."""
+    ready(board)
+    board.plic.set_level(5, True)
+    assert board.load(1, 0x20_1004) == 5  # any hart may read any context
+    board.told.clear()
+    board.store(1, 0x20_1004, 5)
+    assert board.told[0, SEIP] is True
+    assert board.exits == 1
+
+
+def test_something_between_the_harts_and_the_controller_sees_every_access(board: Board) -> None:
+    class Deaf:
+        def read(self, offset: int, size: int) -> int:
+            return 77
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            """Nothing comes through."""
+
+    restore = board.bus.interpose("plic", lambda device: Deaf())
+    assert board.load(0, 0x20_1004) == 77
+    assert board.exits == 1
+    restore()
+    assert board.load(0, 0x20_1004) == 0
+    assert board.exits == 1
+
+
+def test_a_hart_does_not_wait_for_the_lock() -> None:
+    board = Board(InterpreterExecutor)
+    ready(board)
+    board.plic.set_level(5, True)
+    words = board.plic.block.words
+    executor = board.executors[0]
+    executor.hart.set_x(11, PLIC + 0x20_1004)
+    executor.hart.pc = BASE
+    words[LOCK] = 1
+    assert executor.run(10).reason is Reason.READ
+    words[LOCK] = 0
+    executor.hart.complete_read(board.bus.read(PLIC + 0x20_1004, 4))
+    assert executor.hart.x(10) == 5
+    assert words[LOCK] == 0
+    board.close()
+
+
+def test_an_interrupt_that_is_due_is_taken(board: Board) -> None:
+    ready(board)
+    hart = board.executors[0].hart
+    hart[layout.MIDELEG] = 1 << SEIP
+    hart[layout.MIE] = 1 << SEIP
+    hart[layout.STVEC] = BASE + 0x100
+    hart[layout.MSTATUS] = 1 << 1  # SIE
+    hart[layout.PRIVILEGE] = 1
+    hart[layout.PMPADDR[0]] = (1 << 54) - 1
+    hart[layout.PMPCFG0] = 0x1F
+    hart.pc = BASE + 4
+    board.plic.set_level(5, True)
+    board.executors[0].run(1)
+    assert hart[layout.SCAUSE] == 1 << 63 | SEIP
