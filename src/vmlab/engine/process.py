@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmlab.engine.configuration import Configuration
 from vmlab.engine.control import VERSION, Cause, Control, Panicked, RunState, Shutdown
+from vmlab.engine.debug.commands import DebugCommands
 from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.machine import Happening, Machine
 from vmlab.engine.monitor.server import Monitor
@@ -68,6 +69,7 @@ class Process:
     def _debugged(self, configuration: Configuration) -> GdbServer | None:
         """What a debugger comes to, if one may."""
         control = self._control
+        DebugCommands(control, self._work.put)
         self._machine.harts.halted = lambda stop: self._work.put(lambda: control.trapped(stop))
         if configuration.gdb is None:
             return None
