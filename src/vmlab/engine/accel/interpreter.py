@@ -48,7 +48,6 @@ def prepare(folder: Path | None = None) -> None:
 
     Raises:
         CompileFailed: the compiler cannot be used.
-        OSError: the cache cannot be written.
     """
     ObjectCache(folder).get(_object_name(()), lambda: _make_interpreter(()))
 

@@ -11,6 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -76,25 +77,36 @@ class ObjectCache:
         return self.folder / f"{name}-{key[:32]}.o"
 
     def get(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """An object, made if it is not there or not whole."""
+        """An object, made if it is not there or not whole.
+
+        Where the folder cannot be written it is made each time.
+        """
         path = self.path(name)
         found = _read(path)
         if found is not None:
             return found
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(path.with_suffix(".lock")):
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock.acquire()
+        except OSError:
+            return make()
+        try:
             found = _read(path)
             if found is None:
                 found = make()
-                _write(path, found)
-        return found
+                with suppress(OSError):  # no space: it is made again the next time
+                    _write(path, found)
+            return found
+        finally:
+            lock.release()
 
 
 def _read(path: Path) -> bytes | None:
     """The content of a file that verifies; None for any other."""
     try:
         data = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:
         return None
     content = data[_DIGEST:]
     return content if hashlib.sha256(content).digest() == data[:_DIGEST] else None

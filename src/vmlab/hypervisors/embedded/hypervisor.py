@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -110,8 +111,12 @@ def _compile() -> None:
         HypervisorUnavailable: that cannot be done.
     """
     from vmlab.engine.accel.interpreter import prepare
+    from vmlab.engine.code.cache import default_folder
     from vmlab.engine.compile.client import CompileFailed
 
+    if not _can_keep(default_folder()):
+        # It is there already, or each process compiles its own.
+        return
     try:
         prepare()
     except CompileFailed as error:
@@ -120,9 +125,6 @@ def _compile() -> None:
             hint="`vmlab doctor` looks at what it needs; or take --hypervisor qemu",
             hypervisor="embedded",
         ) from error
-    except OSError:
-        # It cannot be kept: each process compiles its own, which probing tells.
-        return
 
 
 class EmbeddedProvider(HypervisorProvider):
@@ -221,7 +223,6 @@ def _interpreter() -> ProbeItem:
 
 def _can_keep(folder: Path) -> bool:
     """Whether files can be made in a directory, which may be made first."""
-    import os
 
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -75,3 +75,18 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         ObjectCache(tmp_path).get("a", fail)
     assert [path.suffix for path in tmp_path.iterdir()] in ([".lock"], [])
     assert ObjectCache(tmp_path).get("a", Maker()) == b"object 1"
+
+
+def test_where_nothing_can_be_kept_it_is_made_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, objects = Maker(), ObjectCache(tmp_path / "file" / "folder")
+    (tmp_path / "file").touch()
+    assert objects.get("a", made) == b"object 1"
+    assert objects.get("a", made) == b"object 2"
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "_write", full)
+    assert ObjectCache(tmp_path / "there").get("a", made) == b"object 3"
