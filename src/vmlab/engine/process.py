@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 EXIT_FAILED: Final = 1
 """Status of a process whose machine failed; 0 is a power-off or an order to quit."""
 
+SWITCH_SECONDS: Final = 0.0003
+"""How long a thread may hold the interpreter's lock when another wants it: a pause takes up to
+three such handovers, and is to reach every hart within 2 ms."""
+
 
 class Process:
     """Serves one machine until it ends.
@@ -150,4 +154,5 @@ class Process:
 def serve(configuration: Configuration) -> int:
     """Run a machine in this process; the status to end with."""
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_SECONDS)
     return Process(configuration).run()
