@@ -13,7 +13,7 @@ from vmlab.engine.accel.reference import ReferenceExecutor
 
 pytestmark = needs_qemu
 
-PROGRAMS = 100
+PROGRAMS = 50
 SOAK = 1_000_000
 
 
