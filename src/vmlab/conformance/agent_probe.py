@@ -6,6 +6,7 @@ said, with why. What it does with its devices on the suite's behalf is in `agent
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -311,10 +312,10 @@ class AgentProbe:
         await self.ask(agent_devices.echoing(channel))
 
 
-def _scsi_target(row: str) -> int:
-    """The target in a row that ends in HOST:CHANNEL:TARGET:LUN; -1 for another kind of disk."""
+def _scsi_target(row: str) -> float:
+    """The target in a row that ends in HOST:CHANNEL:TARGET:LUN; other kinds of disk come after."""
     address = row.rpartition("/")[2].split(":")
-    return int(address[2]) if len(address) == 4 else -1
+    return int(address[2]) if len(address) == 4 else math.inf
 
 
 def _bound(pid: int) -> dict[int, tuple[int, ...]]:

@@ -173,12 +173,15 @@ if [ -f /var/lib/dbus/machine-id ] && ! [ -L /var/lib/dbus/machine-id ]; then
     echo {id} >/var/lib/dbus/machine-id
 fi"""
 
-_ADDRESS: Final = """n=
+# A driver that came up after the copy was made has read the new one by itself.
+_ADDRESS: Final = """n= d=
 for i in /sys/class/net/*; do
-    read -r a <"$i/address" && [ "$a" = {old} ] && n=${{i##*/}} && break
+    read -r a <"$i/address" || continue
+    [ "$a" = {new} ] && d=yes
+    [ "$a" = {old} ] && n=${{i##*/}} && break
 done
-[ -n "$n" ] || {{ echo "no network interface has the address {old}" >&2; exit 1; }}
-ip link set dev "$n" address {new} 2>/dev/null || {{
+[ -n "$n$d" ] || {{ echo "no network interface has the address {old}" >&2; exit 1; }}
+[ -z "$n" ] || ip link set dev "$n" address {new} 2>/dev/null || {{
     ip link set dev "$n" down && ip link set dev "$n" address {new} && ip link set dev "$n" up
 }} || exit"""
 

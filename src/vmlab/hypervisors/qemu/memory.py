@@ -410,11 +410,14 @@ async def freeze(
         for number in range(len(captured.sources)):
             frozen.add(partial(captured.copy, number, check=check), seal=True)
 
+    memory: Frozen | None = None
     try:
         memory = await _filled(write)
         if blocks is None and not captured.whole:
             blocks = await blocks_in(captured.stream, architecture)
     except BaseException:
+        if memory is not None:
+            memory.close()
         captured.stream.unlink()
         raise
     return Template(memory, captured.stream, captured.whole, blocks, before)

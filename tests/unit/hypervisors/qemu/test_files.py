@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from vmlab.hypervisors import threads
 from vmlab.hypervisors.monitored import networks
 from vmlab.hypervisors.monitored.streams import ConsoleLine, SocketChannel
 from vmlab.hypervisors.qemu import arrival, disks, memory, vmstate
+from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import ChannelClosed, CorruptSnapshot, InvalidSpec, OperationFailed
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk
@@ -76,6 +78,29 @@ def test_memory_that_cannot_be_read_leaves_no_descriptor(tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError):
         asyncio.run(memory.copied([tmp_path / "none"], seal=True))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_template_that_is_given_up_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, source = tmp_path / "state", tmp_path / "memory"
+    stream.touch()
+    source.write_bytes(b"memory")
+
+    async def capture(*_: Any) -> memory.Captured:
+        return memory.Captured(stream, (source,))
+
+    async def cancelled(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(memory, "capture", capture)
+    monkeypatch.setattr(memory, "blocks_in", cancelled)
+    process: Any = None
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(memory.freeze(process, tmp_path, None, Architecture.X86_64))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not stream.exists()
 
 
 def test_cancelled_thread_has_ended_when_the_call_returns() -> None:
