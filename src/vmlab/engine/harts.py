@@ -380,20 +380,20 @@ class Harts(ABC):
         hart, executor = seat.hart, seat.executor
         stopped_at, seat.stopped_at = seat.stopped_at, None
         tracer = seat.tracer if seat.tracer is not None and seat.tracer.tracing else None
-        if seat.order is not Order.STEP:
-            if tracer is not None:
-                if stopped_at != hart.pc and self._is_breakpoint(hart.pc):
-                    return Exit(Reason.BREAKPOINT)
-                return tracer.step(executor, masked=False)
-            if stopped_at == hart.pc:
-                return executor.step(masked=True)
-            return executor.run(budget)
+        stepped = seat.order is Order.STEP
+        if not stepped and stopped_at != hart.pc:
+            if tracer is None:
+                return executor.run(budget)
+            if self._is_breakpoint(hart.pc):
+                return Exit(Reason.BREAKPOINT)
         before = hart.retired, hart.pc
         if tracer is not None:
-            left = tracer.step(executor, masked=True)
+            left = tracer.step(executor, masked=stepped)
         else:
             left = executor.step(masked=True)
-        if left.reason is not Reason.WATCHPOINT and before != (hart.retired, hart.pc):
+        if before == (hart.retired, hart.pc):
+            seat.stopped_at = stopped_at  # it was asked for something first
+        elif stepped and left.reason is not Reason.WATCHPOINT:
             seat.order = Order.HOLD
             self._halt(seat, Exit(Reason.BUDGET))
         return left
