@@ -12,6 +12,7 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -83,9 +84,10 @@ def kernel_symbols(image: bytes) -> SymbolTable:
     """
     place = image.find(_DIGITS)
     while place >= 0:
-        found = _at_tokens(image, place)
-        if found:
-            return SymbolTable(found)
+        # Memory is the guest's: what begins like a table may be anything, and end anywhere.
+        with suppress(IndexError, ValueError, struct.error):
+            if found := _at_tokens(image, place):
+                return SymbolTable(found)
         place = image.find(_DIGITS, place + 1)
     return SymbolTable([])
 
@@ -93,7 +95,8 @@ def kernel_symbols(image: bytes) -> SymbolTable:
 def symbols_in(ram: Ram) -> SymbolTable:
     """The symbols of the kernel in a guest's memory, where firmware has put it."""
     start = ram.base + _KERNEL_OFFSET
-    return kernel_symbols(ram.read(start, max(min(ram.end - start, _LARGEST), 0)))
+    size = min(ram.end - start, _LARGEST)
+    return kernel_symbols(ram.read(start, size) if size > 0 else b"")
 
 
 def _aligned(place: int) -> int:

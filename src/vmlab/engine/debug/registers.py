@@ -81,6 +81,8 @@ def _as_machine(hart: Hart, access: Callable[[ReferenceCore], Value]) -> int | N
 
 def _csr(number: int, name: str) -> Register:
     def read(hart: Hart) -> int | None:
+        if number in _OF_FLOATING_POINT:  # also while the guest has switched it off
+            return CSRS[number].read(ReferenceCore(hart)).number
         return _as_machine(hart, lambda core: read_csr(core, Value(number), Value(0)))
 
     def write(hart: Hart, value: int) -> bool:
