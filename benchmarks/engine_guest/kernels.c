@@ -97,6 +97,67 @@ static u64 kernel(void)
 }
 #endif
 
+#ifdef KERNEL_ROOTS
+/* Singles and doubles: divisions, roots, comparisons and conversions. */
+static double root(double x)
+{
+    double result;
+    __asm__("fsqrt.d %0, %1" : "=f"(result) : "f"(x));
+    return result;
+}
+
+static u64 kernel(void)
+{
+    union { double number; u64 bits; } sum = { 0 };
+    float longest = 0;
+    int whole = 0;
+    for (int i = 0; i < 20000; i++) {
+        u64 random = random64();
+        double x = (double)(int)(random & 0xffff) / 65536, y = (double)(random >> 48) / 60000;
+        double radius = root(x * x + y * y);
+        float skewed = (float)radius * 1.5f - (float)x / ((float)y + 0.25f);
+        if (radius < 1)
+            sum.number += 1 / (1 + radius);
+        if (skewed > longest)
+            longest = skewed;
+        whole += (int)(skewed * 100);
+    }
+    return sum.bits ^ (u64)whole ^ (u64)(longest * 1000000);
+}
+#endif
+
+#ifdef KERNEL_DEVICE
+/* The UART's scratch register, written and read. */
+static u64 kernel(void)
+{
+    u64 sum = 0;
+    for (int i = 0; i < 1000; i++) {
+        UART[7] = i;
+        sum += UART[7];
+    }
+    return sum;
+}
+#endif
+
+#ifdef KERNEL_CLAIM
+/* Interrupts claimed from the PLIC and completed: the UART's, whenever its transmitter is empty. */
+#define PRIORITY ((volatile u32 *)0xc000000)
+#define ENABLE ((volatile u32 *)0xc002000)
+#define CLAIM ((volatile u32 *)0xc200004)
+static u64 kernel(void)
+{
+    u64 sum = 0;
+    PRIORITY[10] = 1;
+    ENABLE[0] = 1 << 10;
+    for (int i = 0; i < 1000; i++) {
+        u32 source = *CLAIM;
+        sum += source + ENABLE[0];
+        *CLAIM = source;
+    }
+    return sum;
+}
+#endif
+
 #ifdef KERNEL_MEMORY
 /* A walk through 8 MiB in an order that no cache or TLB foresees. */
 #define WORDS (1 << 20)

@@ -90,7 +90,7 @@ class NativeCode:
         self.run: _Native = one(symbols["run"])
         self.go_on: _Native = one(symbols["go_on"])
         self.go_on_elsewhere: _Native = one(symbols["go_on_elsewhere"])
-        self.select_set: _Native = one(symbols["select_set"])
+        self.run_changed: _Native = one(symbols["run_changed"])
         self.flush_all: _Native = one(symbols["flush_all"])
         host_call = ctypes.CFUNCTYPE(
             ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64
@@ -318,6 +318,7 @@ class InterpreterExecutor(StoppingExecutor):
         self._thread = 0  # the one that it ran on last
         # Held around changes of the following.
         self._gate = threading.Condition()
+        self._asking = 0  # threads that wait for native code to be left
         self._active = False  # native code runs
         self._drop_first = True  # translations are to be dropped before it does
         self._pages_to_drop: list[int] = []  # and those of writes to these pages
@@ -373,9 +374,11 @@ class InterpreterExecutor(StoppingExecutor):
                 self._drop_first = True
             else:
                 self._pages_to_drop += pages
+            self._asking += 1
             while self._active:
                 self.hart.request_service()
                 self._gate.wait()
+            self._asking -= 1
 
     def _drop_translations(self) -> None:
         with self._gate:
@@ -402,7 +405,8 @@ class InterpreterExecutor(StoppingExecutor):
         function(address)
         with self._gate:
             self._active = False
-            self._gate.notify_all()
+            if self._asking:
+                self._gate.notify_all()
 
     def _run(self, budget: int) -> Exit:
         hart, native = self.hart, self._native
@@ -412,14 +416,13 @@ class InterpreterExecutor(StoppingExecutor):
         if hart.executor is not self:
             hart.executor = self  # another one may have changed what translations are made of
             self._drop_translations()
-        for field, place in self._places.items():
-            hart[field] = place
+            for field, place in self._places.items():
+                hart[field] = place
         hart[layout.HANDLERS] = self.pages.handlers_address
         hart[layout.BUDGET_LEFT] = budget
         hart[layout.SLICE_END] = hart[layout.RETIRED]
         # The host may have changed registers since the last run.
-        native.select_set(hart.address)
-        self._enter(native.run)
+        self._enter(native.run_changed)
         while True:
             reason = hart[layout.REASON]
             match reason:

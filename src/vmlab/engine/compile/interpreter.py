@@ -564,8 +564,14 @@ def _stale(core: NativeCore) -> None:
     _tail_call(core.function, "@find", base=pc)
 
 
-def _entry_text(name: str, target: str) -> str:
-    """A C function `void name(state)` that goes to a glue function with what the state says."""
+def _entry_text(name: str, target: str, *, first: str = "") -> str:
+    """A C function `void name(state)` that goes to a glue function with what the state says.
+
+    Args:
+        name: its own.
+        target: the glue function's.
+        first: a C function of the state that is called before.
+    """
     fields = {
         "pc": layout.PC,
         "end": layout.SLICE_END,
@@ -578,7 +584,9 @@ def _entry_text(name: str, target: str) -> str:
         for register, field in fields.items()
     )
     return (
-        f"define hidden void @{name}(ptr %s) {ATTRIBUTES} {{\n{loads}"
+        f"define hidden void @{name}(ptr %s) {ATTRIBUTES} {{\n"
+        + (f"  call void @{first}(ptr %s)\n" if first else "")
+        + f"{loads}"
         "  %budget = sub i64 %end, %retired\n"
         "  %t = inttoptr i64 %tlb to ptr\n"
         f"  call tailcc void @{target}(ptr %s, ptr null, i64 %pc, i64 %budget, ptr %t)\n"
@@ -628,7 +636,7 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     Its symbols: `h.NUMBER.NAME` for the handlers that records may name, `c.NUMBER.NAME` for those
     that count hits and take their places; `run(state)` which polls
     and then executes; `go_on(state)` which only executes, `go_on_elsewhere(state)` which comes from
-    another page and polls if the budget is used up; `select_set(state)` and
+    another page and polls if the budget is used up; `run_changed(state)` and
     `flush_all(state)` for the host that changed registers or memory; `drop_writes(state, page)` for
     a page of the host's that must not be written unseen any more; `host.NAME(state, ...)` for what
     the host does to interrupts; and `decode_page(code, records, handlers)`.
@@ -662,6 +670,7 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
         glue.add(name, body)
     module.add("loops", LOOPS)
     module.add("run", _entry_text("run", "poll_at"))
+    module.add("run_changed", _entry_text("run_changed", "poll_at", first="select_set"))
     module.add("go_on", _entry_text("go_on", "find"))
     module.add("go_on_elsewhere", _entry_text("go_on_elsewhere", "lookup"))
     zero = Value(0, 64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Reason(IntEnum):
@@ -24,8 +24,7 @@ class Reason(IntEnum):
     WATCHPOINT = 11  # an instruction has accessed what is watched
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(NamedTuple):
     """A return from `run`.
 
     For READ and WRITE: the physical address, the size in bytes, and for WRITE the data. The
