@@ -36,6 +36,8 @@ _ADOPTION_TIMEOUT: Final = 5.0
 """Seconds that a process found again has to answer: QEMU talks to one client of a socket."""
 _KILL_AGAIN: Final = 5.0
 """Seconds after which a process that was killed, and still runs, is killed again."""
+_KILLS: Final = 12
+"""How often it is killed before it is given up: it waits in the host's kernel then."""
 _QUIT_GRACE: Final = 5.0
 """Seconds that it has to flush its disks and go."""
 
@@ -231,10 +233,14 @@ class Emulator:
         await uninterrupted(self._end())
 
     async def _end(self) -> None:
-        await _put_away(self.process)
-        await self.qmp.close()
-        if self._watch is not None:
-            await self._watch
+        try:
+            await _put_away(self.process)
+        finally:
+            await self.qmp.close()
+            if self._watch is not None:
+                if self.running:
+                    self._watch.cancel()
+                await asyncio.wait([self._watch])
 
     async def quit(self) -> None:
         """Have it flush its disks and go, and kill it if it does not."""
@@ -286,14 +292,35 @@ def _prepare(directory: Path, argv: Sequence[str], files: Mapping[str, str]) -> 
 
 
 async def _put_away(process: OwnedProcess) -> None:
+    """End a process and wait for that.
+
+    Raises:
+        OperationFailed: it cannot be ended, with what it waits for.
+    """
     # Once should do. It was seen once that it did not, and nobody may wait for ever for that.
-    while True:
+    for _ in range(_KILLS):
         process.kill()
-        try:
+        with suppress(TimeoutError):
             await process.wait(_KILL_AGAIN)
-        except TimeoutError:
-            continue
-        return
+            return
+    raise OperationFailed(
+        f"process {process.pid} lives on after SIGKILL ({_standing(process.pid)})",
+        hint="it waits in the host's kernel, whose log may say for what",
+        operation="kill",
+    )
+
+
+def _standing(pid: int) -> str:
+    """What the host's kernel says of a process that does not end."""
+    told = []
+    for name in ("status", "wchan"):
+        try:
+            text = (Path("/proc") / str(pid) / name).read_text("utf-8", "replace")
+        except OSError as error:
+            text = error.strerror or str(error)
+        lines = [line for line in text.splitlines() if line.startswith("State:")] or [text]
+        told.append(f"{name}: {lines[0].removeprefix('State:').strip()}")
+    return ", ".join(told)
 
 
 def _readable(argv: Sequence[str]) -> str:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vmlab.hypervisors.monitored import emulator
+from vmlab.hypervisors.monitored.emulator import Emulator
+from vmlab.machine.errors import OperationFailed
 
 
 class Stubborn:
     """A process on which the first signals have no effect."""
+
+    pid = os.getpid()
 
     def __init__(self, lives: int) -> None:
         self.lives = lives
@@ -36,3 +42,49 @@ def test_a_process_is_killed_until_it_has_ended(
     process: Any = Stubborn(lives)
     asyncio.run(asyncio.wait_for(emulator._put_away(process), 60))
     assert process.kills == lives
+
+
+def test_a_process_that_cannot_be_killed_is_given_up_with_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(emulator, "_KILL_AGAIN", 0.001)
+    process: Any = Stubborn(1000)
+    with pytest.raises(OperationFailed, match=r"lives on after SIGKILL \(status: [A-Z] .*wchan: "):
+        asyncio.run(asyncio.wait_for(emulator._put_away(process), 60))
+    assert process.kills == emulator._KILLS
+    process.pid = 0
+    with pytest.raises(OperationFailed, match="No such file"):
+        asyncio.run(asyncio.wait_for(emulator._put_away(process), 60))
+
+
+@pytest.mark.parametrize("lives", [1, 1000])
+def test_the_conversation_with_a_process_ends_whether_it_does_or_not(
+    monkeypatch: pytest.MonkeyPatch, lives: int
+) -> None:
+    monkeypatch.setattr(emulator, "_KILL_AGAIN", 0.001)
+    monkeypatch.setattr(Emulator, "running", property(lambda self: lives > 1))
+    closed: list[bool] = []
+
+    async def close() -> None:
+        closed.append(True)
+
+    async def notice() -> None:
+        if lives > 1:
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        made = Emulator.__new__(Emulator)
+        watch = asyncio.ensure_future(notice())
+        parts = {"process": Stubborn(lives), "qmp": SimpleNamespace(close=close), "_watch": watch}
+        made.__dict__.update(parts)
+        try:
+            await asyncio.wait_for(made.end(), 60)
+        finally:
+            assert watch.done()
+
+    if lives > 1:
+        with pytest.raises(OperationFailed, match="lives on"):
+            asyncio.run(test())
+    else:
+        asyncio.run(test())
+    assert closed == [True]
