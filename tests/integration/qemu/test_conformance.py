@@ -39,7 +39,13 @@ SAMPLE = {
         "share.seen",
         "states.illegal",
     ),
-    Architecture.RISCV64: ("change.hotplug-disk", "fork.copies", "snapshot.memory-returns"),
+    # QEMU's board before 8.2 ends with its guest's power-off: the one that tells of no event.
+    Architecture.RISCV64: (
+        "change.hotplug-disk",
+        "fork.copies",
+        "snapshot.memory-returns",
+        "stop.by-guest",
+    ),
 }
 CASES = [(architecture, check) for architecture, ids in SAMPLE.items() for check in ids]
 WHOLE = {
