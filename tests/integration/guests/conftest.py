@@ -32,6 +32,7 @@ _QEMU = {
     Architecture.X86_64: "qemu-system-x86_64",
     Architecture.RISCV64: "qemu-system-riscv64",
 }
+_PACKAGE = {Architecture.X86_64: "qemu-system-x86", Architecture.RISCV64: "qemu-system-misc"}
 # Read before the tests get directories of their own: images are slow to fetch and never change.
 _IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
@@ -86,7 +87,9 @@ class Lab:
 @pytest.fixture(scope="module", params=IMAGES, ids=lambda architecture: architecture.value)
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     if shutil.which(_QEMU[request.param]) is None:
-        pytest.skip(f"{_QEMU[request.param]} is not installed")
+        pytest.skip(
+            f"needs {_QEMU[request.param]}, of the Debian package {_PACKAGE[request.param]}"
+        )
     lab = Lab(request.param)
     yield lab
     lab.close()

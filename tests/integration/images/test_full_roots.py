@@ -39,7 +39,7 @@ pytestmark = [
     pytest.mark.soak,
     pytest.mark.skipif(
         any(tools.find(name) is None for name in ("mmdebstrap", "mke2fs", "debugfs", "depmod")),
-        reason="full roots need mmdebstrap, e2fsprogs and kmod",
+        reason="needs the Debian packages mmdebstrap, e2fsprogs, kmod",
     ),
 ]
 
@@ -191,8 +191,8 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexistent VM
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-@pytest.mark.skipif(tools.find("newuidmap") is None, reason="newuidmap (uidmap) is not installed")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+@pytest.mark.skipif(tools.find("newuidmap") is None, reason="needs the Debian package uidmap")
 def test_ordinary_user_builds_the_same_full_root_as_root_does(
     tmp_path: Path, small: Path, nobodys: Path
 ) -> None:

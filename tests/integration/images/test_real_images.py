@@ -13,7 +13,6 @@ import lzma
 import os
 import re
 import selectors
-import shutil
 import socket
 import subprocess
 import tarfile
@@ -26,7 +25,6 @@ import pytest
 
 from vmlab.images import Image, ImageStore
 from vmlab.images.debian import openpgp
-from vmlab.images.errors import MirrorError
 from vmlab.images.formats import deb, tarball
 from vmlab.images.importing import Parts, import_image
 from vmlab.images.roots import tools
@@ -50,13 +48,6 @@ MACHINES = {
 @pytest.fixture(scope="module")
 def store() -> ImageStore:
     return ImageStore(_STORE)
-
-
-def ensured(store: ImageStore, name: str) -> Image:
-    try:
-        return store.ensure(name)
-    except MirrorError as error:
-        pytest.skip(f"no Debian mirror can be reached: {error.message}")
 
 
 class Guest:
@@ -127,9 +118,25 @@ def booted() -> Iterator[list[Guest]]:
         guest.close()
 
 
+PACKAGES = {
+    **dict.fromkeys(("mke2fs", "debugfs"), "e2fsprogs"),
+    **{"mmdebstrap": "mmdebstrap", "depmod": "kmod", "qemu-img": "qemu-utils"},
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-riscv64": "qemu-system-misc",
+    "qemu-system-aarch64": "qemu-system-arm",
+    "qemu-system-ppc64": "qemu-system-ppc",
+}
+"""Which Debian package has a program; all are in tools/debian-packages.txt."""
+
+
+def needs(*programs: str) -> None:
+    missing = sorted({PACKAGES[name] for name in programs if tools.find(name) is None})
+    if missing:
+        pytest.skip(f"needs the Debian packages {', '.join(missing)}")
+
+
 def needs_qemu(architecture: Architecture) -> None:
-    if shutil.which(MACHINES[architecture][0]) is None:
-        pytest.skip(f"{MACHINES[architecture][0]} is not installed")
+    needs(MACHINES[architecture][0])
 
 
 @pytest.mark.slow
@@ -142,7 +149,7 @@ def needs_qemu(architecture: Architecture) -> None:
 def test_tiny_image_of_the_real_archive_boots_and_does_what_it_is_for(
     store: ImageStore, booted: list[Guest], tmp_path: Path, name: str
 ) -> None:
-    image = ensured(store, name)
+    image = store.ensure(name)
     needs_qemu(image.architecture)
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "note").write_text("from the host")
@@ -194,7 +201,7 @@ def test_tiny_image_of_the_real_archive_boots_and_does_what_it_is_for(
 def test_tiny_image_with_the_standard_guest_agent_answers_on_its_port_and_shuts_down(
     store: ImageStore, booted: list[Guest], tmp_path: Path
 ) -> None:
-    image = ensured(store, "debian-12-amd64-tiny-qga")
+    image = store.ensure("debian-12-amd64-tiny-qga")
     needs_qemu(image.architecture)
     assert image.channels == ("qga", "console")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -232,7 +239,7 @@ def test_tiny_image_with_the_standard_guest_agent_answers_on_its_port_and_shuts_
 @pytest.mark.slow
 @pytest.mark.timeout(4 * SECONDS)
 def test_tiny_image_is_the_same_when_it_is_built_again(store: ImageStore) -> None:
-    image = ensured(store, "debian-12-amd64-tiny")
+    image = store.ensure("debian-12-amd64-tiny")
     recipe = store.recipe("debian-12-amd64-tiny")
     assert recipe is not None
     again, differences = store.build_twice(recipe)
@@ -241,7 +248,7 @@ def test_tiny_image_is_the_same_when_it_is_built_again(store: ImageStore) -> Non
 
 
 def test_snapshot_in_use_is_signed_by_debians_keys(store: ImageStore) -> None:
-    ensured(store, "debian-13-riscv64-tiny")
+    store.ensure("debian-13-riscv64-tiny")
     release = store.suite("debian", "trixie").snapshot().main
     assert (release.codename, release.origin) == ("trixie", "Debian")
     assert set(release.signers) & set(openpgp.ARCHIVE_KEYS.values())
@@ -250,7 +257,7 @@ def test_snapshot_in_use_is_signed_by_debians_keys(store: ImageStore) -> None:
 def test_warm_store_answers_without_apt_and_without_reading_the_image_again(
     store: ImageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = ensured(store, "debian-13-riscv64-tiny")
+    image = store.ensure("debian-13-riscv64-tiny")
 
     def nobody(*_: object, **__: object) -> str:
         raise AssertionError("a warm store has no need of this")
@@ -266,11 +273,8 @@ def test_warm_store_answers_without_apt_and_without_reading_the_image_again(
 def test_full_root_boots_to_systemd_with_the_agent_lent_to_it(
     store: ImageStore, booted: list[Guest]
 ) -> None:
-    missing = [name for name in ("mmdebstrap", "mke2fs", "debugfs", "depmod")
-               if tools.find(name) is None]  # fmt: skip
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed")
-    image = ensured(store, "debian-12-amd64")
+    needs("mmdebstrap", "mke2fs", "debugfs", "depmod")
+    image = store.ensure("debian-12-amd64")
     needs_qemu(image.architecture)
     guest = Guest(
         image, "vmlab.hostname=lab8",
@@ -343,11 +347,9 @@ def container_root(busybox: Path) -> bytes:
 def test_root_of_a_container_boots_with_a_kernel_modules_and_agent_lent_to_it(
     store: ImageStore, own_store: ImageStore, booted: list[Guest], tmp_path: Path
 ) -> None:
-    missing = [name for name in ("mke2fs", "debugfs") if tools.find(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} not installed")
+    needs("mke2fs", "debugfs")
     needs_qemu(Architecture.X86_64)
-    ensured(store, "debian-12-amd64-tiny")
+    store.ensure("debian-12-amd64-tiny")
     suite = own_store.suite("debian", "bookworm")
     index = suite.index(suite.snapshot(), components=["main"], architecture="amd64")
     tarred = tmp_path / "root.tar.gz"
@@ -398,8 +400,7 @@ def test_disk_that_was_imported_boots_by_its_own_boot_loader(
         disk = tmp_path / "disk.raw.xz"
         disk.write_bytes(lzma.compress(raw.read_bytes()))
     elif form == "qcow2":
-        if shutil.which("qemu-img") is None:
-            pytest.skip("qemu-img is not installed")
+        needs("qemu-img")
         disk = tmp_path / "disk.qcow2"
         subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, disk], check=True)
     image = import_image(own_store, "cloud", Parts(disk=disk), architecture=Architecture.X86_64)
@@ -418,7 +419,7 @@ def test_disk_that_was_imported_boots_by_its_own_boot_loader(
 def test_kernel_and_initramfs_that_were_imported_boot(
     store: ImageStore, own_store: ImageStore, booted: list[Guest], tmp_path: Path
 ) -> None:
-    tiny = ensured(store, "debian-12-amd64-tiny")
+    tiny = store.ensure("debian-12-amd64-tiny")
     needs_qemu(tiny.architecture)
     assert tiny.initrd is not None
     (tmp_path / "initrd.gz").write_bytes(gzip.compress(tiny.initrd.read_bytes(), 1))

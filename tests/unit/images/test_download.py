@@ -151,7 +151,7 @@ def test_place_that_cannot_be_written_is_a_store_error(server: Server, tmp_path:
     server.answer = lambda path, _: (200, {"Content-Length": "4"}, b"good")
     full = Path("/dev/full")
     if not full.exists():
-        pytest.skip("this host has no /dev/full")
+        pytest.skip("needs Linux, for /dev/full")
     link = tmp_path / "partial"
     link.symlink_to(full)
     with pytest.raises(StoreError, match=r"cannot be written: No space left on device .* free"):

@@ -124,7 +124,7 @@ def test_full_disk_at_any_stage_is_an_error_and_once_there_is_room_the_build_goe
 ) -> None:
     private = private_mounts()
     if private is None:
-        pytest.skip("this user may not mount a file system of its own")
+        pytest.skip("needs root, or user namespaces, to mount a file system of its own")
     whole = make_store("whole")
     digest = whole.ensure(recipe_file).digest
     page = 4096
@@ -328,9 +328,10 @@ def readable_by_all(path: Path) -> bool:
     return all(place.stat().st_mode & stat.S_IROTH for place in (path, *path.parents))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 @pytest.mark.skipif(
-    not readable_by_all(Path(vmlab.images.__file__)), reason="nobody may not read this checkout"
+    not readable_by_all(Path(vmlab.images.__file__)),
+    reason="needs a checkout that every user may read",
 )
 def test_unprivileged_user_builds_an_image(
     make_store: MakeStore, recipe_file: Path, for_all: Path
@@ -347,7 +348,7 @@ def test_unprivileged_user_builds_an_image(
     assert store.verify() == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 @pytest.mark.parametrize("mode", [0o755, 0o700])
 def test_store_that_may_not_be_written_is_an_error_with_a_hint(
     make_store: MakeStore, recipe_file: Path, for_all: Path, mode: int

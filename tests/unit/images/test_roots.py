@@ -28,7 +28,7 @@ EPOCH = 1_700_000_000
 
 needs_ext4 = pytest.mark.skipif(
     tools.find("mke2fs") is None or tools.find("debugfs") is None,
-    reason="mke2fs and debugfs (e2fsprogs) are not installed",
+    reason="needs the Debian package e2fsprogs",
 )
 
 
@@ -255,7 +255,7 @@ def test_failing_tool_is_reported_with_its_last_words(tmp_path: Path) -> None:
                   log=tmp_path / "log")  # fmt: skip
 
 
-@pytest.mark.skipif(tools.find("setpriv") is None, reason="setpriv (util-linux) is not installed")
+@pytest.mark.skipif(tools.find("setpriv") is None, reason="needs the Debian package util-linux")
 def test_tool_dies_with_whoever_runs_it(
     tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
 ) -> None:
@@ -394,7 +394,7 @@ can_confine = pytest.mark.skipif(
     os.geteuid() != 0
     or tools.find("unshare") is None
     or not confinement._permitted([tools.find("unshare") or "", *confinement._NAMESPACES]),
-    reason="this user may not make namespaces",
+    reason="needs root, to make namespaces",
 )
 
 

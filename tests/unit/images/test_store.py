@@ -530,7 +530,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="these locks are Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for its locks")
 def test_image_whose_files_a_program_has_locked_stays_although_nobody_holds_it(
     make_store: MakeStore, recipe_file: Path
 ) -> None:
