@@ -20,7 +20,9 @@ from vmlab.hypervisors.base import DiskInfo, NicInfo, Probe
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.ownership import Owner
 from vmlab.hypervisors.qemu import QemuHypervisor, provider
+from vmlab.hypervisors.qemu.disks import DiskFile
 from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qemu.layout import Layout
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
 from vmlab.hypervisors.qmp import QmpEvent
@@ -121,6 +123,18 @@ class SqueezesNobody(QemuMachine):
         self.begin()
 
 
+class CutsNoWire(SqueezesNobody):
+    """Says that a wire is cut, and lets its packets through."""
+
+
+class KeepsTheAddress(QemuMachine):
+    """Makes copies that go on using the addresses of what they are copies of."""
+
+    async def _make_copy(self, layout: Layout, disks: tuple[DiskFile, ...]) -> None:
+        await super()._make_copy(layout, disks)
+        self.layout = layout
+
+
 class ForgetsTheConsole(QemuMachine):
     """Begins the console's log anew at each start."""
 
@@ -147,6 +161,8 @@ MUTANTS: dict[type[QemuMachine], str] = {
     OnlySaysThatItPauses: "pause.stands-still",
     BootsInsteadOfRestoring: "snapshot.memory-returns",
     SqueezesNobody: "fault.guest",
+    CutsNoWire: "fault.network",
+    KeepsTheAddress: "fork.identity",
     ForgetsTheConsole: "console.log",
     PinsNothing: "configuration.pinning",
 }
