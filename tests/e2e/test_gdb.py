@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from tests.e2e.conftest import Vmlab
+from tests.e2e.conftest import AMD64, Vmlab
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -73,7 +73,7 @@ def test_nothing_runs_until_the_debugger_that_was_named_lets_it(
     vmlab: Vmlab, attach: Callable[[str, list[str]], str]
 ) -> None:
     running = vmlab.start(
-        "run", "--gdb", "--image", "debian-12-amd64-tiny", "--", "cat /proc/cmdline; exit 5"
+        "run", "--gdb", *AMD64, "--", "cat /proc/cmdline; exit 5"
     )
     assert running.stderr is not None
     said = [running.stderr.readline().decode() for _ in range(2)]
@@ -84,6 +84,29 @@ def test_nothing_runs_until_the_debugger_that_was_named_lets_it(
     log = next(vmlab.home.rglob("console-serial.log"), None)
     assert log is None or log.read_bytes() == b""
     assert int(attach(path, command), 16) == RESET_IP
+    out, err = running.communicate(timeout=300)
+    assert (running.returncode, err) == (5, b"")
+    assert b"nokaslr" in out
+    assert not vmlab.processes() and not vmlab.files() and not vmlab.runs
+
+
+def test_the_engine_s_machine_waits_for_gdb_and_gives_it_the_kernel_s_symbols(
+    vmlab: Vmlab,
+) -> None:
+    running = vmlab.start(
+        "run", "--gdb", "--image", "debian-13-riscv64-tiny", "--", "cat /proc/cmdline; exit 5"
+    )
+    assert running.stderr is not None
+    said = [running.stderr.readline().decode() for _ in range(2)]
+    assert "waits for gdb" in said[0]
+    command = shlex.split(said[1])
+    assert command[0] == "gdb-multiarch"
+    words = ["-nx", "-batch", "-ex", "print/x $pc", "-ex", "break start_kernel", "-ex", "detach"]
+    done = subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert "= 0x80200000" in done.stdout, done.stdout + done.stderr
+    assert "Breakpoint 1 at 0xffffffff8" in done.stdout, done.stdout + done.stderr
     out, err = running.communicate(timeout=300)
     assert (running.returncode, err) == (5, b"")
     assert b"nokaslr" in out

@@ -86,8 +86,6 @@ def _lacking(wish: Wish) -> str:
     if wish.image in TINY.values() and wish.image != TINY[Architecture.RISCV64]:
         architecture = next(name for name, image in TINY.items() if image == wish.image)
         return f"it runs riscv64 guests, and {wish.image} is {architecture.value}"
-    if wish.gdb:
-        return "it has no place for gdb yet"
     if any(parse_share(text, "share").kind is not ShareKind.COPY for text in wish.shares):
         return "it shares no directories yet"
     if wish.network and shutil.which("passt") is None:

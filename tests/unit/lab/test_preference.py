@@ -33,7 +33,6 @@ def test_the_embedded_engine_runs_what_nobody_else_was_named_for() -> None:
     ("wish", "reason"),
     [
         (Wish(image="debian-12-amd64-tiny"), "runs riscv64 guests, and debian-12-amd64-tiny is"),
-        (Wish(gdb=True), "no place for gdb"),
         (Wish(shares=("/tmp:/src",)), "shares no directories"),
         (Wish(network=True), "needs passt"),
     ],
@@ -42,6 +41,10 @@ def test_what_the_engine_cannot_do_is_qemus_and_is_told(wish: Wish, reason: str)
     chosen = preference(wish, None)
     assert chosen.hypervisor == "qemu"
     assert reason in chosen.reason
+
+
+def test_a_machine_that_waits_for_gdb_is_the_engines() -> None:
+    assert preference(Wish(gdb=True), None).hypervisor == "embedded"
 
 
 def test_a_copied_share_and_a_network_with_passt_are_the_engines(
@@ -58,7 +61,8 @@ def test_a_host_that_the_engine_has_no_code_for_is_told(monkeypatch: pytest.Monk
 
 
 def test_whoever_was_named_runs_it_whatever_it_can_do() -> None:
-    assert preference(Wish(gdb=True), "embedded") == Preference("embedded")
+    shared = Wish(shares=("/tmp:/src",))
+    assert preference(shared, "embedded") == Preference("embedded")
     qemu = preference(Wish(), "qemu")
     assert qemu == Preference("qemu")
     assert qemu.tiny_image in TINY.values()

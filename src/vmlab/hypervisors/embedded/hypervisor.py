@@ -15,6 +15,7 @@ from vmlab import __version__
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
 from vmlab.hypervisors.embedded.machine import EmbeddedMachine
 from vmlab.hypervisors.embedded.machine_file import EXECUTORS, SLOTS
+from vmlab.hypervisors.monitored.debugger import debugger_socket
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
@@ -84,7 +85,13 @@ CAPABILITIES: Final = Capabilities(
 
 
 class EmbeddedHypervisor(MonitoredHypervisor):
-    """The machines of one owner that the embedded engine runs."""
+    """The machines of one owner that the embedded engine runs.
+
+    Args:
+        owner: Run or store.
+        debugger: Unix socket at which a machine waits for a debugger to let it run; for one
+            machine at a time.
+    """
 
     name: ClassVar[str] = "embedded"
     program: ClassVar[str] = "engine"
@@ -94,6 +101,10 @@ class EmbeddedHypervisor(MonitoredHypervisor):
 
     async def capabilities(self) -> Capabilities:
         return CAPABILITIES
+
+    def __init__(self, owner: Owner, *, debugger: Path | None = None) -> None:
+        super().__init__(owner)
+        self.debugger = debugger
 
     def new_machine(self, id_: str, spec: MachineSpec, state: MachineState) -> EmbeddedMachine:
         return EmbeddedMachine(self, id_, spec, state)
@@ -147,15 +158,21 @@ class EmbeddedProvider(HypervisorProvider):
         )
 
     def open(self, owner: Owner, options: Mapping[str, str] | None = None) -> EmbeddedHypervisor:
-        """The engine for `owner`; it has no options.
+        """The engine for `owner`.
+
+        The option `gdb` is a Unix socket's path, at which a machine that is started waits for gdb
+        before its first instruction.
 
         Raises:
             HypervisorUnavailable: this host's processor is none that it has code for.
-            InvalidSpec: an option was given.
+            InvalidSpec: an option is unknown or wrong.
         """
+        given = dict(options or {})
+        socket = given.pop("gdb", None)
+        debugger = debugger_socket(socket, self.name) if socket is not None else None
         problems = [
-            SpecProblem(name, value, "no such option; there are none")
-            for name, value in (options or {}).items()
+            SpecProblem(name, value, "no such option; known is `gdb`")
+            for name, value in given.items()
         ]
         if problems:
             raise InvalidSpec(problems, hypervisor=self.name)
@@ -166,7 +183,7 @@ class EmbeddedProvider(HypervisorProvider):
                 hint=processor.hint,
                 hypervisor=self.name,
             )
-        return EmbeddedHypervisor(owner)
+        return EmbeddedHypervisor(owner, debugger=debugger)
 
 
 def _processor() -> ProbeItem:

@@ -9,7 +9,7 @@ import errno
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from vmlab.hypervisors.base import DiskInfo, MachineInfo, NicInfo, NodeInfo, Progress, Snapshot
 from vmlab.hypervisors.embedded import images, readings
@@ -104,7 +104,19 @@ class EmbeddedMachine(MonitoredMachine[EngineProcess]):
             macs=self.macs,
             logs=self.directory,
             owner=self.monitored.owner,
+            debugger=self.embedded.debugger,
         )
+
+    @property
+    def embedded(self) -> EmbeddedHypervisor:
+        """The hypervisor that it is of."""
+        return cast("EmbeddedHypervisor", self.monitored)
+
+    async def detach(self) -> None:
+        """The machine's process has ended: let go of what led to it."""
+        await super().detach()
+        if self.embedded.debugger is not None:
+            self.embedded.debugger.unlink(missing_ok=True)
 
     async def _do_start(self, operation: Operation) -> None:
         from vmlab.engine.configuration import text_of
@@ -130,7 +142,9 @@ class EmbeddedMachine(MonitoredMachine[EngineProcess]):
             kind, _, name = nic.network.partition(":")
             if kind == "bridge":
                 await join_bridge(bridge_port(self.monitored.owner, self.id, nic.name), name)
-        await self.let_run(emulator)
+        if self.embedded.debugger is None:
+            # Otherwise it is for the debugger to do.
+            await self.let_run(emulator)
 
     def is_machine(self, argv: tuple[str, ...]) -> bool:
         """Whether a process of the machine's with that command line is the machine itself."""

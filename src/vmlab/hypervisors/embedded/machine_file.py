@@ -18,6 +18,7 @@ from vmlab.engine.configuration import (
     DiskFile,
     Execution,
     Forward,
+    Gdb,
     ImageFormat,
     Nic,
     SegmentKind,
@@ -55,6 +56,7 @@ class Launch:
         macs: The address of each NIC.
         logs: Directory of the consoles' logs.
         owner: Whose it is.
+        debugger: Unix socket that a debugger connects to, if one may.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Launch:
     macs: Mapping[str, str]
     logs: Path
     owner: Owner
+    debugger: Path | None = None
 
 
 def check(spec: specs.MachineSpec) -> None:
@@ -125,6 +128,7 @@ def configuration(launch: Launch) -> Configuration:
         no_shutdown=True,
         time=Time(mode=TimeMode.DETERMINISTIC if spec.deterministic else TimeMode.HOST),
         seed=spec.seed if spec.deterministic else None,
+        gdb=Gdb(str(launch.debugger)) if launch.debugger is not None else None,
     )
 
 

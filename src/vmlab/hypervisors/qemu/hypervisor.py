@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import shutil
 import subprocess
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from vmlab.hypervisors import accelerators
 from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
+from vmlab.hypervisors.monitored.debugger import debugger_socket
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
-from vmlab.hypervisors.ownership import SOCKET_PATH_LIMIT
 from vmlab.hypervisors.qemu import memory, timers, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
@@ -313,7 +312,7 @@ class QemuProvider(HypervisorProvider):
         debugger: Path | None = None
         for name, value in (options or {}).items():
             if name == "gdb":
-                debugger = _socket(value)
+                debugger = debugger_socket(value, self.name)
                 continue
             if name != "architecture":
                 raise InvalidSpec(
@@ -334,18 +333,6 @@ class QemuProvider(HypervisorProvider):
                 hypervisor=self.name,
             )
         return QemuHypervisor(owner, only=only, debugger=debugger)
-
-
-def _socket(value: str) -> Path:
-    """The path of a socket that QEMU and gdb can both name.
-
-    Raises:
-        InvalidSpec: it is relative, or too long for a socket.
-    """
-    if not value.startswith("/") or len(os.fsencode(value)) > SOCKET_PATH_LIMIT:
-        wanted = f"an absolute path of at most {SOCKET_PATH_LIMIT} bytes for a Unix socket"
-        raise InvalidSpec([SpecProblem("gdb", value, wanted)], hypervisor="qemu")
-    return Path(value)
 
 
 def _program_item(architecture: Architecture) -> ProbeItem:

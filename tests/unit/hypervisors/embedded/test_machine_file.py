@@ -16,6 +16,7 @@ from vmlab.engine.configuration import (
     DiskFile,
     Execution,
     Forward,
+    Gdb,
     ImageFormat,
     Nic,
     SegmentKind,
@@ -44,6 +45,15 @@ def made(spec: MachineSpec, *files: disks.DiskFile) -> Configuration:
 def spec_of(**fields: object) -> MachineSpec:
     base: dict[str, object] = {"name": "vm", "architecture": "riscv64", "boot": {"kernel": "/k"}}
     return MachineSpec.of(**(base | fields))
+
+
+def test_a_debugger_has_a_socket_where_one_is_wanted(tmp_path: Path) -> None:
+    launch = Launch("1" * 32, spec_of(), (), {}, LOGS, OWNER, Path("/run/gdb.sock"))
+    wanted = configuration(launch)
+    assert wanted.gdb == Gdb("/run/gdb.sock")
+    (tmp_path / "m.toml").write_text(text_of(wanted))
+    assert load(tmp_path / "m.toml").gdb == wanted.gdb
+    assert configuration(replace(launch, debugger=None)).gdb is None
 
 
 def test_a_machine_is_made_of_what_was_specified() -> None:

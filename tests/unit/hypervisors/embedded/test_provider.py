@@ -89,6 +89,13 @@ def test_an_unknown_option_is_refused() -> None:
         provider.open(OWNER, {"colour": "red"})
 
 
+def test_a_debugger_s_socket_is_the_machine_s() -> None:
+    assert provider.open(OWNER, {"gdb": "/run/gdb.sock"}).debugger == Path("/run/gdb.sock")
+    assert provider.open(OWNER).debugger is None
+    with pytest.raises(InvalidSpec, match="absolute path"):
+        provider.open(OWNER, {"gdb": "gdb.sock"})
+
+
 def test_a_compiler_that_fails_makes_it_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise client.CompileFailed("no LLVM")
