@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
@@ -66,7 +68,15 @@ def test_no_increment_is_lost(ram, assemble) -> None:
     assert ram.load64(COUNTER) == 4 * ROUNDS
 
 
-def test_a_lock_keeps_others_out(ram, assemble) -> None:
+@pytest.mark.parametrize(
+    "acquire",
+    [
+        "amoswap.w.aq t2, t1, (s1)\n bnez t2, acquire",
+        "lr.w.aq t2, (s1)\n bnez t2, acquire\n sc.w t2, t1, (s1)\n bnez t2, acquire",
+    ],
+    ids=["amo", "reservation"],
+)
+def test_a_lock_keeps_others_out(ram, assemble, acquire: str) -> None:
     ram.write(
         BASE,
         assemble(
@@ -74,8 +84,7 @@ def test_a_lock_keeps_others_out(ram, assemble) -> None:
             {TOGETHER}
             li s1, {LOCK}
             li s2, {GUARDED}
-            acquire: amoswap.w.aq t2, t1, (s1)
-            bnez t2, acquire
+            acquire: {acquire}
             ld t3, (s2)
             addi t3, t3, 1
             sd t3, (s2)

@@ -230,3 +230,47 @@ LOADS_AND_GOES_ON = handled(
     + word("sret"),
 )
 """Three loads that nothing answers."""
+
+
+# ----------------------------------------------------------- code that one hart writes for another
+
+_FUNCTION, _RESULT = START + 0x1000, START + 0x2000
+RA = 1
+
+
+def _until(address: int, value: int) -> bytes:
+    return (
+        number(T0, address)
+        + number(T1, value)
+        + word("lw", rd=T2, rs1=T0)
+        + word("bne", rs1=T2, rs2=T1, imm=-4)
+    )
+
+
+def _answers(value: int) -> bytes:
+    return word("addi", rd=A0, rs1=0, imm=value)
+
+
+_CALLER = (
+    number(T0, _FUNCTION) + word("jalr", rd=RA, rs1=T0) + number(T0, _RESULT)
+    + word("sw", rs1=T0, rs2=A0)
+)  # fmt: skip
+_CALLER += jump(-len(_CALLER))
+CHANGES_ANOTHER = (
+    (
+        jump(4 + len(_CALLER))
+        + _CALLER
+        + call(0x48_534D, 0, 1, START + 4, 0)
+        + _until(_RESULT, 1)
+        + number(T0, _FUNCTION)
+        + number(T1, int.from_bytes(_answers(2), "little"))
+        + word("sw", rs1=T0, rs2=T1)
+        + word("fence.i")
+        + call(0x5246_4E43, 0, 1 << 1, 0)
+        + _until(_RESULT, 2)
+        + end(POWEROFF)
+    ).ljust(0x1000, b"\0")
+    + _answers(1)
+    + word("jalr", rs1=RA)
+)
+"""The first hart writes a function anew that the second one calls again and again."""
