@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,15 @@ from typing import Any
 import psutil
 import pytest
 
+from vmlab.images import Image
+from vmlab.images.formats import cpio
 from vmlab.images.settings import default_store
 
 # Read before the tests get directories of their own: images are slow to fetch and never change.
 IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+
+AMD64 = ("--hypervisor", "qemu", "--image", "debian-12-amd64-tiny")
+"""The options of a machine that most of these tests are about."""
 
 
 class Vmlab:
@@ -58,8 +64,15 @@ class Vmlab:
         """What runs with this home, vmlab itself not counted."""
         return [
             process
-            for process in psutil.process_iter(["cmdline"])
+            for process in psutil.process_iter(["cmdline", "cwd"])
             if any(str(self.home) in word for word in process.info["cmdline"] or ())
+            or str(self.home) in (process.info["cwd"] or "")
+        ]
+
+    def engines(self) -> list[psutil.Process]:
+        """Those of them that are embedded engines."""
+        return [
+            process for process in self.processes() if "vmlab.engine" in process.info["cmdline"]
         ]
 
     def files(self) -> list[Path]:
@@ -72,10 +85,20 @@ class Vmlab:
         return list((self.home / "runs").iterdir())
 
 
+def unpack_modules(image: Image, directory: Path) -> None:
+    """What `make modules_install INSTALL_MOD_PATH=DIRECTORY` leaves, for a tiny image's kernel."""
+    assert image.initrd is not None
+    with image.initrd.open("rb") as file:
+        for entry in cpio.read(file, source="initrd"):
+            inside = re.search(r"lib/modules/(.*\.ko)$", entry.path)
+            if inside is not None:
+                place = directory / "lib" / "modules" / inside[1]
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(entry.data)
+
+
 @pytest.fixture
 def vmlab() -> Iterator[Vmlab]:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("qemu-system-x86_64 is not installed: apt-get install qemu-system-x86")
     home = Path(tempfile.mkdtemp(prefix="vmlab-e-"))
     yield Vmlab(home)
     shutil.rmtree(home)

@@ -6,13 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import Vmlab
+from tests.e2e.conftest import AMD64, Vmlab
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_kept_machine_is_talked_to_until_it_is_deleted(vmlab: Vmlab, tmp_path: Path) -> None:
-    done = vmlab.run("run", "--image", "debian-12-amd64-tiny", "--keep", "--", "echo 1 >/root/a")
+    done = vmlab.run("run", *AMD64, "--keep", "--", "echo 1 >/root/a")
     assert done.returncode == 0
     name = done.stderr.decode().split()[0]
     try:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import IMAGE_STORE, Vmlab
+from tests.e2e.conftest import IMAGE_STORE, Vmlab, unpack_modules
 
 from vmlab.images import ImageStore
-from vmlab.images.formats import cpio
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,16 +20,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     The modules are those of the tiny image, and one of a name that no recipe knows.
     """
     image = ImageStore(IMAGE_STORE).ensure("debian-12-amd64-tiny")
-    assert image.packaged_kernel is not None and image.initrd is not None
+    assert image.packaged_kernel is not None
     directory = tmp_path_factory.mktemp("built")
     shutil.copyfile(image.packaged_kernel, directory / "bzImage")
-    with image.initrd.open("rb") as file:
-        for entry in cpio.read(file, source="initrd"):
-            inside = re.search(r"lib/modules/(.*\.ko)$", entry.path)
-            if inside is not None:
-                place = directory / "out" / "lib" / "modules" / inside[1]
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(entry.data)
+    unpack_modules(image, directory / "out")
     dummy = next((directory / "out").rglob("dummy.ko"))
     dummy.rename(dummy.with_name("my_driver.ko"))
     return directory / "bzImage", directory / "out"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import Vmlab
+from tests.e2e.conftest import AMD64, Vmlab
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,7 +48,7 @@ def nothing_left(vmlab: Vmlab) -> bool:
 def test_uname_prints_the_guest_s_and_nothing_is_left(
     vmlab: Vmlab, image: str, machine: str
 ) -> None:
-    done = vmlab.run("run", "--image", image, "--", "uname", "-sm")
+    done = vmlab.run("run", "--hypervisor", "qemu", "--image", image, "--", "uname", "-sm")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"Linux {machine}\n".encode(), b"")
     assert nothing_left(vmlab)
 
@@ -59,7 +59,7 @@ def test_streams_status_disk_share_and_copies_pass_through(vmlab: Vmlab, tmp_pat
     (tmp_path / "there").mkdir()
     data = bytes(range(256)) * 4096
     done = vmlab.run(
-        "run", "--image", "debian-12-amd64-tiny", "--memory", "256M", "--cpus", "2",
+        "run", *AMD64, "--memory", "256M", "--cpus", "2",
         "--disk", "64M", "--share", f"{tmp_path}/here:/src", "--timeline",
         "--share", f"{tmp_path}/there:/there:rw", "--share", f"{tmp_path}/here:/copied:rw:copy",
         "--copy-out", f"/root/out:{tmp_path}/out", "--",
@@ -87,7 +87,7 @@ def test_streams_status_disk_share_and_copies_pass_through(vmlab: Vmlab, tmp_pat
 
 def test_ctrl_c_reaches_the_command_and_its_status_comes_back(vmlab: Vmlab) -> None:
     running = vmlab.start(
-        "run", "--image", "debian-12-amd64-tiny", "--",
+        "run", *AMD64, "--",
         "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.1; done",
     )  # fmt: skip
     assert running.stdout is not None
@@ -99,7 +99,7 @@ def test_ctrl_c_reaches_the_command_and_its_status_comes_back(vmlab: Vmlab) -> N
 
 
 def test_ctrl_c_while_it_boots_clears_everything_away(vmlab: Vmlab) -> None:
-    running = vmlab.start("run", "--image", "debian-12-amd64-tiny", "--", "true")
+    running = vmlab.start("run", *AMD64, "--", "true")
     assert wait_until(lambda: bool(vmlab.processes()))
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=300)
@@ -108,7 +108,7 @@ def test_ctrl_c_while_it_boots_clears_everything_away(vmlab: Vmlab) -> None:
 
 
 def test_kill_9_leaves_no_process_and_the_next_run_clears_the_files(vmlab: Vmlab) -> None:
-    words = ["run", "--image", "debian-12-amd64-tiny", "--", "echo ready; cat"]
+    words = ["run", *AMD64, "--", "echo ready; cat"]
     # Two side by side; one is killed, the other does not notice.
     runs = [vmlab.start(*words, stdin=subprocess.PIPE) for _ in range(2)]
     victim, other = runs
@@ -135,7 +135,7 @@ def test_kill_9_leaves_no_process_and_the_next_run_clears_the_files(vmlab: Vmlab
 
 @pytest.mark.timeout(1200)
 def test_eight_machines_at_once_each_with_its_own_name(vmlab: Vmlab) -> None:
-    command = ["run", "--image", "debian-12-amd64-tiny", "--memory", "128M", "--", "hostname"]
+    command = ["run", *AMD64, "--memory", "128M", "--", "hostname"]
     running = [vmlab.start(*command) for _ in range(8)]
     try:
         done = [one.communicate(timeout=900) for one in running]
@@ -152,7 +152,7 @@ def test_eight_machines_at_once_each_with_its_own_name(vmlab: Vmlab) -> None:
 
 def test_a_guest_that_panics_is_told_with_its_console(vmlab: Vmlab) -> None:
     done = vmlab.run(
-        "run", "--image", "debian-12-amd64-tiny", "--",
+        "run", *AMD64, "--",
         "echo before; echo c >/proc/sysrq-trigger; sleep 1000",
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (3, b"before\n")
@@ -164,7 +164,7 @@ def test_the_command_gets_a_terminal_whose_size_follows(vmlab: Vmlab) -> None:
     master, slave = pty.openpty()
     subprocess.run(["stty", "rows", "33", "cols", "101"], stdin=slave, check=True)
     running = vmlab.start(
-        "run", "--image", "debian-12-amd64-tiny", "--",
+        "run", *AMD64, "--",
         "tty; stty size; trap 'stty size; exit 5' WINCH; echo ready; read x; echo got $x; "
         "while :; do sleep 0.1; done",
         stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
@@ -203,7 +203,7 @@ def test_the_command_gets_a_terminal_whose_size_follows(vmlab: Vmlab) -> None:
 def test_wrong_options_are_told_before_anything_is_started(
     vmlab: Vmlab, words: list[str], expected: str
 ) -> None:
-    done = vmlab.run("run", "--image", "debian-12-amd64-tiny", *words, "--", "true")
+    done = vmlab.run("run", *AMD64, *words, "--", "true")
     if words[0] == "--image":
         done = vmlab.run("run", *words, "--", "true")
     assert done.returncode in {2, 3, 4}

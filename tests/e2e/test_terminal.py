@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.e2e.conftest import Vmlab
+from tests.e2e.conftest import AMD64, Vmlab
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -47,7 +47,7 @@ class Terminal:
 @contextmanager
 def shell_on(terminal: Terminal, vmlab: Vmlab) -> Iterator[subprocess.Popen[bytes]]:
     shell = vmlab.start(
-        "shell", "--image", "debian-12-amd64-tiny",
+        "shell", *AMD64,
         stdin=terminal.slave, stdout=terminal.slave, stderr=terminal.slave, start_new_session=True,
     )  # fmt: skip
     try:

@@ -155,7 +155,7 @@ def _perform(
 
     from vmlab.images import ImageStore
     from vmlab.lab import boot
-    from vmlab.lab.preference import preference
+    from vmlab.lab.preference import EMBEDDED, preference
     from vmlab.lab.session import Interrupted, run_session
     from vmlab.lab.terminal import on_terminal
     from vmlab.lab.timeline import Timeline
@@ -167,7 +167,8 @@ def _perform(
 
     chosen = preference(wish, hypervisor)
     named = wish.image or (chosen.tiny_image if wish.kernel is None else None)
-    wish = replace(wish, image=named, terminal=on_terminal() or keep)
+    terminal, engine = on_terminal() or keep, chosen.hypervisor == EMBEDDED
+    wish = replace(wish, image=named, terminal=terminal, engine=engine)
     boot.check(wish)
     steps = Timeline()
     with steps.step("image"), drawn_progress() as progress:

@@ -16,6 +16,7 @@ from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
 from vmlab.lab.ways import label_of
+from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.spec import MachineSpec, ShareKind
 
@@ -40,6 +41,7 @@ class Wish:
         terminal: Whether there is a terminal to be passed on.
         network: Whether the guest has a network (NAT, without root).
         gdb: Whether it waits for a debugger before its first instruction.
+        engine: Whether the embedded engine is to run it, if its architecture is the engine's.
     """
 
     image: str | None = None
@@ -54,6 +56,7 @@ class Wish:
     terminal: bool = False
     network: bool = False
     gdb: bool = False
+    engine: bool = False
     name: str = field(default_factory=lambda: f"vm-{secrets.token_hex(3)}")
 
 
@@ -122,7 +125,9 @@ def _with_own_kernel(wish: Wish, kernel: Path, store: ImageStore, progress: Prog
     image = with_kernel(store, kernel, modules=wish.modules, initrd=wish.initrd, progress=progress)
     # What another initramfs brings, and how its guest is talked to, is its owner's business.
     if wish.initrd is None:
-        check_virtio(kernel, image, wish.modules)
+        engine = wish.engine and image.architecture is Architecture.RISCV64
+        transport = "virtio_mmio" if engine else "virtio_pci"
+        check_virtio(kernel, image, wish.modules, transport)
     return image
 
 

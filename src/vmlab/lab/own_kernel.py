@@ -17,6 +17,7 @@ from vmlab.machine.errors import InvalidSpec, SpecProblem
 
 _DRIVERS: Final = {
     "virtio_pci": (b"virtio-pci\0", "CONFIG_VIRTIO_PCI"),
+    "virtio_mmio": (b"virtio-mmio\0", "CONFIG_VIRTIO_MMIO"),
     "virtio_console": (b"virtio_console\0", "CONFIG_VIRTIO_CONSOLE"),
 }
 """By module: the driver's name as it stands in the kernel, and its configuration option."""
@@ -76,20 +77,23 @@ def _wrong(modules: Path, wanted: str) -> InvalidSpec:
     )
 
 
-def check_virtio(kernel: Path, image: Image, modules: Path | None) -> None:
+def check_virtio(
+    kernel: Path, image: Image, modules: Path | None, transport: str = "virtio_pci"
+) -> None:
     """Refuse a kernel without the drivers that commands come by.
 
     Args:
         kernel: The kernel as its owner named it, for the error.
         image: What was made of it.
         modules: The directory of its modules, if there is one.
+        transport: What the machine's devices are behind: "virtio_pci" or "virtio_mmio".
 
     Raises:
         InvalidSpec: naming the drivers that are missing, and what to do.
     """
     assert image.kernel is not None
     there = _modules_of(modules) if modules is not None else frozenset()
-    missing = [name for name in _DRIVERS if name not in there]
+    missing = [name for name in (transport, "virtio_console") if name not in there]
     if missing:
         missing = [name for name in missing if not _built_in(image.kernel, _DRIVERS[name][0])]
     if not missing:

@@ -117,6 +117,13 @@ def test_a_kernel_without_them_is_refused_naming_the_options(
     assert "CONFIG_VIRTIO_" in caught.value.hint and "--modules" in caught.value.hint
 
 
+def test_the_embedded_engines_machines_need_another_driver(tmp_path: Path) -> None:
+    image = image_of(tmp_path, riscv_kernel() + BOTH)
+    with pytest.raises(InvalidSpec, match="has virtio_mmio") as caught:
+        check_virtio(Path("/k/Image"), image, None, "virtio_mmio")
+    assert caught.value.hint is not None and "CONFIG_VIRTIO_MMIO=y" in caught.value.hint
+
+
 def test_drivers_among_the_modules_or_listed_as_built_in_will_do(
     tmp_path: Path, modules: Callable[..., Path]
 ) -> None:
