@@ -2,89 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import os
 import socket
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
-from qemu.qmp import QMPClient, QMPError
-
-from vmlab.guests.agent import CHANNELS, AgentChannel
-from vmlab.guests.command import Command
-from vmlab.hypervisors.monitored.streams import SocketChannel
-from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
-
-T = TypeVar("T")
+from qemu.qmp import QMPError
+from tests.integration.engine.guest import PATIENCE, Guest, start
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(600)]
 
-IMAGE = "debian-13-riscv64-tiny"
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
-_PATIENCE = 300
 _OPENSBI = "/usr/share/qemu/opensbi-riscv64-generic-fw_dynamic.bin"
-
-
-class Guest:
-    """A guest on an engine process: commands by its agent, and the process by QMP."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen([sys.executable, "-m", "vmlab.engine", folder / "m.toml"])
-        self.runner = asyncio.Runner()
-        self.qmp = QMPClient("test")
-        self.agent = AgentChannel(self._open)
-
-    def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.runner.run(asyncio.wait_for(work, _PATIENCE))
-
-    async def _open(self, name: str) -> SocketChannel:
-        path = self.folder / f"{name}.sock"
-        while not path.exists():
-            assert self.process.poll() is None, "the engine has ended"
-            await asyncio.sleep(0.02)
-        return await SocketChannel.open(name, "vm", path)
-
-    async def connect(self) -> None:
-        await self.agent.connect(timeout=_PATIENCE)
-        await self.qmp.connect(str(self.folder / "q.sock"))
-
-    def order(self, command: str, **arguments: Any) -> Any:
-        return self.do(self.qmp.execute(command, arguments or None))
-
-    def run(self, text: str) -> str:
-        """What a command prints; its status has to be 0."""
-        out, err = bytearray(), bytearray()
-
-        async def take_out(data: bytes) -> None:
-            out.extend(data)
-
-        async def take_err(data: bytes) -> None:
-            err.extend(data)
-
-        status = self.do(self.agent.run(Command(text), stdout=take_out, stderr=take_err))
-        assert status == 0, f"{text}: {status} {err.decode()}"
-        return out.decode()
-
-    def close(self) -> None:
-        try:
-            self.do(self.agent.close())
-            # An engine that has ended has said so already.
-            with suppress(EOFError):
-                self.do(self.qmp.disconnect())
-        finally:
-            self.runner.close()
-            self.process.kill()
-            self.process.wait()
 
 
 Boot = Callable[..., Guest]
@@ -93,21 +25,13 @@ Boot = Callable[..., Guest]
 @pytest.fixture
 def boot(tmp_path: Path) -> Iterator[Boot]:
     """Boot the tiny image with so many harts, more lines of the machine's file, and firmware."""
-    image = ImageStore(_STORE).ensure(IMAGE)
     made: list[Guest] = []
 
-    def start(harts: int, more: str = "", firmware: str = "") -> Guest:
-        lines = [f'name = "vm"\nmemory = {256 << 20}\nharts = {harts}\nqmp = "q.sock"', more]
-        lines += [f'[boot]\nkernel = "{image.kernel}"\ninitrd = "{image.initrd}"']
-        lines += [f'cmdline = "{image.cmdline} console=ttyS0"\nfirmware = "{firmware}"']
-        lines += ['[serial]\nsocket = "s.sock"\nlog = "s.log"']
-        lines += [f'[[channels]]\nname = "{name}"\nsocket = "{name}.sock"' for name in CHANNELS]
-        (tmp_path / "m.toml").write_text("\n".join(lines))
-        made.append(Guest(tmp_path))
-        made[-1].do(made[-1].connect())
+    def begin(harts: int, more: str = "", firmware: str = "") -> Guest:
+        made.append(start(tmp_path, harts, more, firmware))
         return made[-1]
 
-    yield start
+    yield begin
     for each in made:
         each.close()
 
@@ -163,7 +87,7 @@ def test_debian_runs_under_opensbi_and_reaches_the_host_by_its_user_network(boot
     guest.run("ip link set eth0 up && udhcpc -q -n -s /etc/udhcpc/default.script -i eth0")
     assert "10.0.2.15/24" in guest.run("ip -4 addr show dev eth0")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(_PATIENCE)
+        server.settimeout(PATIENCE)
         guest.run(f"echo out | nc 10.0.2.2 {server.getsockname()[1]} >/dev/null &")
         assert _all_of(server.accept()[0]) == b"out\n"
 
@@ -172,7 +96,7 @@ def test_debian_runs_under_opensbi_and_reaches_the_host_by_its_user_network(boot
     # Input that does not end: at its end nc does.
     guest.run("mkfifo /run/f; (nc -l -p 5000 <>/run/f >/run/got) >/dev/null 2>&1 &")
     guest.run("until netstat -ltn | grep -q :5000; do sleep 0.1; done")
-    with socket.create_connection(("127.0.0.1", forward["host"]), _PATIENCE) as client:
+    with socket.create_connection(("127.0.0.1", forward["host"]), PATIENCE) as client:
         client.sendall(b"in\n")
     assert guest.run("until [ -s /run/got ]; do sleep 0.1; done; cat /run/got") == "in\n"
     (counted,) = guest.order("x-query-networks")
@@ -181,7 +105,7 @@ def test_debian_runs_under_opensbi_and_reaches_the_host_by_its_user_network(boot
 
 
 def _all_of(stream: socket.socket) -> bytes:
-    stream.settimeout(_PATIENCE)
+    stream.settimeout(PATIENCE)
     with stream, stream.makefile("rb") as file:
         return file.read()
 
