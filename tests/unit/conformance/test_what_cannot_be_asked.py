@@ -69,8 +69,10 @@ class Told(AgentProbe):
         )
         super().__init__(machine)
         self.answers = answers
+        self.asked: list[str] = []
 
     async def ask(self, command: str, data: bytes | None = None) -> bytes:
+        self.asked.append(command)
         return next((said for piece, said in self.answers.items() if piece in command), b"")
 
 
@@ -88,6 +90,28 @@ def test_what_a_guest_cannot_tell_is_said() -> None:
     with pytest.raises(GuestCannotTell, match="nobody has told it"):
         asyncio.run(Told(hostname=b"vmlab\n").hostname())
     assert asyncio.run(Told(hostname=b"named\n").hostname()) == "named"
+
+
+def test_a_display_is_drawn_on_by_its_terminal_or_by_its_registers() -> None:
+    for architecture, way in (
+        ("x86_64", "/dev/tty1"),
+        ("riscv64", "devmem"),
+        ("aarch64", "devmem"),
+    ):
+        probe = Told(architecture)
+        asyncio.run(probe.show("text"))
+        (command,) = probe.asked
+        assert way in command
+
+
+def test_disks_are_told_scsi_first_in_the_order_of_their_targets() -> None:
+    rows = "late vda 8 0 ../../../vda\nb sdb 16 1 ../../../0:0:1:0\na sda 8 0 ../../../0:0:0:0\n"
+    found = asyncio.run(Told(sys=rows.encode()).disks())
+    assert [(disk.name, disk.size, disk.readonly) for disk in found] == [
+        ("a", 4096, False),
+        ("b", 8192, True),
+        ("late", 4096, False),
+    ]
 
 
 class Silent:
