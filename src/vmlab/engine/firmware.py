@@ -95,6 +95,9 @@ class Harts(Protocol):
     def set_pending(self, hart: int, bit: int, level: bool) -> None:
         """Set or clear a bit of `mip`."""
 
+    def tell_calls(self, every: bool) -> None:
+        """Whether every call is to come here: harts may send interrupts themselves otherwise."""
+
     def start(self, hart: int, address: int, opaque: int) -> None:
         """Let a stopped hart begin in S mode: pc, a0 its number, a1 opaque, satp and SIE zero."""
 
@@ -206,6 +209,7 @@ class Firmware:
     def boot(self, hart: Hart, entry: int, device_tree: int) -> None:
         """Begin: `hart` at `entry` in S mode, all others stopped."""
         self.state = FirmwareState(len(self._harts))
+        self._harts.tell_calls(False)
         self.state.status[hart.hart_id] = STARTED
         self._harts.start(hart.hart_id, entry, device_tree)
 
@@ -452,6 +456,13 @@ class Firmware:
 
     def _run(self, hart: Hart, number: int, *, running: bool) -> None:
         self.state.counters[hart.hart_id][number].running = running
+        self._harts.tell_calls(
+            any(
+                counter.running
+                for counters in self.state.counters
+                for counter in counters[len(HARDWARE_COUNTERS) :]
+            )
+        )
         if number < len(HARDWARE_COUNTERS):
             bit = 1 << HARDWARE_COUNTERS[number]
             inhibited = hart.read_csr(_MCOUNTINHIBIT)

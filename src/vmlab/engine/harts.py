@@ -25,7 +25,7 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import read_csr, write_csr
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
-from vmlab.engine.cpu.interrupts import external_lines
+from vmlab.engine.cpu.interrupts import TOLD, external_lines
 from vmlab.engine.cpu.traps import instruction_bits, take_trap
 from vmlab.engine.devices.bus import Bus, BusFault
 from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
@@ -34,6 +34,7 @@ from vmlab.engine.host_clock import HostClock
 from vmlab.engine.isa.cpu import Cause
 from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.isa.values import Value
+from vmlab.engine.memory.ram import full_barrier
 
 BUDGET: Final = 1 << 30
 """Instructions between two looks that nobody asked for."""
@@ -140,7 +141,6 @@ class Seat:
         self.executor = executor
         self.caller = CallingHart(hart)
         self.stopped = True  # by firmware: it executes nothing until it is started
-        self.interrupted = False  # by another hart: SSIP is to be set before the next instruction
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
         self.accesses: dict[int, int] = {}  # of devices, by page of their addresses
         # For a debugger:
@@ -264,9 +264,7 @@ class Harts(ABC):
         seat = self._seats[hart]
         if bit == _SSIP:
             # Not a line: it is set once, and it is the guest that clears it.
-            with self._lock:
-                seat.interrupted = level
-            self._interrupt(seat)
+            seat.hart.shared[layout.SHARED_SOFTWARE] = int(level)
         else:
             seat.hart.set_pending(bit, level)
         if level:
@@ -277,15 +275,17 @@ class Harts(ABC):
         if level:
             self._wake(self._seats[hart])
 
+    def tell_calls(self, every: bool) -> None:
+        """Whether every call of firmware is to be told, or only what harts do not do themselves."""
+        for seat in self._seats:
+            if seat.hart.interrupts is not None:
+                seat.hart.interrupts.words[TOLD] = int(every)
+
     def set_compare(self, hart: int, ticks: int) -> None:
         """Set a hart's `mtimecmp`."""
         seat = self._seats[hart]
         seat.hart.set_timer_compare(ticks)
         self._wake(seat)
-
-    @abstractmethod
-    def _interrupt(self, seat: Seat) -> None:
-        """`seat.interrupted` was changed."""
 
     @abstractmethod
     def _wake(self, seat: Seat) -> None:
@@ -314,7 +314,6 @@ class Harts(ABC):
         """All harts as after power-on, stopped; they stand still meanwhile."""
         for seat in self._seats:
             seat.stopped = True
-            seat.interrupted = False
             self._prepare(seat, seat.hart.ram.base)
 
     def _prepare(self, seat: Seat, pc: int) -> None:
@@ -484,6 +483,7 @@ class Harts(ABC):
     def _pending(self, hart: Hart) -> tuple[int, int | None]:
         """The bits of `mip`, and the tick at which a timer may set another (None: none will)."""
         pending = hart[layout.MIP] | hart.shared[layout.SHARED_LINES]
+        pending |= hart.shared[layout.SHARED_SOFTWARE] << _SSIP
         pending |= external_lines(ReferenceCore(hart)).number
         now = self._time.ticks()
         moments = [(_MTIP, hart.shared[layout.SHARED_MTIMECMP])]
@@ -526,9 +526,6 @@ class ParallelHarts(Harts):
         return [(thread.native_id or 0) if thread is not None else 0 for thread in threads]
 
     # ------------------------------------------------------------------------ from any thread
-
-    def _interrupt(self, seat: Seat) -> None:
-        seat.hart.request_exit()
 
     def _wake(self, seat: Seat) -> None:
         with self._lock:
@@ -601,20 +598,21 @@ class ParallelHarts(Harts):
                 seat.parked = True
                 return False
             seat.parked = False
-            if seat.interrupted:
-                seat.interrupted = False
-                seat.hart[layout.MIP] |= 1 << _SSIP
             return True
 
     def _sleep(self, seat: Seat) -> None:
         """Wait for an interrupt that is enabled, or for being asked to stand."""
         hart = seat.hart
+        hart.shared[layout.SHARED_ASLEEP] = 1
+        # Who interrupts this hart now sees that it sleeps, or is seen in what is pending.
+        full_barrier()
         with self._lock:
-            while not (self._paused or self._leaving or seat.stopped or seat.interrupted):
+            while not (self._paused or self._leaving or seat.stopped):
                 pending, moment = self._pending(hart)
                 if pending & hart[layout.MIE]:
-                    return
+                    break
                 seconds = None
                 if moment is not None:
                     seconds = min((moment - self._clock.ticks()) / TIMEBASE_HZ, _LONGEST_SLEEP)
                 seat.woken.wait(seconds)
+        hart.shared[layout.SHARED_ASLEEP] = 0

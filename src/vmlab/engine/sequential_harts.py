@@ -26,7 +26,6 @@ TURN: Final = 1 << 14
 """Instructions of a turn while another hart has something to do."""
 LONG_TURN: Final = 1 << 24
 """Instructions of a turn while none has."""
-_SSIP: Final = 1 << 1
 
 
 class SequentialHarts(Harts):
@@ -70,9 +69,6 @@ class SequentialHarts(Harts):
         return [(thread.native_id or 0) if thread is not None else 0] * len(self)
 
     # ------------------------------------------------------------------------ from any thread
-
-    def _interrupt(self, seat: Seat) -> None:
-        """It is seen before the hart's next turn, which has not begun."""
 
     def _wake(self, seat: Seat) -> None:
         self._stir()
@@ -178,11 +174,12 @@ class SequentialHarts(Harts):
         """Whether a hart has something to do."""
         if seat.stopped or seat.order is Order.HOLD:
             return False
-        if seat.waiting and not seat.interrupted:
+        if seat.waiting:
             pending, _ = self._pending(seat.hart)
             if not pending & seat.hart[layout.MIE]:
                 return False
         seat.waiting = False
+        seat.hart.shared[layout.SHARED_ASLEEP] = 0
         return True
 
     def _next_event(self) -> int | None:
@@ -200,9 +197,6 @@ class SequentialHarts(Harts):
         event, until = self._next_event(), self._turn_ends()
         if event is not None:
             until = min(until, event)
-        if seat.interrupted:
-            seat.interrupted = False
-            hart[layout.MIP] |= _SSIP
         retired = hart.retired
         hart[layout.TIME_DIVISOR] = clock.per_tick
         hart[layout.TIME_OFFSET] = clock.instructions - retired
@@ -218,6 +212,7 @@ class SequentialHarts(Harts):
 
     def _sleep(self, seat: Seat) -> None:
         seat.waiting = True
+        seat.hart.shared[layout.SHARED_ASLEEP] = 1  # who interrupts it ends a long turn
 
     def _pass_time(self) -> None:
         """All harts wait: go to the next event, or wait for somebody outside."""

@@ -26,6 +26,8 @@ from vmlab.engine.isa.encoding import Decoded
 from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.isa.values import Value
 
+_MACHINE = 3  # the privilege
+
 
 class ReferenceCore(Core):
     """A hart's state and memory, in numbers.
@@ -48,6 +50,21 @@ class ReferenceCore(Core):
 
     def shared(self, index: int) -> Value:
         return Value(self.hart.shared[index], 64)
+
+    def take_shared(self, index: int) -> Value:
+        value = self.shared(index)
+        self.hart.shared[index] = 0
+        return value
+
+    def _shared_of(self, hart: Value) -> memoryview:
+        assert self.hart.interrupts is not None
+        return self.hart.interrupts.shared[hart.number]
+
+    def shared_of(self, hart: Value, index: int) -> Value:
+        return Value(self._shared_of(hart)[index], 64)
+
+    def post(self, hart: Value, index: int) -> None:
+        self._shared_of(hart)[index] = 1
 
     def host_time(self) -> Value:
         return Value(time.monotonic_ns() // 100, 64)
@@ -237,11 +254,21 @@ class ReferenceExecutor(StoppingExecutor):
             return self._poll(handler.number, left)
 
     def _fetch(self, pc: int) -> None:
-        core = self._core
-        word = core.physical_read(fetchable(core, Value(pc, 64)), 2).number
-        if word & 3 == 3:
-            following = Value(pc + 2, 64)
-            word |= core.physical_read(fetchable(core, following), 2).number << 16
+        core, hart = self._core, self.hart
+        if (
+            hart[layout.PRIVILEGE] == _MACHINE
+            and hart[layout.PMP_OPEN]
+            and hart.ram.contains(pc, 4)
+        ):
+            # Nothing is translated and nothing forbidden; most of the time would go by there.
+            word = int.from_bytes(hart.ram.read(pc, 4), "little")
+            if word & 3 != 3:
+                word &= 0xFFFF
+        else:
+            word = core.physical_read(fetchable(core, Value(pc, 64)), 2).number
+            if word & 3 == 3:
+                following = Value(pc + 2, 64)
+                word |= core.physical_read(fetchable(core, following), 2).number << 16
         decoded = RISCV64.decode(word)
         if decoded is None:
             raise Trap(Cause.ILLEGAL, word)

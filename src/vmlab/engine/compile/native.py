@@ -18,7 +18,7 @@ from collections.abc import Callable
 from vmlab.engine.compile.emitter import METADATA, FunctionEmitter
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.core import Core, Routine
-from vmlab.engine.cpu.interrupts import LOCK
+from vmlab.engine.cpu.interrupts import LOCK, shared_place
 from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.mmu import MPP_SHIFT, MPRV, MXR, SUM, WRITE
 from vmlab.engine.cpu.watching import is_page_watched
@@ -133,9 +133,24 @@ class NativeCore(Core):
         assert word.width == 64, field
         self.function.effect(f"store {word.typed}, ptr {self.element('%s', field.offset)}")
 
+    def _shared(self, words: Value, index: int) -> str:
+        return self.element(self.pointer(words), 8 * index)
+
     def shared(self, index: int) -> Value:
-        address = self.element(self.pointer(self[layout.SHARED]), 8 * index)
+        address = self._shared(self[layout.SHARED], index)
         return self.function.value(f"load atomic i64, ptr {address} acquire, align 8")
+
+    def take_shared(self, index: int) -> Value:
+        address = self._shared(self[layout.SHARED], index)
+        return self.function.value(f"atomicrmw xchg ptr {address}, i64 0 seq_cst")
+
+    def shared_of(self, hart: Value, index: int) -> Value:
+        address = self._shared(self.device_word(shared_place(hart)), index)
+        return self.function.value(f"load atomic i64, ptr {address} seq_cst, align 8")
+
+    def post(self, hart: Value, index: int) -> None:
+        address = self._shared(self.device_word(shared_place(hart)), index)
+        self.function.operation(f"atomicrmw xchg ptr {address}, i64 1 seq_cst")
 
     def host_time(self) -> Value:
         clock = self.pointer(self[layout.CLOCK])

@@ -83,6 +83,18 @@ class Core(DeviceCore):
         """A word that other threads write."""
 
     @abstractmethod
+    def take_shared(self, index: int) -> Value:
+        """Such a word, which becomes 0 at once."""
+
+    @abstractmethod
+    def shared_of(self, hart: Value, index: int) -> Value:
+        """Such a word of any hart that shares the interrupt controller."""
+
+    @abstractmethod
+    def post(self, hart: Value, index: int) -> None:
+        """Set such a word of any of them to 1, before anything is read that comes after."""
+
+    @abstractmethod
     def host_time(self) -> Value:
         """The host's monotonic clock in units of 100 ns, the tick of `time` (10 MHz)."""
 

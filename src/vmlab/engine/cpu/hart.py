@@ -47,6 +47,8 @@ class Hart:
         self._anchors.append(ctypes.c_char.from_buffer(self._shared_block))
         self.address, self.shared_address = map(ctypes.addressof, self._anchors)
         self._lines = threading.Lock()
+        if interrupts is not None:
+            interrupts.join(hart_id, self.shared, self.shared_address)
         self.executor: object = None  # who ran it last
         self.reset(ram.base)
 
@@ -67,6 +69,7 @@ class Hart:
         self[layout.PMP_OPEN] = UNUSED
         self[layout.TRAP_RETIRED] = _NEVER
         self.shared[layout.SHARED_MTIMECMP] = _NEVER
+        self.shared[layout.SHARED_SOFTWARE] = self.shared[layout.SHARED_ASLEEP] = 0
 
     # ------------------------------------------------------------------------------------- state
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.core import Core, DeviceCore, Routine, routine
-from vmlab.engine.cpu.layout import HARTID, INTERRUPTS
+from vmlab.engine.cpu.layout import HARTID, INTERRUPTS, MIP, SHARED_ASLEEP, SHARED_SOFTWARE
 from vmlab.engine.isa.values import Value, mask
 from vmlab.engine.memory.pages import own_memory
 
@@ -33,11 +33,14 @@ WORDS = 4  # for sources 0 to 127, of which those that do not exist are never se
 LOCK = 0  # 1: held
 BASE = 1  # physical address of the registers; NOWHERE where the host wants to see each access
 CONTEXTS = 2
+TOLD = 3  # 1: the host wants to see every call of firmware
 PENDING, LEVEL, SERVICE = 4, 8, 12
 PRIORITY = 16  # one per source
 CONTEXT = 128  # from here on CONTEXT_WORDS each: ENABLE, then the threshold
 CONTEXT_WORDS = 8
-THRESHOLD = 4  # of a context's words
+# Of a context's words.
+THRESHOLD = 4
+SHARED_ADDRESS = 5  # of its hart's shared words, in the context of M mode
 NOWHERE = mask(64)
 
 BUSY = 1 << 63  # the answer where the lock is not to be had, or the host has to do it
@@ -49,7 +52,7 @@ _CONTEXT_REGISTERS, _CONTEXT_SHIFT = 0x20_0000, 12
 _HIGHEST_PRIORITY = 7
 _WORD = 0xFFFF_FFFF
 
-SEIP, MEIP = 9, 11  # bits of mip
+SSIP, SEIP, MEIP = 1, 9, 11  # bits of mip
 
 
 class InterruptBlock:
@@ -76,6 +79,12 @@ class InterruptBlock:
         state[layout.INTERRUPTS.index] = self.address
         self.lock = threading.Lock()  # instead of the word, where nobody but Python comes
         self.native: Mapping[str, Callable[[int, int, int], int]] = {}
+        self.shared: dict[int, memoryview] = {}  # the harts' shared words
+
+    def join(self, hart: int, shared: memoryview, address: int) -> None:
+        """A hart polls this controller; where the words are that it shares."""
+        self.shared[hart] = shared
+        self.words[CONTEXT + CONTEXT_WORDS * 2 * hart + SHARED_ADDRESS] = address
 
     def _new(self, words: int) -> tuple[memoryview, int]:
         memory = own_memory(-(-8 * words // mmap.PAGESIZE) * mmap.PAGESIZE)
@@ -126,6 +135,11 @@ def _enable(context: Value) -> Value:
     return context * CONTEXT_WORDS + CONTEXT
 
 
+def shared_place(hart: Value) -> Value:
+    """The word that says where a hart's shared words are."""
+    return _enable(hart << 1) + SHARED_ADDRESS
+
+
 def _place(source: Value, words: int | Value) -> tuple[Value, Value]:
     """The word of a source, and its bit there."""
     return (source >> 5) + words, Value(1, 64) << (source & 31)
@@ -174,6 +188,52 @@ def external_lines(core: Core) -> Value:
         return Value(0, 64)
     machine = core[HARTID] << 1
     return (context_line(core, machine) << MEIP) | (context_line(core, machine + 1) << SEIP)
+
+
+# --------------------------------------------------------------------- interrupts between harts
+
+
+@routine()
+def note_software_interrupt(core: Core) -> Value:
+    """Set SSIP if another hart has asked for it."""
+    if core.shared(SHARED_SOFTWARE).ne(0):
+        core.take_shared(SHARED_SOFTWARE)
+        core[MIP] = core[MIP] | 1 << SSIP
+    return Value(0, 64)
+
+
+@routine()
+def interrupt_harts(core: Core, harts: Value, first: Value, awake: Value) -> Value:
+    """Ask harts to set SSIP; `awake`, or 0 where one of them sleeps.
+
+    Args:
+        core: who asks.
+        harts: a bit for each, from `first` on.
+        first: a hart.
+        awake: 1, at first.
+    """
+    if harts.eq(0):
+        return awake
+    hart = harts.count_trailing_zeros() + first
+    core.post(hart, SHARED_SOFTWARE)
+    awake = core.shared_of(hart, SHARED_ASLEEP).eq(0).select(awake, 0)
+    return interrupt_harts(core, harts & (harts - 1), first, awake)
+
+
+@routine()
+def send_software_interrupts(core: Core, harts: Value, first: Value) -> Value:
+    """1 where that was all of `sbi_send_ipi`; 0 where the host has to do it, or to do it again."""
+    if core[INTERRUPTS].eq(0):
+        return Value(0, 64)
+    if core.device_word(Value(TOLD, 64)).ne(0):
+        return Value(0, 64)
+    count = core.device_word(Value(CONTEXTS, 64)) >> 1
+    if ~first.below(count):
+        return Value(0, 64)
+    left = count - first
+    if left.below(64) & (harts >> (left & 63)).ne(0):
+        return Value(0, 64)
+    return interrupt_harts(core, harts, first, Value(1, 64))
 
 
 # ------------------------------------------------------------------------- what is done to sources

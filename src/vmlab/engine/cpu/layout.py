@@ -32,6 +32,7 @@ class Field:
 
 
 FIELDS: dict[str, Field] = {}
+INTEGER = tuple(Field(f"x{number}", number) for number in range(32))
 
 
 def _field(name: str) -> Field:
@@ -161,6 +162,8 @@ STATE_SIZE = (_FIRST_FIELD + len(FIELDS)) * 8
 SHARED_REQUESTS = 0  # return from native code, for one of the reasons below
 SHARED_LINES = 1  # interrupt lines, as bits of mip
 SHARED_MTIMECMP = 2
+SHARED_SOFTWARE = 3  # 1: SSIP is to be set, as another hart has asked
+SHARED_ASLEEP = 4  # 1: the hart waits for an interrupt, and its host for being told of one
 SHARED_SIZE = 8 * 8
 REQUEST_EXIT, REQUEST_SERVICE = 1, 2  # from whoever runs the hart; from within its executor
 

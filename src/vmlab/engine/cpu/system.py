@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.core import Core
 from vmlab.engine.cpu.csr import FLOATING_STATE, read_csr, stored_csr, write_csr
 from vmlab.engine.cpu.floating import FLOATING, rounding_mode
+from vmlab.engine.cpu.interrupts import send_software_interrupts
 from vmlab.engine.cpu.layout import FIRMWARE_CALLS, MENVCFG, MSTATUS, PRIVILEGE, SENVCFG
 from vmlab.engine.cpu.traps import (
     TVM,
@@ -18,15 +20,25 @@ from vmlab.engine.cpu.traps import (
 from vmlab.engine.isa.cpu import Cause, Illegal, Trap
 from vmlab.engine.isa.values import Value
 
+SEND_IPI = 0x735049  # the extension of SBI 1.0, chapter 7; its function 0
+_FIRST, _SECOND, _FUNCTION, _EXTENSION = (layout.INTEGER[number] for number in (10, 11, 16, 17))
+
 
 class FirmwareCall(Exception):
     """The guest calls firmware that the host provides; the instruction retires."""
 
 
 def environment_call(core: Core) -> Value:
-    """`ecall`: an exception, or from S mode a call of firmware that the host provides."""
+    """`ecall`: an exception, or from S mode a call of firmware that the host provides.
+
+    Interrupts for other harts are sent here, unless one of them has to be woken.
+    """
     privilege = core[PRIVILEGE]
     if core[FIRMWARE_CALLS].ne(0) & privilege.eq(1):
+        sends = core[_EXTENSION].eq(SEND_IPI) & core[_FUNCTION].eq(0)
+        if sends and send_software_interrupts(core, core[_FIRST], core[_SECOND]).ne(0):
+            core[_FIRST] = core[_SECOND] = 0
+            return Value(0, 64)
         raise FirmwareCall
     raise Trap(privilege + Cause.CALL_FROM_USER.value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmlab.engine.cpu.core import Core, routine
-from vmlab.engine.cpu.interrupts import external_lines
+from vmlab.engine.cpu.interrupts import external_lines, note_software_interrupt
 from vmlab.engine.cpu.layout import (
     MCAUSE,
     MEDELEG,
@@ -59,6 +59,7 @@ def read_time(core: Core) -> Value:
 @routine()
 def pending_interrupts(core: Core) -> Value:
     """All bits of mip: what software set, the lines, and the timers' comparisons."""
+    note_software_interrupt(core)
     time = read_time(core)
     machine = ~time.below(core.shared(SHARED_MTIMECMP))
     supervisor = core[MENVCFG].bit(STCE) & ~time.below(core[STIMECMP])

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vmlab.engine.accel.interpreter import InterpreterExecutor
+from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
 from vmlab.engine.accel.lockstep import Executor
 from vmlab.engine.accel.reference import ReferenceExecutor
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
-from vmlab.engine.cpu.interrupts import LOCK
+from vmlab.engine.cpu.interrupts import LOCK, TOLD
+from vmlab.engine.cpu.pmp import OPEN
 from vmlab.engine.devices.bus import Bus, Device, Window
 from vmlab.engine.devices.plic import SIZE, Plic
 from vmlab.engine.isa.riscv64 import RISCV64
@@ -137,7 +138,12 @@ class Board:
         )
         self.ram = Ram(1 << 20, BASE)
         harts = [Hart(self.ram, number, self.plic.block) for number in range(HARTS)]
-        self.executors: list[Executor] = [kind(hart) for hart in harts]
+        self.executors: list[Executor]
+        if kind is ReferenceExecutor:
+            self.executors = [ReferenceExecutor(hart) for hart in harts]
+        else:
+            pages = CodePages(self.ram, native_code())
+            self.executors = [InterpreterExecutor(hart, pages) for hart in harts]
         code = [
             RISCV64["lw"].encode(rd=10, rs1=11, imm=0),
             SLEEPS,
@@ -302,9 +308,75 @@ def test_an_interrupt_that_is_due_is_taken(board: Board) -> None:
     hart[layout.STVEC] = BASE + 0x100
     hart[layout.MSTATUS] = 1 << 1  # SIE
     hart[layout.PRIVILEGE] = 1
-    hart[layout.PMPADDR[0]] = (1 << 54) - 1
-    hart[layout.PMPCFG0] = 0x1F
+    hart[layout.PMP_OPEN] = OPEN
     hart.pc = BASE + 4
     board.plic.set_level(5, True)
     board.executors[0].run(1)
     assert hart[layout.SCAUSE] == 1 << 63 | SEIP
+
+
+# --------------------------------------------------------------------- interrupts between harts
+
+SSIP = 1
+SIP = 0x144
+
+
+def supervisor(board: Board, number: int, code: list[int]) -> Hart:
+    """A hart in S mode with code of its own."""
+    hart = board.executors[number].hart
+    hart[layout.PRIVILEGE] = 1
+    hart[layout.MIDELEG] = 1 << SSIP
+    hart[layout.FIRMWARE_CALLS] = 1
+    hart[layout.PMP_OPEN] = OPEN
+    hart.pc = BASE + 0x1000 * (number + 1)
+    board.ram.write(hart.pc, b"".join(word.to_bytes(4, "little") for word in code))
+    return hart
+
+
+def call(board: Board, mask: int, first: int) -> tuple[Reason, Hart]:
+    """sbi_send_ipi by hart 0; how it left."""
+    hart = supervisor(board, 0, [RISCV64["ecall"].encode(), SLEEPS])
+    for register, value in ((10, mask), (11, first), (16, 0), (17, 0x735049)):
+        hart.set_x(register, value)
+    return board.executors[0].run(10).reason, hart
+
+
+def asked(board: Board, number: int) -> bool:
+    """Whether a hart sees SSIP, which it clears."""
+    clears = RISCV64["csrrci"].encode(rd=12, rs1=1 << SSIP, imm=SIP)
+    hart = supervisor(board, number, [clears, SLEEPS])
+    assert board.executors[number].run(10).reason is Reason.WAIT
+    return bool(hart.x(12) >> SSIP & 1)
+
+
+@pytest.mark.parametrize(("mask", "first"), [(0b10, 0), (0b1, 1), (0b11, 0), (0, 0)])
+def test_a_hart_interrupts_others_and_goes_on(board: Board, mask: int, first: int) -> None:
+    reason, hart = call(board, mask, first)
+    assert reason is Reason.WAIT, "it has gone on to its wfi"
+    assert (hart.x(10), hart.x(11)) == (0, 0)
+    for number in (0, 1):
+        assert asked(board, number) == bool(mask << first >> number & 1)
+        assert not asked(board, number), "it is an event and no level"
+
+
+@pytest.mark.parametrize(
+    ("mask", "first"), [(0b100, 0), (0b11, 1), (1, 2), (1, (1 << 64) - 1), (1 << 63, 1)]
+)
+def test_a_mask_that_is_not_plain_is_firmwares(board: Board, mask: int, first: int) -> None:
+    reason, hart = call(board, mask, first)
+    assert reason is Reason.FIRMWARE_CALL
+    assert (hart.x(10), hart.x(11)) == (mask, first)
+    assert not asked(board, 1)
+
+
+def test_a_hart_that_sleeps_is_woken_by_the_host(board: Board) -> None:
+    sleeper = board.executors[1].hart
+    sleeper.shared[layout.SHARED_ASLEEP] = 1
+    assert call(board, 0b10, 0)[0] is Reason.FIRMWARE_CALL
+    assert sleeper.shared[layout.SHARED_SOFTWARE] == 1
+
+
+def test_calls_that_are_counted_are_told(board: Board) -> None:
+    board.plic.block.words[TOLD] = 1
+    assert call(board, 0b10, 0)[0] is Reason.FIRMWARE_CALL
+    assert not asked(board, 1)

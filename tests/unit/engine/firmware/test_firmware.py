@@ -41,6 +41,7 @@ class NotedHarts:
     def __init__(self, count: int) -> None:
         self.harts = [NotedHart(n) for n in range(count)]
         self.notes: list[tuple[object, ...]] = []
+        self.every = False
 
     def __len__(self) -> int:
         return len(self.harts)
@@ -53,6 +54,9 @@ class NotedHarts:
 
     def stop(self, hart: int) -> None:
         self.notes.append(("stop", hart))
+
+    def tell_calls(self, every: bool) -> None:
+        self.every = every
 
     def wait(self, hart: int) -> None:
         self.notes.append(("wait", hart))
@@ -273,6 +277,7 @@ def test_firmware_counters_count_calls(machine: Machine) -> None:
     everything = (1 << sbi.COUNTERS) - 1
     error, counter = machine.call(sbi.PMU, 2, 0, everything, 6, 15 << 16 | 5, 0)
     assert error == SUCCESS and counter >= 2
+    assert machine.harts.every, "harts may send no interrupts by themselves"
     other = machine.call(sbi.PMU, 2, 0, everything, 6, 15 << 16 | 6, 0)[1]
     assert other not in {counter}
     for _ in range(3):

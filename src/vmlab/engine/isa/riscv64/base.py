@@ -192,6 +192,7 @@ def fence(cpu: Cpu) -> None:
 @base.instruction("ecall", "000000000000 00000 000 00000 1110011", system=True)
 def ecall(cpu: Cpu) -> None:
     cpu.system_call("environment_call")
+    cpu.resume_at(cpu.next_pc)  # firmware was called, and has answered
 
 
 @base.instruction("ebreak", "000000000001 00000 000 00000 1110011", system=True)
