@@ -153,6 +153,7 @@ def diagnose(host: Host | None = None, home: Path | None = None) -> Diagnosis:
     topics: list[Callable[[], Iterable[Finding]]] = [
         lambda: _kernel(host),
         lambda: _accelerators(host),
+        lambda: _engine(probes),
         lambda: _qemu(host, where, missing),
         lambda: _programs(host, where, missing),
         lambda: _memory(host),
@@ -181,6 +182,20 @@ def _hypervisor(probe: Probe) -> Finding:
         detail=(probe.version or "works here") if probe.available else probe.reason,
         hint=probe.hint,
     )
+
+
+def _engine(probes: Sequence[Probe]) -> Iterator[Finding]:
+    """What the embedded engine needs of the host; its networks are among the programs."""
+    for probe in probes:
+        if probe.hypervisor != "embedded":
+            continue
+        for item in probe.items:
+            if item.name != "user network":
+                status = Status.OK if item.works else Status.MISSING
+                yield Finding(
+                    topic="engine", name=item.name, status=status, detail=item.detail,
+                    hint=item.hint,
+                )  # fmt: skip
 
 
 # ------------------------------------------------------------------- kernel and processor

@@ -447,3 +447,18 @@ def test_this_host_is_explained(tmp_path: Path) -> None:
     assert all(finding.detail for finding in found.findings)
     assert {"kernel", "memory", "open files"} <= {finding.name for finding in found.findings}
     assert found.having(*Status) == list(found.findings)
+
+
+def test_what_the_engine_needs_is_told_part_by_part(look: Callable[..., Diagnosis]) -> None:
+    items = (
+        ProbeItem(name="processor", works=True, detail="x86_64"),
+        ProbeItem(name="executable memory", works=False, detail="refused", hint="allow it"),
+        ProbeItem(name="user network", works=False, detail="among the programs"),
+    )
+    engine = Probe(hypervisor="embedded", available=False, reason="refused", items=items)
+    found = look(hypervisors=lambda: [engine])
+    told = [finding for finding in found.findings if finding.topic == "engine"]
+    assert [(each.name, each.status, each.hint) for each in told] == [
+        ("processor", Status.OK, None),
+        ("executable memory", Status.MISSING, "allow it"),
+    ]

@@ -19,6 +19,7 @@ from vmlab.engine.configuration import (
     Execution,
     Forward,
     Gdb,
+    Idle,
     ImageFormat,
     Nic,
     SegmentKind,
@@ -126,7 +127,7 @@ def configuration(launch: Launch) -> Configuration:
         # looked at before its process ends.
         paused=True,
         no_shutdown=True,
-        time=Time(mode=TimeMode.DETERMINISTIC if spec.deterministic else TimeMode.HOST),
+        time=Time(mode=TimeMode.DETERMINISTIC, idle=Idle.WAIT) if spec.deterministic else Time(),
         seed=spec.seed if spec.deterministic else None,
         gdb=Gdb(str(launch.debugger)) if launch.debugger is not None else None,
     )
