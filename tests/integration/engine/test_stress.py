@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.boots, pytest.mark.soak, pytest.mark.timeout(0)]
 
 IMAGE = str(Path(__file__).with_name("stress.toml"))
 SECONDS = int(os.environ.get("VMLAB_STRESS_SECONDS", "20"))
+# Read before the tests get an environment of their own.
+RESULTS = os.environ.get("VMLAB_RESULTS")
 PATIENCE = 3600
 MEBIBYTE = 1 << 20
 
@@ -44,8 +46,8 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
 
 
 def note(title: str, figures: dict[str, object]) -> None:
-    if where := os.environ.get("VMLAB_RESULTS"):
-        path = Path(where) / "engine-stress.json"
+    if RESULTS:
+        path = Path(RESULTS) / "engine-stress.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         known[title] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), **figures}
         path.parent.mkdir(parents=True, exist_ok=True)

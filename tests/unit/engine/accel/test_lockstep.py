@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +25,16 @@ BASE, SIZE = 0x8000_0000, 1 << 20
 DATA = BASE + SIZE // 2
 WFI = (0x10500073).to_bytes(4, "little")
 FLOATING_ON = 3 << 13
+
+
+def note(title: str, figures: dict[str, int]) -> None:
+    """Keep a soak test's figures, where somebody wants them."""
+    if RESULTS:
+        path = Path(RESULTS) / "engine-lockstep.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known[title] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), **figures}
+        path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 @pytest.fixture
@@ -49,6 +63,9 @@ def prepare(harts: list[Hart], code: bytes, source: random.Random) -> None:
             hart.set_x(pointer, DATA)
 
 
+# Read before the tests get an environment of their own.
+RESULTS = os.environ.get("VMLAB_RESULTS")
+MILLION = ("", "M", "A", "C", "Zba", "Zbb", "Zbs")
 EXTENSIONS = ("I", "I M", "I A", "I C", "I Zba Zbb Zbs", "F", "D", "F D C I", "I M A F D C Zbb")
 
 
@@ -65,6 +82,23 @@ def test_random_programs_run_alike(pair, extensions: str, single: bool) -> None:
         assert harts[0].pc == BASE + len(program.code) + len(WFI), "the program trapped"
         start = DATA - REACH
         assert harts[0].ram.read(start, 2 * REACH) == harts[1].ram.read(start, 2 * REACH)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("extensions", [*(f"I {each}" for each in MILLION), "F", "D", "F D C I"])
+def test_a_million_instructions_run_alike(pair, extensions: str) -> None:
+    source = random.Random(f"{extensions}soak")
+    maker = ProgramMaker(RISCV64, extensions.split(), seed=77)
+    harts = [executor.hart for executor in pair]
+    done, began = 0, time.process_time()
+    while done < 1_000_000:
+        program = maker.program(1000)
+        prepare(harts, program.code, source)
+        done += Lockstep(*pair, stride=50).run(1 << 20, host=lambda _exit, _hart: None)
+        assert harts[0].pc == BASE + len(program.code) + len(WFI), "the program trapped"
+        start = DATA - REACH
+        assert harts[0].ram.read(start, 2 * REACH) == harts[1].ram.read(start, 2 * REACH)
+    note(extensions, {"instructions": done, "cpu_seconds": round(time.process_time() - began)})
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["blocks", "instructions"])
