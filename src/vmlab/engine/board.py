@@ -136,6 +136,7 @@ class Board:
         attach(Window("plic", PLIC_BASE, plic.SIZE, words), self.plic)
         self.bus.tell("plic", self._plic_answers)
         attach(Window("uart", UART_BASE, uart.SIZE), self.uart)
+        self.bus.tell("uart", self._uart_answers)
         for slot, transport in enumerate(self.slots):
             base = VIRTIO_BASE + VIRTIO_STRIDE * slot
             attach(Window(f"virtio{slot}", base, mmio.SIZE), transport)
@@ -143,6 +144,12 @@ class Board:
     def _plic_answers(self, device: Device) -> None:
         """Harts claim and complete by themselves unless something stands before the PLIC."""
         self.plic.answer_at(PLIC_BASE if device is self.plic else None)
+
+    def _uart_answers(self, device: Device) -> None:
+        """So they do with the UART's line status."""
+        place = UART_BASE + uart.LINE_STATUS if device is self.uart else None
+        self.uart.publish = lambda status: self.plic.show_status(place, status)
+        self.uart.tell_status()
 
     def plug(self, device: VirtioDevice) -> int:
         """Put a virtio device into the next free slot, before the machine starts.

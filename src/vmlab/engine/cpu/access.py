@@ -2,14 +2,22 @@
 
 The reference executor uses this for every access, native code where its TLB misses. An access to
 an address that is not RAM raises `DeviceAccess`: the executor leaves to the host with the whole
-access, and the host completes it, once. The interrupt controller's registers are done here.
+access, and the host completes it, once. The interrupt controller's registers and the
+UART's line status are done here.
 """
 
 from __future__ import annotations
 
 from vmlab.engine.cpu import interrupts
 from vmlab.engine.cpu.core import Core, routine
-from vmlab.engine.cpu.interrupts import BUSY, load_register, register_offset, store_register
+from vmlab.engine.cpu.interrupts import (
+    BUSY,
+    UNKNOWN,
+    line_status,
+    load_register,
+    register_offset,
+    store_register,
+)
 from vmlab.engine.cpu.layout import (
     INTERRUPTS,
     RESERVATION_ADDRESS,
@@ -63,6 +71,10 @@ def load(core: Core, address: Value, size: int) -> Value:
                 value = load_register(core, register)
                 if value.ne(BUSY):
                     return value
+        if size == 1 and core[INTERRUPTS].ne(0):
+            status = line_status(core, physical)
+            if status.ne(UNKNOWN):
+                return status
         raise DeviceAccess(physical, size, None)
     return core.physical_read(physical, size)
 

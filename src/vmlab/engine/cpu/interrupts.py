@@ -36,12 +36,14 @@ CONTEXTS = 2
 TOLD = 3  # 1: the host wants to see every call of firmware
 PENDING, LEVEL, SERVICE = 4, 8, 12
 PRIORITY = 16  # one per source
+STATUS_ADDRESS = 120  # physical address of the UART's line status, or NOWHERE
+STATUS = 121  # what it reads as; UNKNOWN where reading changes something
 CONTEXT = 128  # from here on CONTEXT_WORDS each: ENABLE, then the threshold
 CONTEXT_WORDS = 8
 # Of a context's words.
 THRESHOLD = 4
 SHARED_ADDRESS = 5  # of its hart's shared words, in the context of M mode
-NOWHERE = mask(64)
+NOWHERE = UNKNOWN = mask(64)
 
 BUSY = 1 << 63  # the answer where the lock is not to be had, or the host has to do it
 
@@ -72,7 +74,7 @@ class InterruptBlock:
         self.contexts = 2 * harts
         self._memories: list[mmap.mmap] = []
         self.words, self.address = self._new(CONTEXT + CONTEXT_WORDS * self.contexts)
-        self.words[BASE] = NOWHERE
+        self.words[BASE] = self.words[STATUS_ADDRESS] = NOWHERE
         self.words[CONTEXTS] = self.contexts
         # Native code finds the block by a hart's state; the host's calls have one of their own.
         state, self._state_address = self._new(layout.STATE_SIZE // 8)
@@ -404,6 +406,12 @@ def drive_source(core: DeviceCore, source: Value, level: Value) -> Value:
 
 HOST_ROUTINES = (load_register, host_store_register, drive_source)
 """What the host does to the block; each takes at most two values."""
+
+
+def line_status(core: DeviceCore, physical: Value) -> Value:
+    """What the UART's line status reads as, if that is at this address; else UNKNOWN."""
+    here = core.device_word(Value(STATUS_ADDRESS, 64)).eq(physical)
+    return here.select(core.device_word(Value(STATUS, 64)), UNKNOWN)
 
 
 def register_offset(core: DeviceCore, physical: Value) -> Value:

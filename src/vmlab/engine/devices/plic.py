@@ -112,6 +112,12 @@ class Plic:
         """Where harts find the registers themselves; None: every access is to come by the bus."""
         self.block.words[interrupts.BASE] = interrupts.NOWHERE if base is None else base
 
+    def show_status(self, address: int | None, status: int | None) -> None:
+        """Where harts find the UART's line status themselves, if anywhere, and what it is."""
+        words = self.block.words
+        words[interrupts.STATUS] = interrupts.UNKNOWN if status is None else status
+        words[interrupts.STATUS_ADDRESS] = interrupts.NOWHERE if address is None else address
+
     def _tell(self) -> None:
         words = self.block.words
         pending = self.state.pending

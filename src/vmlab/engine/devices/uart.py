@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 SIZE: Final = 0x100
+LINE_STATUS: Final = 5
 _FIFO: Final = 16
 BACKLOG: Final = 4096
 """Bytes from outside that are kept for the guest before the sender has to wait."""
@@ -70,12 +71,16 @@ class Uart:
     Attributes:
         send: Called with every byte that the guest transmits.
         wanted: Called when there is room again after the backlog was full.
+        publish: Called with what the line status reads as, whenever that changes; None while
+            reading it changes something.
     """
 
     def __init__(self, line: Callable[[bool], None]) -> None:
         self.state = UartState()
         self.send: Callable[[bytes], object] = lambda data: None
         self.wanted: Callable[[], None] = lambda: None
+        self.publish: Callable[[int | None], None] = lambda status: None
+        self._published: int | None = None
         self._line = line
         self._was_full = False
         self._lock = threading.RLock()
@@ -143,7 +148,25 @@ class Uart:
             return _IIR_MODEM
         return _IIR_NONE
 
+    def tell_status(self) -> None:
+        """Publish the line status, to whom it was not before."""
+        with self._lock:
+            self._published = self._status_without_effect()
+            self.publish(self._published)
+
+    def _status(self) -> int:
+        state = self.state
+        return _LSR_EMPTY | state.line_errors | (_LSR_DATA if state.received else 0)
+
+    def _status_without_effect(self) -> int | None:
+        """The line status, but where reading it clears errors."""
+        return None if self.state.line_errors else self._status()
+
     def _update(self) -> None:
+        status = self._status_without_effect()
+        if status != self._published:
+            self._published = status
+            self.publish(status)
         level = self._cause() != _IIR_NONE
         if level != self._level:
             self._level = level
@@ -175,8 +198,8 @@ class Uart:
             return state.lcr
         if offset == 4:
             return state.mcr
-        if offset == 5:
-            value = _LSR_EMPTY | state.line_errors | (_LSR_DATA if state.received else 0)
+        if offset == LINE_STATUS:
+            value = self._status()
             state.line_errors = 0
             return value
         if offset == 6:

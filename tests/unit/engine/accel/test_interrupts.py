@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from vmlab.engine import board as virt
 from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
 from vmlab.engine.accel.lockstep import Executor
 from vmlab.engine.accel.reference import ReferenceExecutor
@@ -20,6 +21,7 @@ from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.interrupts import LOCK, TOLD
 from vmlab.engine.cpu.pmp import OPEN
 from vmlab.engine.devices.bus import Bus, Device, Window
+from vmlab.engine.devices.clock import ManualClock
 from vmlab.engine.devices.plic import SIZE, Plic
 from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.memory.ram import Ram
@@ -313,6 +315,59 @@ def test_an_interrupt_that_is_due_is_taken(board: Board) -> None:
     board.plic.set_level(5, True)
     board.executors[0].run(1)
     assert hart[layout.SCAUSE] == 1 << 63 | SEIP
+
+
+# --------------------------------------------------------------------------- the UART's line status
+
+UART = 0x1000_0000
+
+
+@pytest.mark.parametrize("kind", ["reference", "interpreter"])
+def test_the_line_status_is_read_without_leaving(kind: str) -> None:
+    ram = Ram(1 << 20, BASE)
+    board = virt.Board(ram, 1, ManualClock(), lambda *_: None, lambda *_: None)
+    hart = Hart(ram, 0, board.plic.block)
+    executor = ReferenceExecutor(hart) if kind == "reference" else InterpreterExecutor(hart)
+    loads = RISCV64["lb"].encode(rd=10, rs1=11, imm=0)
+    ram.write(BASE, loads.to_bytes(4, "little") + SLEEPS.to_bytes(4, "little"))
+
+    def status() -> tuple[int, bool]:
+        """What a hart reads, and whether it had to leave for that."""
+        hart.pc = BASE
+        hart.set_x(11, UART + 5)
+        left = executor.run(10)
+        if left.reason is Reason.READ:
+            hart.complete_read(board.bus.read(left.address, left.size))
+        return hart.x(10), left.reason is Reason.READ
+
+    assert status() == (0x60, False)
+    board.bus.write(UART + 2, 1, 1)
+    board.uart.receive(b"ab")
+    assert status() == (0x61, False)
+    assert bytes(board.bus.read(UART, 1) for _ in range(2)) == b"ab"
+    assert status() == (0x60, False)
+    board.uart.break_()
+    assert status() == (0x71, True), "reading it clears the error"
+    assert status() == (0x61, False)
+    restore = board.bus.interpose("uart", lambda device: device_that_reads(0x42))
+    assert status() == (0x42, True)
+    board.uart.break_()
+    restore()
+    assert status() == (0x71, True)
+    board.uart.reset()
+    assert status() == (0x60, False)
+    ram.close()
+
+
+def device_that_reads(value: int) -> Device:
+    class Same:
+        def read(self, offset: int, size: int) -> int:
+            return value
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            """Nothing comes through."""
+
+    return Same()
 
 
 # --------------------------------------------------------------------- interrupts between harts
