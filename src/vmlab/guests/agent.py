@@ -44,6 +44,10 @@ _LONG_LINE: Final = 400
 _ANSWER_WITHIN: Final = 1.0
 """Seconds after which an agent that answers elsewhere is taken to be busy here."""
 
+_ASK_AGAIN_AFTER: Final = 5.0
+_ASK_AGAIN_AT_MOST: Final = 60.0
+"""Seconds without an answer after which a question is asked again, first and later."""
+
 _OWN_PROCESS = re.compile(r"\$(\$|\{\$|PPID|\{PPID)")
 """What tells a fork of the agent's shell from a shell of its own."""
 
@@ -268,11 +272,14 @@ class AgentChannel(CommandChannel):
 
     async def _agent_answers(self) -> None:
         """Wait until the control port answers: from then on the slots are there."""
-        token = secrets.token_hex(8)
-        await self.control("ping", token)
         async with self._control_lock:
-            if self._control is not None:
-                await self._control.skip_to((b"\x01pong " + token.encode(),))
+            if self._control is None:
+                self._control = _Port(await self._open(CONTROL))
+            try:
+                await _answer(self._control)
+            except Exception:
+                await self._drop_control()
+                raise
 
     async def close(self) -> None:
         for slot in self._all:
@@ -317,9 +324,8 @@ class AgentChannel(CommandChannel):
         One that does not while the control port does is asleep, since nobody had the port open, or
         busy with a command of a host that has died, which is ended.
         """
-        if slot != 0:
-            await self.control("wake")
-        answered = asyncio.ensure_future(self._answer(out))
+        answered = asyncio.ensure_future(_answer(out))
+        woken = asyncio.ensure_future(self.control("wake"))
         try:
             await asyncio.wait({answered}, timeout=_ANSWER_WITHIN)
             if not answered.done():
@@ -327,32 +333,23 @@ class AgentChannel(CommandChannel):
                 try:
                     await asyncio.wait({answered, alive}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    alive.cancel()
-                    await asyncio.wait({alive})
+                    await _cancelled(alive)
             patience = _ANSWER_WITHIN
             while not answered.done():
                 await self.control("wake")
                 await asyncio.wait({answered}, timeout=patience)
                 if answered.done():
                     break
-                answered.cancel()
-                await asyncio.wait({answered})
+                await _cancelled(answered)
                 await self.control("reset", str(slot))
                 # It takes one call after the other: this answer means that the reset is over.
                 await self._agent_answers()
-                answered = asyncio.ensure_future(self._answer(out))
+                answered = asyncio.ensure_future(_answer(out))
                 patience *= 2
             answered.result()
         finally:
-            answered.cancel()
-            await asyncio.wait({answered})
-
-    async def _answer(self, port: _Port) -> None:
-        """Ask something on a port and wait for the answer to that."""
-        token = secrets.token_hex(8)
-        # The newline ends what an earlier host may have left unfinished.
-        await port.send(b"\n" + shell_line("ping", token))
-        await port.skip_to((b"\x01pong " + token.encode(),))
+            await _cancelled(answered)
+            await _cancelled(woken)
 
 
 class _Run:
@@ -529,6 +526,32 @@ class _Run:
         finally:
             work.cancel()
             await asyncio.wait({work})
+
+
+async def _answer(port: _Port) -> None:
+    """Ask something on a port, until there is the answer to that.
+
+    A question is lost when what has read it ends: an agent that is started anew, or a guest that
+    reboots. Asking it again does no harm: answers that are left over are dropped.
+    """
+    token = secrets.token_hex(8)
+    answer = asyncio.ensure_future(port.skip_to((b"\x01pong " + token.encode(),)))
+    patience = _ASK_AGAIN_AFTER
+    try:
+        while not answer.done():
+            # The newline ends what an earlier host, or half a question, may have left unfinished.
+            await port.send(b"\n" + shell_line("ping", token))
+            await asyncio.wait({answer}, timeout=patience)
+            patience = min(2 * patience, _ASK_AGAIN_AT_MOST)
+        answer.result()
+    finally:
+        await _cancelled(answer)
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    """End a task; whether it fails meanwhile is nobody's concern any more."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _send_block(out: _Port, data: bytes) -> None:

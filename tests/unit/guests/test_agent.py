@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from random import Random
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,6 +20,7 @@ from tests.unit.guests.ports import HostedAgent
 from vmlab.guests import agent as agent_module
 from vmlab.guests.agent import CHANNELS, AgentChannel, shell_line
 from vmlab.guests.command import AgentRestarted, Command, CommandResult
+from vmlab.hypervisors.base import Channel
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
 
 SHELLS = [["/bin/dash"], ["/bin/busybox", "sh"]]
@@ -353,3 +359,89 @@ def test_the_control_port_comes_last_so_that_its_presence_means_all_are_there() 
 def test_shell_lines_are_one_line_each(words: list[str]) -> None:
     line = shell_line("run", *words)
     assert line.endswith(b"\n") and line.count(b"\n") == 1
+
+
+class Losing(Channel):
+    """A port whose reader dies with the first questions that it was asked."""
+
+    def __init__(self, channel: Channel, lost: int) -> None:
+        self.name = channel.name
+        self._channel = channel
+        self._left = lost
+
+    async def read(self, size: int = 65536) -> bytes:
+        return await self._channel.read(size)
+
+    async def write(self, data: bytes) -> None:
+        if self._left:
+            self._left -= 1
+        else:
+            await self._channel.write(data)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def test_a_question_that_died_with_whom_it_was_asked_is_asked_again(
+    hosted: HostedAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "_ASK_AGAIN_AFTER", 0.05)
+
+    async def main() -> None:
+        async def opened(name: str) -> Channel:
+            return Losing(await hosted.open(name), lost=3)
+
+        channel = AgentChannel(opened)
+        try:
+            await channel.connect(timeout=60)
+            assert (await run(channel, "echo heard")).stdout == "heard\n"
+        finally:
+            await channel.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture
+def load() -> Iterator[None]:
+    """Three times as much to do as this host has CPUs."""
+    with ExitStack() as stack:
+        for _ in range(3 * (os.cpu_count() or 1)):
+            busy = stack.enter_context(subprocess.Popen(["/bin/sh", "-c", "while :; do :; done"]))
+            stack.callback(busy.kill)
+        yield
+
+
+def kill_servers(hosted: HostedAgent) -> None:
+    """End what serves the first slot and the control port; their supervisors start them anew."""
+    for process in psutil.Process(hosted.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.cmdline()[-1:] in (["0"], ["control"]):
+                process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_hundred_hosts_in_turn_are_answered_under_load_and_while_the_agent_dies(
+    hosted: HostedAgent, load: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "_ASK_AGAIN_AFTER", 0.5)
+    random = Random(7)
+
+    async def host(number: int) -> None:
+        channel = AgentChannel(hosted.open)
+        try:
+            connecting = asyncio.ensure_future(channel.connect(timeout=60))
+            if number % 25 == 24:
+                await asyncio.sleep(random.random() * 0.005)
+                kill_servers(hosted)
+            await connecting
+            if number % 5 == 0:
+                assert (await run(channel, f"echo {number}")).stdout == f"{number}\n"
+        finally:
+            await channel.close()
+
+    async def main() -> None:
+        for number in range(500):
+            await host(number)
+
+    asyncio.run(main())
