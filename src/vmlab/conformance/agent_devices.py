@@ -157,6 +157,7 @@ def echoing(channel: str) -> str:
 for port in /sys/class/virtio-ports/*; do
     [ "$(cat $port/name)" = {channel} ] && break
 done
-# A port that nobody has open on the host is at its end.
-(while :; do cat <>/dev/${{port##*/}} >&0; usleep 20000; done) {_AWAY}
+# Open all the time: what has come when a port is closed is lost. It is at its end for as long as
+# nobody has it open on the host.
+(exec 5<>/dev/${{port##*/}} && while :; do cat <&5 >&5; usleep 20000; done) {_AWAY}
 """

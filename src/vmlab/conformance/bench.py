@@ -220,6 +220,18 @@ class Bench:
             await asyncio.sleep(0.1)
         self._record(what, True)
 
+    async def within(self, work: Awaitable[T], what: str) -> T:
+        """What `work` gives, which has to come within the profile's slack."""
+        limit = asyncio.timeout(self.profile.slack)
+        try:
+            async with limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        self._record(what, False, f"so within {self.profile.slack:g} s", "not so")
+        raise AssertionError("a failed statement ends the check")
+
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Run something beside the check; it is cancelled when the check ends."""
         task = asyncio.ensure_future(work)

@@ -240,6 +240,23 @@ def test_waiting_for_what_never_comes_fails() -> None:
     assert result.outcome is Outcome.FAIL and "within 60 s" in result.reason
 
 
+def test_what_does_not_come_within_the_slack_fails() -> None:
+    async def late(lab: Bench) -> None:
+        assert await lab.within(asyncio.sleep(0, "there"), "it comes") == "there"
+        await lab.within(asyncio.sleep(1e6), "it comes")
+
+    result = run(late)
+    assert (result.outcome, set(result.found)) == (Outcome.FAIL, {"own.check"})
+    assert "it comes: expected so within" in result.reason
+
+    async def slow() -> None:
+        raise TimeoutError("another one's")
+
+    result = run(lambda lab: lab.within(slow(), "it comes"))
+    assert result.outcome is Outcome.FAIL
+    assert "another one's" in result.reason
+
+
 def test_what_is_faster_than_its_interruption_is_no_failure() -> None:
     async def quick() -> int:
         return 7

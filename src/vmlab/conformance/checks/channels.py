@@ -28,10 +28,11 @@ async def any_bytes(lab: Bench) -> None:
         writing = lab.spawn(channel.write(sent))
         received = bytearray()
         while len(received) < len(sent):
-            piece = await channel.read(1000)
+            so_far = f"more comes back, after {len(received)} of {len(sent)} bytes"
+            piece = await lab.within(channel.read(1000), so_far)
             lab.true(0 < len(piece) <= 1000, "a read gives at least one byte and at most 1000")
             received += piece
-        await writing
+        await lab.within(writing, "a write ends when all that was written has come back")
     lab.equal(bytes(received), sent, "what came back")
 
 
@@ -46,7 +47,8 @@ async def end(lab: Bench) -> None:
     channel = await machine.channel(machine.spec.channels[0])
     reading = lab.spawn(channel.read())
     await machine.kill()
-    lab.equal(await reading, b"", "a read that waited when the guest ended")
+    what = "a read that waited when the guest ended"
+    lab.equal(await lab.within(reading, what), b"", what)
     lab.equal(await channel.read(), b"", "a read after the guest ended")
     await lab.refuses(ChannelClosed, channel.write(b"x"), "a write after the guest ended")
     await channel.close()

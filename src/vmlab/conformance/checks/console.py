@@ -45,12 +45,12 @@ async def live(lab: Bench) -> None:
     await guest.print("conformance live")
     seen = b""
     while b"conformance live" not in seen:
-        piece = await console.read()
+        piece = await lab.within(console.read(), "what the guest prints comes")
         lab.true(bool(piece), "an open console does not end while the guest lives")
         lab.true(len(piece) <= 65536, "a read gives no more than was asked for")
         seen += piece
     await machine.delete(force=True)
-    while await console.read():
+    while await lab.within(console.read(), "a console ends when its machine is deleted"):
         """What is left is read to its end."""
     await console.close()
     await console.close()
