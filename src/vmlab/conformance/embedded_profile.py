@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from vmlab.conformance.agent_probe import AgentProbe
+from vmlab.conformance.probe import GuestProbe
 from vmlab.conformance.profiles import ConformanceProfile
 from vmlab.guests.agent import CHANNELS
 from vmlab.machine.architecture import Architecture
@@ -13,6 +15,10 @@ from vmlab.machine.sizes import GIB, MIB
 from vmlab.machine.spec import Boot, Disk, MachineSpec, Nic
 
 IMAGE: Final = "debian-13-riscv64-tiny"
+_BOOTED: Final = b"activate this console"
+"""What the console says when the guest has booted and waits for somebody."""
+_BOOT: Final = 300.0
+"""Seconds that a guest has to boot, several at once on a slow host."""
 _ECHO: Final = "conformance.echo"
 """Before the agent's channels, whose control port has to be the last one."""
 
@@ -29,6 +35,19 @@ MUST_DECLARE: Final = frozenset(
         Capability.FAULTS,
     }
 )
+
+
+async def drawn_at_boot(guest: GuestProbe) -> bytes:
+    """Where the kernel put its first program: what a guest has drawn before it was told anything.
+
+    What comes from outside comes at the host's time, and the kernel's entropy is made of that too.
+    So nobody speaks to the guest before it has booted.
+    """
+    assert isinstance(guest, AgentProbe), "the profile's probe"
+    async with asyncio.timeout(_BOOT), await guest._machine.console() as console:
+        while _BOOTED not in await console.log():
+            await console.read()
+    return await guest.ask("cat /proc/1/maps")
 
 
 def make_profile() -> ConformanceProfile:
@@ -61,6 +80,8 @@ def make_profile() -> ConformanceProfile:
         slack=300.0,
         lag=10.0,
         patience=1800.0,
+        own_clock=False,
+        drawn=drawn_at_boot,
     )
 
 

@@ -82,6 +82,9 @@ class ConformanceProfile:
         faultless: Why faults of a kind cannot exist there, for those that are not declared.
         patience: Seconds that one check may take, on the hypervisor's clock.
         processes: Whether machines are processes of this host.
+        own_clock: Whether the hypervisor's clock is its own, so that a run that is the same takes
+            the same time; on the host's clock no two runs do.
+        drawn: Random numbers of a guest that are the same in two runs that are the same.
         variant: The profile for other options, where they change what machines are made of.
         reliable: Whether operations, events and answers can be relied on with given options.
     """
@@ -108,6 +111,8 @@ class ConformanceProfile:
     faultless: Mapping[FaultKind, str] = field(default_factory=dict)
     patience: float = 3600.0
     processes: bool = True
+    own_clock: bool = True
+    drawn: Callable[[GuestProbe], Awaitable[bytes]] = lambda guest: guest.entropy()
     variant: Callable[[Mapping[str, str]], ConformanceProfile] | None = None
     reliable: Callable[[Mapping[str, str]], bool] = lambda options: True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
@@ -12,12 +13,17 @@ from typing import Any, TypeVar
 import pytest
 from tests.unit.engine.process import programs
 
+from vmlab.conformance.runner import Subject
 from vmlab.hypervisors.embedded import EmbeddedHypervisor, provider
 from vmlab.hypervisors.ownership import Home, Run, Store
+from vmlab.images.settings import default_store
 from vmlab.machine.spec import MachineSpec
 
 T = TypeVar("T")
 MakeSpec = Callable[..., MachineSpec]
+
+# Read before the tests get directories of their own.
+_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 class Bench:
@@ -77,3 +83,18 @@ def make_spec(tmp_path: Path) -> MakeSpec:
         return MachineSpec.of(**(base | fields))
 
     return make
+
+
+@pytest.fixture
+def image_store(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where images are: slow to fetch, they never change."""
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(_IMAGE_STORE))
+    return _IMAGE_STORE
+
+
+@pytest.fixture
+def subject(image_store: Path) -> Subject:
+    """The engine as the conformance suite has it."""
+    from vmlab.conformance.embedded_profile import make_profile
+
+    return Subject(provider, make_profile())

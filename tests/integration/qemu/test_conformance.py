@@ -6,15 +6,11 @@ to the directory that VMLAB_RESULTS names.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.whole_suite import whole_suite
 
 from vmlab.conformance.registry import select
 from vmlab.conformance.runner import Subject, run_check
@@ -56,7 +52,6 @@ WHOLE = {
     Architecture.PPC64LE: ("lifecycle.*", "console.*", "configuration.*", "channel.*"),
 }
 """The checks that each architecture has to pass; none named is all."""
-UNPROVEN = "declared, and no check of it ran"
 
 
 @pytest.mark.timeout(1800)
@@ -77,41 +72,11 @@ def test_sample_of_the_contract_is_kept(
 @pytest.mark.parametrize("architecture", WHOLE)
 def test_whole_suite_passes(images: Any, tmp_path: Path, architecture: Architecture) -> None:
     image = images(architecture)
-    report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "vmlab", "conformance", "qemu", "--json", str(report)]
-    command += ["--option", f"architecture={architecture.value}"]
-    command += [f"--select={pattern}" for pattern in WHOLE[architecture]]
-    environment = {
-        **os.environ,
-        "VMLAB_HOME": str(tmp_path / "home"),
-        "VMLAB_IMAGE_STORE": str(image.directory.parent.parent),
-    }
-    begun = time.time()
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    found = json.loads(report.read_text())
-    skipped = {
-        test["name"]: test["attempts"][-1]["skip_reason"]
-        for suite in found["suites"]
-        for test in suite["tests"]
-        if test["attempts"][-1]["outcome"] == "skip"
-    }
-    figures = {
-        "hypervisor": "qemu",
-        "architecture": architecture.value,
-        "checks": list(WHOLE[architecture]) or "all",
-        "date": time.strftime("%Y-%m-%d", time.gmtime(begun)),
-        "minutes": round((time.time() - begun) / 60, 1),
-        "processors": os.cpu_count(),
-        "load": round(os.getloadavg()[1], 1),
-        **{name: count for name, count in found["totals"].items() if count},
-        "capabilities": [each["text"] for each in found["messages"]],
-        "skipped": skipped,
-    }
-    if where := os.environ.get("VMLAB_RESULTS"):
-        path = Path(where) / f"conformance-qemu-{architecture.value}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-    assert ended.returncode == 0, f"{figures}\n{ended.stdout}\n{ended.stderr}"
-    if not WHOLE[architecture]:
-        left = [each["text"] for each in found["messages"] if UNPROVEN in each["text"]]
-        assert left == [], "what is declared is proven by checks that run"
+    whole_suite(
+        "qemu",
+        image.directory.parent.parent,
+        tmp_path,
+        architecture=architecture.value,
+        words=["--option", f"architecture={architecture.value}"],
+        checks=WHOLE[architecture],
+    )
