@@ -11,8 +11,6 @@ import io
 import json
 import lzma
 import os
-import re
-import selectors
 import socket
 import subprocess
 import tarfile
@@ -22,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.images import gpt
+from tests.integration.images.plain_qemu import SECONDS, Guest, needs, needs_qemu
 
-from vmlab.images import Image, ImageStore
+from vmlab.images import ImageStore
 from vmlab.images.debian import openpgp
 from vmlab.images.formats import deb, tarball
 from vmlab.images.importing import Parts, import_image
-from vmlab.images.roots import tools
 from vmlab.images.settings import default_store
 from vmlab.images.store.usage import unused
 from vmlab.machine.architecture import Architecture
@@ -35,78 +34,10 @@ from vmlab.machine.architecture import Architecture
 # Read before the tests get directories of their own: what was fetched once need not be again.
 _STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
-SECONDS = 300  # for what takes five on a machine that has nothing else to do
-
-MACHINES = {
-    Architecture.X86_64: ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max"],
-    Architecture.RISCV64: ["qemu-system-riscv64", "-M", "virt", "-cpu", "rv64"],
-    Architecture.AARCH64: ["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a72"],
-    Architecture.PPC64LE: ["qemu-system-ppc64", "-M", "pseries"],
-}
-
 
 @pytest.fixture(scope="module")
 def store() -> ImageStore:
     return ImageStore(_STORE)
-
-
-class Guest:
-    """A QEMU with the guest's console on its standard input and output."""
-
-    def __init__(self, image: Image, append: str, *more: str, memory: str = "512") -> None:
-        boot = [] if image.kernel is None else [
-            "-kernel", str(image.kernel), "-initrd", str(image.initrd),
-            "-append", f"console={image.architecture.console} {image.cmdline} {append}",
-        ]  # fmt: skip
-        command = [
-            *MACHINES[image.architecture], "-m", memory, "-display", "none", "-nodefaults",
-            "-no-user-config", "-no-reboot", "-serial", "stdio", *boot, *more,
-        ]  # fmt: skip
-        self.seen = b""
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        self.waiting = selectors.DefaultSelector()
-        assert self.process.stdout is not None
-        self.waiting.register(self.process.stdout, selectors.EVENT_READ)
-
-    def wait_for(self, pattern: bytes, seconds: float = SECONDS) -> re.Match[bytes]:
-        assert self.process.stdout is not None
-        end = time.monotonic() + seconds
-        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
-            left = end - time.monotonic()
-            assert left > 0, f"no {pattern!r} in {seconds} s:\n{self.seen[-3000:].decode()}"
-            if self.waiting.select(left):
-                data = os.read(self.process.stdout.fileno(), 65536)
-                assert data, f"the guest ended before {pattern!r}:\n{self.seen[-3000:].decode()}"
-                self.seen += data
-        self.seen = self.seen[found.end() :]
-        return found
-
-    def type(self, text: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(text.encode())
-        self.process.stdin.flush()
-
-    def shell(self, command: str, seconds: float = SECONDS) -> str:
-        """What a command prints; its status has to be 0."""
-        # The marks are put together by the shell, so the echo of the line has none.
-        self.type(f"{command}; echo =$?=; echo end'mark'\n")
-        text = self.wait_for(rb"(.*?)\r?\nendmark", seconds)[1].decode(errors="replace")
-        body, _, status = text.rpartition("=0=")
-        assert body or status != text, f"{command} failed: {text}"
-        return body
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.waiting.close()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:
-                    continue
 
 
 @pytest.fixture
@@ -116,27 +47,6 @@ def booted() -> Iterator[list[Guest]]:
     yield guests
     for guest in guests:
         guest.close()
-
-
-PACKAGES = {
-    **dict.fromkeys(("mke2fs", "debugfs"), "e2fsprogs"),
-    **{"mmdebstrap": "mmdebstrap", "depmod": "kmod", "qemu-img": "qemu-utils"},
-    "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-system-riscv64": "qemu-system-misc",
-    "qemu-system-aarch64": "qemu-system-arm",
-    "qemu-system-ppc64": "qemu-system-ppc",
-}
-"""Which Debian package has a program; all are in tools/debian-packages.txt."""
-
-
-def needs(*programs: str) -> None:
-    missing = sorted({PACKAGES[name] for name in programs if tools.find(name) is None})
-    if missing:
-        pytest.skip(f"needs the Debian packages {', '.join(missing)}")
-
-
-def needs_qemu(architecture: Architecture) -> None:
-    needs(MACHINES[architecture][0])
 
 
 @pytest.mark.slow
@@ -388,6 +298,20 @@ def boot_sector() -> bytes:
     return (code + words).ljust(510, b"\0") + b"\x55\xaa"
 
 
+def cloud_layout(disk: Path) -> None:
+    """Give a disk the partitions of Debian's generic cloud images, with something in each."""
+    code = disk.read_bytes()[:440]
+    mebi = 1 << 20
+    partitions = [
+        gpt.Partition(1, gpt.ROOT, 8192, 2 * mebi),
+        gpt.Partition(14, gpt.BIOS_BOOT, 2048, mebi),
+        gpt.Partition(15, gpt.EFI_SYSTEM, 4096, 2 * mebi),
+    ]
+    gpt.write(disk, 8 * mebi, partitions, boot_code=code)
+    for part in partitions:
+        gpt.place(disk, part.start, os.urandom(part.size))
+
+
 @pytest.mark.parametrize("form", ["raw", "raw.xz", "qcow2"])
 def test_disk_that_was_imported_boots_by_its_own_boot_loader(
     own_store: ImageStore, booted: list[Guest], tmp_path: Path, form: str
@@ -401,10 +325,16 @@ def test_disk_that_was_imported_boots_by_its_own_boot_loader(
         disk.write_bytes(lzma.compress(raw.read_bytes()))
     elif form == "qcow2":
         needs("qemu-img")
+        cloud_layout(raw)
         disk = tmp_path / "disk.qcow2"
         subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, disk], check=True)
     image = import_image(own_store, "cloud", Parts(disk=disk), architecture=Architecture.X86_64)
     assert (image.kernel, image.disk_format) == (None, form.removesuffix(".xz"))
+    assert image.disk is not None
+    if form == "qcow2":
+        subprocess.run(["qemu-img", "compare", "-q", raw, image.disk], check=True)
+    else:
+        assert image.disk.read_bytes() == raw.read_bytes()
     guest = Guest(
         image, "", "-drive",
         f"if=none,id=d,file={image.disk},format={image.disk_format},snapshot=on",
