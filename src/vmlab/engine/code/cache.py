@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
-
-import platformdirs
-from filelock import FileLock
 
 import vmlab
 from vmlab.engine.isa import __file__ as _isa_file
@@ -30,22 +26,40 @@ _SOURCES: Final = ("isa", "cpu", "compile")
 
 def default_folder() -> Path:
     """Where the user's compiled objects are kept."""
+    import platformdirs
+
     return platformdirs.user_cache_path("vmlab", appauthor=False) / "engine"
 
 
 @cache
 def _host() -> str:
     """This host's processor: what its code may be made for."""
-    lines = []
+    system = os.uname()
+    lines = [system.sysname, system.machine]
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:  # no Linux
+        import platform  # which starts a process to know
+
         text = ""
+        lines.append(platform.processor())
     for line in text.split("\n\n", 1)[0].splitlines():
         name = line.partition(":")[0].strip()
         if name in {"vendor_id", "cpu family", "model", "stepping", "flags", "Features"}:
             lines.append(line)
-    return "\n".join([platform.system(), platform.machine(), platform.processor(), *lines])
+    return "\n".join(lines)
+
+
+def _compiler() -> str:
+    """What names the compiler's version, found without importing it or what knows of packages:
+    every engine process asks, and importing importlib.metadata takes a tenth of its start."""
+    found = find_spec("llvmlite")
+    if found is None or found.origin is None:
+        return ""
+    try:
+        return Path(found.origin).with_name("_version.py").read_text(encoding="utf-8")
+    except OSError:
+        return found.origin
 
 
 @cache
@@ -56,7 +70,7 @@ def source_digest() -> str:
     for package in _SOURCES:
         for path in sorted((engine / package).rglob("*.py")):
             digest.update(str(path.relative_to(engine)).encode() + b"\0" + path.read_bytes())
-    for part in (vmlab.__version__, metadata.version("llvmlite"), _host()):
+    for part in (vmlab.__version__, _compiler(), _host()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
@@ -85,6 +99,8 @@ class ObjectCache:
         found = _read(path)
         if found is not None:
             return found
+        from filelock import FileLock
+
         lock = FileLock(path.with_suffix(".lock"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
