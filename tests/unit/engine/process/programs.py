@@ -191,6 +191,8 @@ LOOKS_AT_CLOCKS = (
 )
 """`time` before and after some instructions, and `mtime`: in a0 to a2."""
 
+LOOKS_AT_THE_DATE = number(T0, 0x10_1000) + word("lw", rd=T1, rs1=T0) + jump(0)
+
 
 def sleeps(ticks: int, *, or_device: bool = False) -> bytes:
     """Power off after a power of two of ticks; or at an external interrupt, if that may be."""

@@ -245,13 +245,13 @@ def test_a_mistake_of_a_device_is_told_and_the_machine_can_be_brought_to_stand(
     capfd: pytest.CaptureFixture[str],
     mode: TimeMode,
 ) -> None:
-    built = build(programs.ECHO, time=Time(mode))
+    built = build(programs.LOOKS_AT_THE_DATE, time=Time(mode))
     machine = built.machine
 
     def broken(offset: int, size: int) -> int:
         raise RuntimeError("a device with a mistake")
 
-    monkeypatch.setattr(machine.board.uart, "read", broken)
+    monkeypatch.setattr(machine.board.rtc, "read", broken)
     machine.resume()
     what, reason = built.outcome()
     assert what is Happening.FAILED
