@@ -322,3 +322,16 @@ def test_two_watched_stores_at_once_are_told_one_after_the_other(debug: Debug) -
     assert next(iter(machine.machine.harts)).retired == retired
     client.ask("vCont;c")
     assert next(iter(machine.machine.harts)).retired == retired + 3
+
+
+def test_what_one_client_has_not_been_told_is_not_told_to_the_next(debug: Debug) -> None:
+    machine = debug(COUNTS)
+    client = machine.connect()
+    client.ok(f"Z2,{DATA:x},8")
+    client.ask("vCont;c")
+    machine.do(lambda: machine.control.trapped(machine.control.reason))
+    client.close()
+    again = machine.connect()
+    again.send("vCont;c")
+    again.socket.sendall(b"\3")
+    assert stopped(again.receive())[0] == 2
