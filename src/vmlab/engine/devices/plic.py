@@ -103,8 +103,10 @@ class Plic:
             self._tell()
 
     def refresh(self) -> None:
-        """Tell every context's line anew, after the state was replaced."""
+        """Tell every context's line anew, after the state was replaced; the harts stand."""
         with self._lock:
+            # In a copy of the process, whoever held it is not there.
+            self.block.words[interrupts.LOCK] = 0
             self._driven = [True] * self.block.contexts
             self._tell()
 

@@ -302,6 +302,19 @@ def test_a_hart_does_not_wait_for_the_lock() -> None:
     board.close()
 
 
+def test_a_copy_of_a_machine_is_not_locked_by_the_original() -> None:
+    board = Board(InterpreterExecutor)
+    ready(board)
+    board.plic.set_level(5, True)
+    board.told.clear()
+    board.plic.block.words[LOCK] = 1
+    board.plic.refresh()
+    assert board.told[0, SEIP] is True
+    assert board.load(0, 0x20_1004) == 5
+    assert board.exits == 0
+    board.close()
+
+
 def test_an_interrupt_that_is_due_is_taken(board: Board) -> None:
     ready(board)
     hart = board.executors[0].hart
