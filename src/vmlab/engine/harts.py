@@ -32,7 +32,6 @@ from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
 from vmlab.engine.firmware import SUPERVISOR_SETUP, Fence
 from vmlab.engine.host_clock import HostClock
 from vmlab.engine.isa.cpu import Cause
-from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.isa.values import Value
 from vmlab.engine.memory.ram import full_barrier
 
@@ -472,6 +471,8 @@ class Harts(ABC):
 
     def _refuse(self, seat: Seat, cause: Cause) -> None:
         """Nothing answers at an address: an access fault, as if nothing had retired."""
+        from vmlab.engine.isa.riscv64 import RISCV64
+
         hart, core = seat.hart, seat.caller._core
         pc = Value(hart[layout.EXIT_PC], 64)
         hart[layout.RETIRED] -= 1

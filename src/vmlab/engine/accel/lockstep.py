@@ -14,7 +14,6 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import CSRS
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
-from vmlab.engine.isa.disassembler import disassemble
 
 # What Hart.architectural names, as it lies in the state block.
 _VISIBLE = (
@@ -140,5 +139,8 @@ class Lockstep:
             if value != theirs[name]:
                 differences[name] = value, theirs[name]
         where = f"at a virtual address, {pc:#x}"
+        # Engines know executors by this module, and start without all instructions' meanings.
+        from vmlab.engine.isa.disassembler import disassemble
+
         instruction = where if word is None else disassemble(word, pc, _CSR_NAMES)
         raise Divergence(pc, instruction, differences)

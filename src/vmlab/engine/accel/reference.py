@@ -7,6 +7,7 @@ that native code is compared with.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from vmlab.engine.accel.stopping import StoppingExecutor
 from vmlab.engine.cpu import layout
@@ -22,9 +23,10 @@ from vmlab.engine.cpu.polling import poll
 from vmlab.engine.cpu.system import FirmwareCall
 from vmlab.engine.cpu.traps import fetchable, take_trap
 from vmlab.engine.isa.cpu import AtomicOperation, Cause, Extension, Trap
-from vmlab.engine.isa.encoding import Decoded
-from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.isa.values import Value
+
+if TYPE_CHECKING:
+    from vmlab.engine.isa.encoding import Decoded
 
 _MACHINE = 3  # the privilege
 
@@ -171,7 +173,11 @@ class ReferenceExecutor(StoppingExecutor):
     name = "reference"
 
     def __init__(self, hart: Hart) -> None:
+        # Engines that use native code start without all instructions' meanings.
+        from vmlab.engine.isa.riscv64 import RISCV64
+
         super().__init__(hart)
+        self._instructions = RISCV64
         self._core = ReferenceCore(hart)
         self._cpu = ReferenceCpu(self._core)
 
@@ -269,7 +275,7 @@ class ReferenceExecutor(StoppingExecutor):
             if word & 3 == 3:
                 following = Value(pc + 2, 64)
                 word |= core.physical_read(fetchable(core, following), 2).number << 16
-        decoded = RISCV64.decode(word)
+        decoded = self._instructions.decode(word)
         if decoded is None:
             raise Trap(Cause.ILLEGAL, word)
         self._cpu.decoded = decoded

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vmlab.engine.accel.interpreter import InterpreterExecutor
 from vmlab.engine.accel.stopping import NO_POINTS, Points
@@ -19,11 +19,13 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.mmu import MPRV, MXR, SUM
 from vmlab.engine.debug.kallsyms import SymbolTable, symbols_in
-from vmlab.engine.debug.tracer import FileTracer, Span
 from vmlab.engine.harts import TRACER
 from vmlab.engine.monitor.commands import CommandError
 from vmlab.engine.monitor.server import Place
 from vmlab.machine.errors import VmlabError
+
+if TYPE_CHECKING:
+    from vmlab.engine.debug.tracer import FileTracer
 
 _ASID: Final = 44
 _USED: Final = 1 << 63
@@ -265,6 +267,8 @@ class DebugCommands:
         Addresses are numbers, or the kernel's symbols with or without a distance
         (`do_sys_openat2+0x10`).
         """
+        from vmlab.engine.debug.tracer import FileTracer, Span
+
         if not 0 <= hart < len(self._machine.harts):
             raise CommandError(f"Parameter 'hart' expects a hart: there is no {hart}")
         if hart in self._traces:
