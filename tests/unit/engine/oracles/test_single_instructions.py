@@ -126,7 +126,7 @@ def test_a_store_conditional_succeeds_where_unicorn_s_does(
     theirs.mem_write(pair.at, code)
     hart.ram.write(pair.at, code)
     for memory in (hart.ram.write, theirs.mem_write):
-        memory(DATA, bytes(range(128, 144)))
+        memory(DATA, bytes(range(128, 136)) * 2)  # the same content elsewhere
     theirs.emu_start(pair.at, pair.at + len(code))
     for _ in range(len(code) // 4):
         pair.executor.step()
