@@ -23,11 +23,13 @@ from vmlab.guests.shares import mount_shares
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
-from vmlab.machine.sizes import GIB, KIB, MIB
+from vmlab.machine.sizes import GIB, KIB, MIB, format_size
 
-_CONNECT: Final = 300.0
-"""Seconds that a guest has to boot, several at once on a slow host."""
+_CONNECT: Final = 900.0
+"""Seconds that a guest has to boot: several at once, emulated, on a host that is busy besides."""
 _EXCERPT: Final = 2000
+_LARGEST_BLOCK: Final = 256 * MIB
+"""Bytes of a memory block by which the suite's NUMA nodes can be told apart."""
 _MEMORY_FILE: Final = "/dev/shm/conformance"
 _UNNAMED: Final = "vmlab"
 """What a tiny image is called where nobody has told it a name (images/tiny/init.sh)."""
@@ -182,6 +184,9 @@ class AgentProbe:
         block, *nodes = rows.splitlines()
         if int(block, 16) == 0:
             raise GuestCannotTell("its kernel has no memory blocks")
+        if int(block, 16) > _LARGEST_BLOCK:
+            size = format_size(int(block, 16))
+            raise GuestCannotTell(f"its kernel has memory in blocks of {size} only")
         found = [row.partition(" ") for row in nodes]
         return [
             GuestNode(int(count) * int(block, 16), parse_cpus(cpus)) for count, _, cpus in found

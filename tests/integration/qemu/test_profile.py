@@ -125,7 +125,10 @@ def test_profile_is_made_for_the_host_when_it_is_asked_for(
     profile_of: Any,
 ) -> None:
     assert Capability.HOTPLUG_NIC not in profile_of(Architecture.RISCV64).must_declare
-    assert Capability.FORK not in profile_of(Architecture.PPC64LE).must_declare
+    pseries = profile_of(Architecture.PPC64LE)
+    assert Capability.FORK not in pseries.must_declare
+    assert all(memory % (256 * MIB) == 0 for _, memory in pseries.sizes)
+    assert pseries.spec.memory.size == pseries.sizes[0][1]
     profile = profile_of(host_architecture() or Architecture.X86_64)
     assert set(profile.faultless) == set(FaultKind) - FAULTS
     assert qemu_profile.profile.hypervisor == "qemu"

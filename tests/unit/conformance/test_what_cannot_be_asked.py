@@ -87,6 +87,9 @@ def test_what_a_guest_cannot_tell_is_said() -> None:
     probe = Told(block_size_bytes=b"0\n")
     with pytest.raises(GuestCannotTell, match="no memory blocks"):
         asyncio.run(probe.nodes())
+    probe = Told(block_size_bytes=b"40000000\n1 0\n")
+    with pytest.raises(GuestCannotTell, match="in blocks of 1"):
+        asyncio.run(probe.nodes())
     with pytest.raises(GuestCannotTell, match="nobody has told it"):
         asyncio.run(Told(hostname=b"vmlab\n").hostname())
     assert asyncio.run(Told(hostname=b"named\n").hostname()) == "named"
