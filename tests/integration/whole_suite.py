@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 UNPROVEN = "declared, and no check of it ran"
+# Read before the tests get an environment of their own.
+_RESULTS = os.environ.get("VMLAB_RESULTS")
 
 
 def whole_suite(
@@ -57,8 +59,8 @@ def whole_suite(
         "capabilities": [each["text"] for each in found["messages"]],
         "skipped": skipped,
     }
-    if where := os.environ.get("VMLAB_RESULTS"):
-        path = Path(where) / f"conformance-{hypervisor}-{architecture}.json"
+    if _RESULTS:
+        path = Path(_RESULTS) / f"conformance-{hypervisor}-{architecture}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(figures, indent=1) + "\n")
     assert ended.returncode == 0, f"{figures}\n{ended.stdout}\n{ended.stderr}"
