@@ -57,6 +57,7 @@ from vmlab.engine.harts import Harts, ParallelHarts
 from vmlab.engine.host_clock import HostClock
 from vmlab.engine.instruction_clock import InstructionClock
 from vmlab.engine.memory.ram import Ram
+from vmlab.engine.panic import PanicWatch
 from vmlab.engine.sequential_harts import SequentialHarts
 from vmlab.machine.errors import ResourceNotFound, VmlabError
 
@@ -179,6 +180,8 @@ class Machine:
     def _add_devices(self, made: Configuration) -> None:
         if made.serial is not None:
             UartChannel(self.board.uart, self._channel(made.serial))
+        self._panic = PanicWatch()
+        self._print, self.board.uart.send = self.board.uart.send, self._printed
         ports = [Port("", self._channel(one), console=True) for one in made.consoles]
         ports += [Port(one.name, self._channel(one)) for one in made.channels]
         if ports:
@@ -352,6 +355,7 @@ class Machine:
         self.pause()
         self._retired_before = self.retired
         self.board.reset()
+        self._panic.reset()
         self._boot()
         if was_running:
             self.resume()
@@ -398,12 +402,29 @@ class Machine:
     def _ended_by_board(self, what: Literal["poweroff", "reboot", "fail"], code: int) -> None:
         if what == "fail":
             self._tell(Happening.FAILED, f"the guest reports a failure, code {code}")
-        else:
+        elif not self._restarts(what):
             self._tell(Happening(what), "the guest wrote to the system controller")
 
     def _ended_by_firmware(self, what: Literal["poweroff", "reboot"], reason: int) -> None:
+        if self._restarts(what):
+            return
         why = "for a failure" if reason else "without a reason"
         self._tell(Happening(what), f"the guest asked firmware, {why}")
+
+    def _printed(self, data: bytes) -> None:
+        """The UART's output, on its way out."""
+        self._print(data)
+        stood = self._panic.stands
+        self._panic.feed(data)
+        if self._panic.stands and not stood:
+            self._tell(Happening.FAILED, f"the guest's kernel panicked: {self._panic.reason}")
+
+    def _restarts(self, what: str) -> bool:
+        """Whether the guest restarts for a panic, which is told instead."""
+        panicked = what == "reboot" and self._panic.reason != ""
+        if panicked:
+            self._tell(Happening.FAILED, f"the guest's kernel panicked: {self._panic.reason}")
+        return panicked
 
     def _debug_console(self, data: bytes) -> int:
         """What S mode writes by firmware goes the way of the UART's output."""

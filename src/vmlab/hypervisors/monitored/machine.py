@@ -93,6 +93,8 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         self._channels: dict[str, SocketChannel] = {}
         self._steps: list[Callable[[], Awaitable[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # Those of them at whose end the machine has another state.
+        self._ends: set[asyncio.Task[None]] = set()
         self._powering_down = False
         super().__init__(hypervisor, id_, spec, state)
         self.faults = Faults(self)
@@ -292,9 +294,11 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
             return
         if event.name == "SHUTDOWN" and not self._powering_down:
             reason = str(event.data.get("reason", "guest-shutdown"))
-            self._in_background(self._shut_down_by_itself(emulator, reason))
+            self._ends_by(self._shut_down_by_itself(emulator, reason))
         elif event.name == "GUEST_PANICKED":
-            self._in_background(self._panicked(emulator))
+            told = event.data.get("info")
+            reason = told if isinstance(told, str) else "the guest panicked"
+            self._ends_by(self._panicked(emulator, reason))
         elif event.name == "RESET":
             self._was_reset()
             if event.data.get("guest"):
@@ -305,10 +309,17 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
     def _was_reset(self) -> None:
         """The guest begins anew."""
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _ends_by(self, work: Coroutine[Any, Any, None]) -> None:
+        """The machine ends, by itself: `work` is what follows from that."""
+        task = self._in_background(work)
+        self._ends.add(task)
+        task.add_done_callback(self._ends.discard)
 
     async def _shut_down_by_itself(self, emulator: E, reason: str) -> None:
         if emulator.ending:
@@ -318,10 +329,10 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         await self._gone(emulator)
         self._happened(MachineState.STOPPED, EventType.GUEST_SHUTDOWN, reason)
 
-    async def _panicked(self, emulator: E) -> None:
+    async def _panicked(self, emulator: E, reason: str) -> None:
         await emulator.end()
         await self._gone(emulator)
-        self._happened(MachineState.FAILED, EventType.GUEST_PANIC, "the guest panicked")
+        self._happened(MachineState.FAILED, EventType.GUEST_PANIC, reason)
 
     def _on_end(self, emulator: E, reason: str) -> None:
         if emulator.process.returncode == 0:
@@ -329,7 +340,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
             # (hw/misc/sifive_test.c before 8.2).
             self._in_background(self._shut_down_by_itself(emulator, "guest-shutdown"))
         else:
-            self._in_background(self._crashed(emulator, reason))
+            self._ends_by(self._crashed(emulator, reason))
 
     async def _crashed(self, emulator: E, reason: str) -> None:
         await emulator.end()
@@ -353,9 +364,9 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
                 status = (await emulator.execute("query-status"))["status"]
                 return _STATES.get(status, MachineState.PAUSED)
         if emulator is not None:
-            # Wait for what comes of its end: who is told of it may start the machine at once.
             await emulator.noticed()
-            await self._settle_background()
+        # Wait for what comes of its end: who is told of it may start the machine at once.
+        await self._until_done(self._ends)
         failed = self.state is MachineState.FAILED or self.emulator is not None
         return MachineState.FAILED if failed else MachineState.STOPPED
 
@@ -434,10 +445,13 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
 
     async def _settle_background(self) -> None:
         """Wait for the end of what began by itself."""
-        current = asyncio.current_task()
-        tasks = [task for task in self._tasks if task is not current]
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._until_done(self._tasks)
+
+    async def _until_done(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Wait for tasks, but for the one that waits."""
+        others = tasks - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others)
 
     async def _do_reset(self, operation: Operation) -> None:
         self.begin()

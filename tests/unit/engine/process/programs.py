@@ -40,6 +40,14 @@ def end(command: int) -> bytes:
     return number(T0, 0x10_0000) + number(T1, command) + word("sw", rs1=T0, rs2=T1) + jump(0)
 
 
+def say(text: bytes) -> bytes:
+    """Print by the UART."""
+    code = number(T0, 0x1000_0000)
+    for character in text:
+        code += number(T1, character) + word("sb", rs1=T0, rs2=T1)
+    return code
+
+
 def call(extension: int, function: int, *arguments: int) -> bytes:
     """Ask firmware; the arguments that are not given stay as they are."""
     code = number(A7, extension) + number(A6, function)

@@ -112,6 +112,37 @@ def test_a_process_that_is_to_stay_is_there_when_its_guest_is_off(run: Run) -> N
     assert running.ended()[0] == 0
 
 
+PANIC = b"[    1.5] Kernel panic - not syncing: no init\r\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        programs.say(PANIC) + programs.end(programs.REBOOT),
+        programs.say(PANIC + b"[    1.6] ---[ end Kernel panic - not syncing: no init ]---\n")
+        + programs.SPIN,
+    ],
+    ids=["restarts", "stands"],
+)
+def test_a_kernel_that_panics_is_kept_to_be_looked_at(run: Run, code: bytes) -> None:
+    running = run(code)
+    wire = running.connect()
+    wire.socket.sendall(b'{"execute": "cont"}')
+    assert until(wire, "GUEST_PANICKED")["info"] == "the guest's kernel panicked: no init"
+    until(wire, "STOP")
+    assert wire.ask("query-status")["return"]["status"] == "internal-error"
+    wire.socket.sendall(b'{"execute": "quit"}')
+    assert wire.read() == {"return": {}}
+    assert running.ended()[0] == 1
+
+
+def test_a_panic_that_was_only_quoted_is_none(run: Run) -> None:
+    quoted = b"it said: Kernel panic - not syncing: no init\n"
+    wire = run(programs.say(quoted) + programs.end(programs.REBOOT)).connect()
+    wire.socket.sendall(b'{"execute": "cont"}')
+    assert until(wire, "RESET") == {"guest": True, "reason": "guest-reset"}
+
+
 def test_a_guest_that_restarts_begins_anew(run: Run) -> None:
     running = run(programs.end(programs.REBOOT))
     wire = running.connect()
