@@ -16,7 +16,6 @@ from vmlab.engine.memory.ram import PAGE_SHIFT, PAGE_SIZE, Ram
 
 F_MUST_TELL_HOST: Final = 0
 F_STATS_VQ: Final = 1
-F_DEFLATE_ON_OOM: Final = 2
 F_PAGE_REPORTING: Final = 5
 
 _INFLATE: Final = 0
@@ -73,7 +72,8 @@ class VirtioBalloon(VirtioDevice):
         self.on_statistics: Callable[[], None] = lambda: None
         self.on_actual: Callable[[int], None] = lambda pages: None
         self._asked: Request | None = None
-        features = 1 << F_MUST_TELL_HOST | 1 << F_STATS_VQ | 1 << F_DEFLATE_ON_OOM
+        # Not DEFLATE_ON_OOM, with which Linux goes on counting what it gave as its own.
+        features = 1 << F_MUST_TELL_HOST | 1 << F_STATS_VQ
         features |= 1 << F_PAGE_REPORTING
         super().__init__(name, ram, workers, [128, 128, 16, 64], features)
 
