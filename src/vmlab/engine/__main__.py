@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def main(arguments: list[str]) -> int:
         asked = arguments in (["-h"], ["--help"])
         print(USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    # What is made from here to the first instruction lives as long as the process.
+    gc.disable()
     from vmlab.engine.configuration import load
     from vmlab.engine.process import serve
 

@@ -90,6 +90,7 @@ class Process:
             self._control.cont()
         # What was made so far lives as long as the process.
         gc.freeze()
+        gc.enable()
         while self._cause is None:
             self._work.get()()
         self._monitor.emit("SHUTDOWN", Shutdown(guest=self._guest, reason=self._cause))
