@@ -165,10 +165,12 @@ class SequentialHarts(Harts):
         return None
 
     def _turn_ends(self) -> int:
-        others = any(
+        # All are looked at each time: one that an interrupt wakes is awake from then on, even if
+        # another hart claims the interrupt before it comes to its turn.
+        others = [
             self._ready(seat) for number, seat in enumerate(self._seats) if number != self._turn
-        )
-        return self._turn_began + (TURN if others else LONG_TURN)
+        ]
+        return self._turn_began + (TURN if any(others) else LONG_TURN)
 
     def _ready(self, seat: Seat) -> bool:
         """Whether a hart has something to do."""
