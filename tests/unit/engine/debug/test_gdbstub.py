@@ -215,11 +215,11 @@ def test_it_works_where_harts_take_turns(debug: Debug) -> None:
 
 
 def test_a_device_is_answered_in_a_step(debug: Debug) -> None:
-    code = number(T0, 0x1000_0000) + word("lbu", rd=T1, rs1=T0, imm=5) + programs.SPIN
+    code = number(T0, 0x1000_0000) + word("lbu", rd=T1, rs1=T0, imm=2) + programs.SPIN
     client = debug(code).connect()
     for _ in range(len(code) // 4 - 2):
         client.ask("s")
-    assert client.register(T1) == 0x60
+    assert client.register(T1) == 1
 
 
 def test_who_waits_for_an_interrupt_is_stepped_past_it(debug: Debug) -> None:
