@@ -333,7 +333,7 @@ AS_ORDINARY_USER = """
 
     async def main():
         place, cmdline, made = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-        share = Share(tag="work", source=place / "shared", target="/work", readonly=False)
+        share = Share(tag="work", source=place / "shared", target="/shared", readonly=False)
         with Run.begin(Home.open(place / "home")) as run:
             async with provider.open(run.owner) as qemu:
                 print((await qemu.capabilities()).unsupported.get("share-virtiofs"))
@@ -346,8 +346,8 @@ AS_ORDINARY_USER = """
                 await guest.connect(timeout=300)
                 print((await mount_shares(guest, [share]))["work"].value)
                 await guest.succeed(made)
-                print((await guest.succeed("/work/host; stat -c %u /work/host")).stdout)
-                print((await guest.execute("chown 77 /work/host; cd /work; mknod n c 1 3")).status)
+                print((await guest.succeed("/shared/host; stat -c %u /shared/host")).stdout)
+                print((await guest.execute("chown 77 /shared/host; cd /shared; mknod n c 1 3")).status)
                 await guest.close()
 
     asyncio.run(main())
