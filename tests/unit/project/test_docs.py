@@ -160,6 +160,7 @@ def test_every_command_that_the_docs_name_exists_with_its_options(page: Path) ->
                 assert word.partition("=")[0] in known, f"{page.name}: {' '.join(call)}: {word}"
 
 
+@pytest.mark.timeout(660)  # one of them builds an image
 @pytest.mark.parametrize(
     ("page", "code"),
     [
@@ -176,7 +177,7 @@ def test_python_in_the_docs_runs(page: Path, code: str, tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
