@@ -66,11 +66,12 @@ def _is_product(form: Format, a: Value, b: Value, product: Value) -> Value:
         # The product of two singles fits into a double.
         x, y, z = (hostfloat.converted(SINGLE, DOUBLE, one) for one in (a, b, product))
         return hostfloat.equal(DOUBLE, hostfloat.multiply(DOUBLE, x, y), z)
-    # The zeros at the ends of the factors add up; those digits must be zeros that get lost.
-    first, second = _stored(form, a), _stored(form, b)
-    lost = _stored(form, product) - first - second + (form.largest + form.fraction)
+    # The zeros at the ends of the factors add up; those digits must be zeros that get lost. Where a
+    # factor is subnormal one more is asked for than would do.
+    lost = _stored(form, product) - _stored(form, a) - _stored(form, b)
+    lost = lost + (form.largest + form.fraction)
     zeros = _zeros_below(form, a) + _zeros_below(form, b)
-    return first.ne(0) & second.ne(0) & ~zeros.less(lost)
+    return ~zeros.less(lost)
 
 
 def _is_sum(form: Format, a: Value, b: Value, total: Value) -> Value:
