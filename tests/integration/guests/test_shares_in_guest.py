@@ -368,7 +368,7 @@ def test_what_an_ordinary_users_guest_writes_is_that_users(tmp_path: Path) -> No
         for path in (place, *place.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
         script = textwrap.dedent(AS_ORDINARY_USER)
-        made = MADE.format(place="/work")
+        made = MADE.format(place="/shared")
         done = subprocess.run(
             as_nobody(place, sys.executable, "-c", script, place, image.cmdline, made),
             capture_output=True,
