@@ -130,9 +130,9 @@ class Woken:
         return (time.perf_counter() - begun) * 1e3
 
 
-def keep_busy() -> None:
+def keep_busy(over: threading.Event) -> None:
     """What a device may do: compute in Python, holding the interpreter's lock."""
-    while True:
+    while not over.is_set():
         sum(range(1000))
 
 
@@ -149,13 +149,13 @@ def measure(case: str, harts: int, pauses: int, mode: TimeMode) -> Figures:
         mistakes: list[object] = []
         reactor = Reactor(mistakes.append)
         machine = Machine(made, reactor, lambda *what: mistakes.append(what))
-        source, woken = random.Random(1), Woken()
+        source, woken, over = random.Random(1), Woken(), threading.Event()
         taken, used, wakeups = [], [], []
         machine.resume()
         while not all(hart.retired for hart in machine.harts):
             time.sleep(0.01)
         if case == BUSY_DEVICE:
-            threading.Thread(target=keep_busy, daemon=True).start()
+            threading.Thread(target=keep_busy, args=(over,), daemon=True).start()
         clocks = [
             time.pthread_getcpuclockid(thread.ident)
             for thread in threading.enumerate()
@@ -171,6 +171,7 @@ def measure(case: str, harts: int, pauses: int, mode: TimeMode) -> Figures:
             after = [time.clock_gettime(clock) for clock in clocks]
             used.append(max(b - a for a, b in zip(before, after, strict=True)) * 1e3)
             machine.harts.resume()
+        over.set()
         machine.close()
         reactor.close()
         if mistakes:
