@@ -29,6 +29,7 @@ def test_a_kept_machine_is_talked_to_until_it_is_deleted(vmlab: Vmlab, tmp_path:
         assert both.returncode == 2 and b"NAME:/PATH" in both.stderr
         _statuses_pass_through(vmlab, name)
         _a_reader_that_goes_away_ends_the_command(vmlab, name)
+        _a_killed_shell_ends_its_command(vmlab, name)
     finally:
         assert vmlab.run("delete", name).returncode == 0
     assert not vmlab.processes()
@@ -43,6 +44,18 @@ def _statuses_pass_through(vmlab: Vmlab, name: str) -> None:
     ]:  # fmt: skip
         done = vmlab.run("shell", name, input=text.encode() + b"\n")
         assert (done.returncode, done.stdout) == (status, b""), text
+
+
+def _a_killed_shell_ends_its_command(vmlab: Vmlab, name: str) -> None:
+    shell = vmlab.start("shell", name, stdin=subprocess.PIPE)
+    assert shell.stdin is not None and shell.stdout is not None
+    shell.stdin.write(b"trap 'echo told >/root/told' EXIT; echo began; sleep 4321\n")
+    shell.stdin.flush()
+    assert shell.stdout.readline() == b"began\n"
+    shell.kill()
+    shell.communicate()
+    left = b"until [ -e /root/told ]; do sleep 0.1; done; ps | grep '[s]leep 4321'; echo looked\n"
+    assert vmlab.run("shell", name, input=left).stdout == b"looked\n"
 
 
 def _a_reader_that_goes_away_ends_the_command(vmlab: Vmlab, name: str) -> None:

@@ -33,9 +33,26 @@ find_port() { # NAME: sets PORT
 }
 
 # The host sends input as "COUNT SIZE" lines, each followed by COUNT x SIZE bytes; "0 0" ends it.
+# Where it ends otherwise nobody is there any more, and the command is told as by a terminal.
 feed() {
-    while read -r count size && [ "$count" -gt 0 ] 2>/dev/null; do
+    while read -r count size; do
+        [ "$count" -gt 0 ] 2>/dev/null || return 0
         dd bs="$size" count="$count" iflag=fullblock 2>/dev/null
+    done
+    hang_up
+}
+
+# The other part of the pipeline that this process feeds has the command for its child.
+hang_up() {
+    cd -P /proc/self
+    for process in $(cat "/proc/$$/task/$$/children"); do
+        [ "$process" = "${PWD#/proc/}" ] && continue
+        below= MEMBERS=
+        read -r below 2>/dev/null <"/proc/$process/task/$process/children"
+        # shellcheck disable=SC2086 # it is a list
+        members $below
+        # shellcheck disable=SC2086 # so is this
+        [ -z "$MEMBERS" ] || kill -HUP $MEMBERS 2>/dev/null
     done
 }
 
@@ -73,8 +90,8 @@ launch() { # TOKEN COMMAND [take]
         exec >&3 2>&4 3>&- 4>&-
         trap - INT # which dash would put off while it starts a program
         [ -n "$3" ] || unset -f take
-        unset -f run pipe fill text ping signal wake reset find_port feed launch finish members serve \
-            skip supervise
+        unset -f run pipe fill text ping signal wake reset find_port feed hang_up launch finish members \
+            serve skip supervise
         unset OLDPWD PORT ERROR NL SOH slots holders adopted held now status token process name found \
             line entry count size AGENT VMLAB_PORTS
         eval "set --

@@ -97,6 +97,22 @@ async def from_file(descriptor: int) -> AsyncIterator[bytes]:
         yield data
 
 
+def leash(session: Session) -> AsyncIterator[bytes] | None:
+    """Input that says nothing and ends with this process, for a command in a machine that stays.
+
+    The agent sends SIGHUP to a command whose input ends otherwise than it should. None where there
+    is no need for it, or no agent.
+    """
+    channel = session.guest.channel
+    name = getattr(getattr(channel, "choice", None), "name", channel.name)
+    return _silence() if session.kept and name == "agent" else None
+
+
+async def _silence() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
 def shell_text(words: Sequence[str]) -> str:
     """The words as they are; or a single one as text for a shell, if no program is called that."""
     if len(words) == 1 and _SHELL_TEXT.search(words[0]):
@@ -135,9 +151,10 @@ async def run_here(
             await session.guest.channel.signal(await process, number)
 
     text = shell_text(words)
-    command = Command(
-        text, from_file(0) if has_input(0) else None, dict(environment or {}), directory
-    )
+    given = from_file(0) if has_input(0) else leash(session)
+    if given is not None and not has_input(0):
+        text = f"exec </dev/null; {text}"
+    command = Command(text, given, dict(environment or {}), directory)
     outlets = Outlet(1), Outlet(2)
     interrupts.to = pass_on
     ending = asyncio.ensure_future(_end_unread(session, process, outlets))

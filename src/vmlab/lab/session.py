@@ -41,11 +41,15 @@ _UPTIMES = (
 
 @dataclass
 class Session:
-    """A machine in use: the machine, its inside, and where the time went."""
+    """A machine in use: the machine, its inside, and where the time went.
+
+    `kept` is whether it stays when this process goes, however that goes.
+    """
 
     machine: Machine
     guest: Guest
     timeline: Timeline = field(default_factory=Timeline)
+    kept: bool = False
 
 
 class Interrupted(BaseException):
@@ -202,7 +206,7 @@ def attach_session(
         guest = Guest(machine, channel_into(machine))
         try:
             await guest.connect(timeout=_ANSWER_TIMEOUT)
-            return await body(Session(machine, guest), interrupts)
+            return await body(Session(machine, guest, kept=True), interrupts)
         finally:
             await guest.close()
 
@@ -244,7 +248,7 @@ async def _with_machine(
     done = False
     try:
         async with booted(machine, wanted, timeline, started) as guest:
-            result = await body(Session(machine, guest, timeline), interrupts)
+            result = await body(Session(machine, guest, timeline, kept=keep), interrupts)
             done = True
             return result
     finally:

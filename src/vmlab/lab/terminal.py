@@ -19,7 +19,7 @@ from typing import Final
 from vmlab.guests.command import AgentRestarted, Command, quote
 from vmlab.hypervisors.base import Console, Machine
 from vmlab.lab.boot import TERMINAL
-from vmlab.lab.passthrough import from_file, shell_text, to_file
+from vmlab.lab.passthrough import from_file, leash, shell_text, to_file
 from vmlab.lab.session import Session, death
 from vmlab.machine.errors import ChannelClosed, OperationFailed, VmlabError
 
@@ -67,7 +67,7 @@ async def run_on_terminal(session: Session, words: Sequence[str]) -> int:
             ]
             try:
                 status = await session.guest.channel.run(
-                    Command(text=script, environment=environment),
+                    Command(script, leash(session), environment),
                     stdout=to_file(1),
                     stderr=to_file(2),
                     started=lambda process: started.set(),

@@ -59,7 +59,7 @@ DESCRIPTIONS: dict[Capability, str] = {
     Capability.LIVE_MIGRATION: "move a running machine, its memory included, while it runs",
     Capability.HOTPLUG_DISK: "add and remove disks of a running machine",
     Capability.HOTPLUG_NIC: "add and remove network interfaces of a running machine",
-    Capability.HOTPLUG_VCPU: "change the number of vCPUs of a running machine",
+    Capability.HOTPLUG_VCPU: "add vCPUs to a running machine; whether they go again is up to it",
     Capability.HOTPLUG_MEMORY: "change the memory of a running machine",
     Capability.RESIZE: "change vCPUs and memory of a machine at rest",
     Capability.RESIZE_DISK: "grow a disk",

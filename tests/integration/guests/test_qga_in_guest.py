@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.integration.guests.conftest import _IMAGE_STORE
 
-from vmlab.guests.command import AgentRestarted, quote
+from vmlab.guests.command import AgentRestarted
 from vmlab.guests.guest import Guest
 from vmlab.guests.qga import PORT, QgaChannel
 from vmlab.hypervisors.ownership import Home, Run
@@ -179,13 +179,6 @@ def test_a_restored_snapshot_is_found_again_and_a_command_that_ran_is_told_to_be
 
 def test_killing_the_agent_ends_the_command_with_an_error_and_the_next_one_works(do: Do) -> None:
     async def body(guest: Guest) -> None:
-        # What systemd does on larger guests: start it again when it has died.
-        again = "while sleep 1; do pidof qemu-ga || $(tr '\\0' ' ' </tmp/ga); done"
-        await guest.succeed(
-            "cat /proc/$(pidof qemu-ga)/cmdline >/tmp/ga; "
-            f"setsid sh -c {quote(again)} </dev/null >/dev/null 2>&1 &",
-            timeout=LONG,
-        )
         with pytest.raises(AgentRestarted):
             await guest.execute("kill -9 $(pidof qemu-ga); sleep 4321", timeout=LONG)
         await guest.connect(timeout=LONG)

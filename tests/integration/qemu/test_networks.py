@@ -15,31 +15,108 @@ from typing import Any
 
 import pytest
 
+from vmlab.hypervisors.monitored.networks import segment_group
 from vmlab.hypervisors.ownership import Home
 from vmlab.hypervisors.reaper import reap_dead_runs
 
 # A copy's kernel has its origin's MAC address until it is told: `vmlab.guests` does that.
 UP = (
-    "ip link set eth0 down; ip addr flush dev eth0; ip link set eth0 address {mac}; "
-    "ip link set eth0 up; ip addr add 10.9.0.{number}/24 dev eth0"
+    "ip link set {card} down; ip addr flush dev {card}; ip link set {card} address {mac}; "
+    "ip link set {card} up; ip addr add {address}/24 dev {card}"
 )
+
+
+ECHO = "nc -ll -p 7 -e sh -c 'echo I am {name}; exec cat' </dev/null >/dev/null 2>&1 &"
+"""Says who it is to everybody who connects, then what that one says."""
+
+
+async def joined(machine: Any, shell: Any, nic: str, address: str) -> None:
+    """Give a machine its address on a network."""
+    nics = (await machine.info()).nics
+    number, mac = next((n, one.mac) for n, one in enumerate(nics) if one.name == nic)
+    await shell.run(UP.format(card=f"eth{number}", mac=mac, address=address))
+
+
+async def heard(shell: Any, number: int) -> None:
+    """Have a machine hear another one; a frame may be lost, as on a real segment."""
+    await shell.run(f"for try in 1 2 3 4 5 6 7 8; do ping -c 1 -W 5 10.9.0.{number} && exit; done")
 
 
 @pytest.mark.boots
 @pytest.mark.slow
-def test_every_machine_of_a_segment_hears_every_other(booted: Any) -> None:
-    async def test() -> None:
-        machines = [await booted.machine() for _ in range(3)]
-        for number, (machine, shell) in enumerate(machines, 1):
-            mac = next(nic.mac for nic in (await machine.info()).nics if nic.name == "lan")
-            await shell.run(UP.format(mac=mac, number=number))
-        for number, (_, shell) in enumerate(machines, 1):
-            for other in {1, 2, 3} - {number}:
-                await shell.run(
-                    f"for try in 1 2 3 4 5 6 7 8; do ping -c 1 -W 5 10.9.0.{other} && exit; done"
-                )
+@pytest.mark.timeout(900)
+def test_every_machine_of_a_segment_hears_every_other_and_nobody_of_another_lab(
+    booted: Any, new_bench: Any
+) -> None:
+    other_lab = new_bench()
 
-    booted.run(test())
+    async def test() -> None:
+        machines = [await booted.machine() for _ in range(4)]
+        for number, (machine, shell) in enumerate(machines[:3], 1):
+            await joined(machine, shell, "lan", f"10.9.0.{number}")
+        for number, (_, shell) in enumerate(machines[:3], 1):
+            for other in {1, 2, 3} - {number}:
+                await heard(shell, other)
+        # A megabyte over TCP, in both directions at once.
+        (_, one), (_, two), _, _ = machines
+        made = "dd if=/dev/urandom of=/tmp/sent bs=64k count=16 2>/dev/null"
+        await two.run(
+            f"{made}; (nc -l -p 9 </tmp/sent >/tmp/got; touch /tmp/over) >/dev/null 2>&1 &"
+        )
+        await one.run(f"{made}; until nc 10.9.0.2 9 </tmp/sent >/tmp/got; do sleep 0.1; done")
+        await two.run("until [ -e /tmp/over ]; do sleep 0.1; done")
+        digests = [
+            (await shell.run("cd /tmp; md5sum sent got")).split()[::2] for shell in (one, two)
+        ]
+        assert digests[0] == digests[1][::-1]
+        # The same segment, the same address, but another lab.
+        machine, _ = machines[3]
+        there = await machine.migrate(other_lab.qemu)
+        away = type(one)(there)
+        assert segment_group(other_lab.qemu.owner, "lan") != segment_group(booted.qemu.owner, "lan")
+        await two.run("ip link set eth0 down")
+        await joined(there, away, "lan", "10.9.0.2")
+        refused = await one.run("arp -d 10.9.0.2; ping -c 3 -W 2 10.9.0.2 || echo nobody")
+        assert "nobody" in refused
+        refused = await away.run("ping -c 3 -W 2 10.9.0.1 || echo nobody")
+        assert "nobody" in refused
+        await other_lab.qemu.close()
+
+    booted.run(test(), 800)
+    other_lab.lease.close()
+
+
+@pytest.mark.boots
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ports_of_the_host_lead_into_each_guest_and_no_two_machines_have_the_same(
+    booted: Any,
+) -> None:
+    async def test() -> None:
+        ports = {}
+        for _ in range(2):
+            machine, shell = await booted.machine()
+            (forward,) = next(nic.forwards for nic in (await machine.info()).nics if nic.forwards)
+            assert forward[::2] == ("tcp", 7)
+            ports[machine.name] = forward[1]
+            await joined(machine, shell, "wan", "10.0.2.15")
+            await shell.run(ECHO.format(name=machine.name))
+        assert len(set(ports.values())) == 2
+        for name, port in ports.items():
+            async with asyncio.timeout(60):
+                said = b""
+                while not said:
+                    # QEMU takes the connection also while nobody listens in the guest yet.
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    writer.write(b"some words\n")
+                    said = await reader.readline()
+                    if said:
+                        assert (await reader.readline()) == b"some words\n"
+                    writer.close()
+                    await writer.wait_closed()
+            assert said == f"I am {name}\n".encode()
+
+    booted.run(test(), 800)
 
 
 SCRIPT = """

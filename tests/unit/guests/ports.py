@@ -92,6 +92,11 @@ class HostedAgent:
     async def open(self, name: str) -> Channel:
         return PtyChannel(name, self._masters[name])
 
+    def hang_up(self, slot: int) -> None:
+        """What the guest sees of a host that has died: the end of a slot's ports."""
+        for name in (f"vmlab.{slot}", f"vmlab.{slot}.err"):
+            os.close(self._masters.pop(name))
+
     def stop(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, 9)

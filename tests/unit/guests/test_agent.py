@@ -195,6 +195,53 @@ def test_a_cancelled_command_is_ended_in_the_guest(
     with_agent(hosted, body)
 
 
+def test_a_command_whose_host_has_died_is_told_by_sighup_with_all_that_it_started(
+    hosted: HostedAgent, tmp_path: Path
+) -> None:
+    text = (
+        f"(trap 'echo child >{tmp_path}/child' HUP; while :; do sleep 0.1; done) & "
+        f"trap 'echo itself >{tmp_path}/itself; exit' HUP; "
+        f"echo began; while :; do sleep 0.1; done"
+    )
+
+    def told() -> bool:
+        return all((tmp_path / name).exists() for name in ("itself", "child"))
+
+    async def endless() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def body(channel: AgentChannel) -> None:
+        began = asyncio.Event()
+
+        async def took(data: bytes) -> None:
+            began.set()
+
+        work = asyncio.ensure_future(
+            channel.run(Command(text, endless()), stdout=took, stderr=took)
+        )
+        await began.wait()
+        # As the kernel does for a process that is killed.
+        for slot in channel._all:
+            await slot.drop()
+        hosted.hang_up(0)
+        async with asyncio.timeout(60):
+            while not told():  # noqa: ASYNC110 (nobody tells)
+                await asyncio.sleep(0.01)
+        work.cancel()
+        await asyncio.wait({work})
+
+    with_agent(hosted, body)
+
+
+def test_input_that_ends_is_no_reason_to_hang_up(hosted: HostedAgent, tmp_path: Path) -> None:
+    async def body(channel: AgentChannel) -> None:
+        text = "trap 'echo hung up' HUP; cat; sleep 0.3; echo end"
+        assert (await run(channel, Command(text, b"given\n"))).stdout == "given\nend\n"
+
+    with_agent(hosted, body)
+
+
 def test_signals_reach_the_whole_process_group_and_sigint_is_not_ignored(
     hosted: HostedAgent,
 ) -> None:

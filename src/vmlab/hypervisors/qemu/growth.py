@@ -46,7 +46,8 @@ async def add_vcpus(emulator: Emulator, count: int, came: list[dict[str, Any]]) 
             # process dies of a corrupted heap some time afterwards).
             raise _refused(
                 emulator,
-                "the vCPUs of a running machine do not go again",
+                f"a running machine keeps its {present} vCPUs, and cannot go on with {count}: "
+                "QEMU's TCG crashes some time after one was taken away",
                 "stop the machine first: at rest the number of vCPUs can be made smaller",
             )
         if not free:

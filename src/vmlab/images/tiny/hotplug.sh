@@ -30,6 +30,8 @@ case $ACTION in
     add)
         [ -n "$MODALIAS" ] && modprobe -b "$MODALIAS" 2>/dev/null
         [ "$SUBSYSTEM" = virtio-ports ] && link_ports
+        # A vCPU that has come is used at once, as on larger systems.
+        [ "$SUBSYSTEM" = cpu ] && [ -e "/sys$DEVPATH/online" ] && echo 1 >"/sys$DEVPATH/online"
         ;;
     change)
         [ "$SUBSYSTEM" = virtio-ports ] && link_ports

@@ -10,4 +10,11 @@
     uevent /usr/lib/vmlab/hotplug &
     /usr/lib/vmlab/hotplug ports
     [ -e /dev/input/event0 ] && acpid -d >/dev/null &
+    # vCPUs that came before events were listened to; those that the command line leaves out stay so.
+    read -r cmdline </proc/cmdline
+    case " $cmdline " in *" maxcpus="* | *" nosmp "*) exit ;; esac
+    sleep 1
+    for cpu in /sys/devices/system/cpu/cpu[0-9]*/online; do
+        read -r online <"$cpu" && [ "$online" = 0 ] && echo 1 >"$cpu"
+    done
 } </dev/null >/dev/null 2>&1 &

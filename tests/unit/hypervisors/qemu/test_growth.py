@@ -71,7 +71,7 @@ def test_vcpus_come_one_after_the_other_at_the_first_free_places() -> None:
     ]
     assert came == expected
     assert [options for command, options in guest.said if command == "device_add"] == expected
-    for count, why in ((4, "room for 3 vCPUs only"), (2, "do not go again")):
+    for count, why in ((4, "room for 3 vCPUs only"), (2, "cannot go on with 2")):
         with pytest.raises(OperationFailed, match=why):
             asyncio.run(growth.add_vcpus(emulator(guest), count, came))
     assert came == expected
