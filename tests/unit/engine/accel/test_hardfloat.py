@@ -172,7 +172,10 @@ def _full(form: Format, chance: random.Random, stored: int) -> int:
 
 
 def numbers(form: Format, chance: random.Random) -> tuple[int, int, int]:
-    kind = chance.randrange(4)
+    kind = chance.randrange(5)
+    if kind == 4:  # edges, often of opposite signs: two zeros, two infinities
+        a, b, c = (chance.choice(rational.operands(form)) for _ in range(3))
+        return a, chance.choice((b, a ^ form.sign)), c
     if kind == 0:
         return any_bits(form, chance), any_bits(form, chance), any_bits(form, chance)
     if kind == 1:
