@@ -72,9 +72,7 @@ if shutil.which("gdb") is not None:
 def test_nothing_runs_until_the_debugger_that_was_named_lets_it(
     vmlab: Vmlab, attach: Callable[[str, list[str]], str]
 ) -> None:
-    running = vmlab.start(
-        "run", "--gdb", *AMD64, "--", "cat /proc/cmdline; exit 5"
-    )
+    running = vmlab.start("run", "--gdb", *AMD64, "--", "cat /proc/cmdline; exit 5")
     assert running.stderr is not None
     said = [running.stderr.readline().decode() for _ in range(2)]
     assert "waits for gdb" in said[0] and "continue" in said[0]

@@ -506,11 +506,17 @@ class Control:
     # --------------------------------------------------------------------------------- orders
 
     def stop(self) -> None:
-        """Let the machine stand."""
+        """Let the machine stand.
+
+        Raises:
+            CommandError: a device is still at work; the machine stands all the same.
+        """
         if self.status is RunState.RUNNING:
-            self._do(self.machine.pause)
-            self.status = RunState.PAUSED
-            self.emit("STOP", None)
+            try:
+                self._do(self.machine.pause)
+            finally:
+                self.status = RunState.PAUSED
+                self.emit("STOP", None)
 
     def cont(self) -> None:
         """Let the machine run."""

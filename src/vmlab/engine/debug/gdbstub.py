@@ -102,7 +102,7 @@ class GdbServer:
             self._session.end()
             self._session = None
         if connected:
-            self._control.stop()
+            _stop(self._control)
             self._session = Session(self._control, self._channel.send)
             self._serve()
 
@@ -121,6 +121,12 @@ class GdbServer:
             self._session.finish()
             self._session = None
         self._channel.close()
+
+
+def _stop(control: Control) -> None:
+    """Let the machine stand; a device that is still at work is nothing to who looks at harts."""
+    with suppress(CommandError):
+        control.stop()
 
 
 class Session:
@@ -170,7 +176,7 @@ class Session:
         for each in self._reader.feed(data):
             match each:
                 case Mark.INTERRUPT:
-                    self._control.stop()
+                    _stop(self._control)
                 case Mark.BROKEN if self._acknowledge:
                     self._send_bytes(b"-")
                 case Mark.REPEAT if self._acknowledge:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
+import pytest
 from tests.unit.engine.debug.conftest import Debug
 from tests.unit.engine.process import programs
 from tests.unit.engine.process.programs import A0, START, T0, T1, number, word
 
 from vmlab.engine.configuration import Time, TimeMode
 from vmlab.engine.cpu import layout
+from vmlab.machine.errors import VmlabError
 
 PC = 32
 DATA = START + 0x1000
@@ -180,6 +182,25 @@ def test_a_guest_that_runs_is_interrupted(debug: Debug) -> None:
     client.socket.sendall(b"\3")
     assert stopped(client.receive())[0] == 2
     assert machine.control.status.value == "paused"
+
+
+def test_a_device_that_does_not_come_to_an_end_is_nothing_to_a_debugger(
+    debug: Debug, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = debug(COUNTS)
+    client = machine.connect()
+    client.send("vCont;c")
+    pause = machine.machine.pause
+
+    def stuck() -> None:
+        pause()
+        raise VmlabError("the device d is still at work")
+
+    monkeypatch.setattr(machine.machine, "pause", stuck)
+    client.socket.sendall(b"\3")
+    assert stopped(client.receive())[0] == 2
+    assert machine.control.status.value == "paused"
+    assert not machine.machine.running
 
 
 def test_others_hold_while_one_hart_steps(debug: Debug) -> None:
