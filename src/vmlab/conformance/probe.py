@@ -143,7 +143,9 @@ class GuestProbe(Protocol):
         """Send back what comes on a channel, where the guest does not do so by itself."""
 
     async def become(self, origin: Machine) -> None:
-        """Be told that it is a copy of `origin`'s guest, where it does not find out by itself.
+        """Be told that it is a copy of `origin`'s guest, or that itself, and what time it is.
+
+        A guest that finds out by itself is told nothing.
 
         From then on it has the name and the addresses of its own machine, and its own random
         numbers.
