@@ -347,7 +347,8 @@ AS_ORDINARY_USER = """
                 print((await mount_shares(guest, [share]))["work"].value)
                 await guest.succeed(made)
                 print((await guest.succeed("/shared/host; stat -c %u /shared/host")).stdout)
-                print((await guest.execute("chown 77 /shared/host; cd /shared; mknod n c 1 3")).status)
+                refused = await guest.execute("chown 77 /shared/host; mknod /shared/n c 1 3")
+                print(refused.status)
                 await guest.close()
 
     asyncio.run(main())
