@@ -29,7 +29,6 @@ SAMPLE = {
         "display.keys",
         "fault.guest",
         "fault.network",
-        "fork.identity",
         "metrics.present",
         "migration.live",
         "share.seen",
@@ -39,6 +38,7 @@ SAMPLE = {
     Architecture.RISCV64: (
         "change.hotplug-disk",
         "fork.copies",
+        "fork.identity",
         "snapshot.memory-returns",
         "stop.by-guest",
     ),
