@@ -32,7 +32,7 @@ from vmlab.hypervisors.accelerators import (
 from vmlab.hypervisors.base import Probe, ProbeItem
 from vmlab.hypervisors.host_memory import host_memory
 from vmlab.hypervisors.ownership import Home
-from vmlab.hypervisors.packages import Distribution, distribution, install_command
+from vmlab.hypervisors.packages import OUT_OF_PATH, Distribution, distribution, install_command
 from vmlab.hypervisors.reaper import reap_dead_runs
 from vmlab.hypervisors.registry import probe_all
 from vmlab.machine.errors import VmlabError
@@ -292,22 +292,20 @@ def _qemu_program(host: Host, where: Distribution, missing: list[str], program: 
     return finding(Status.OK, version)
 
 
-_PROGRAMS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
-    "passt": ("networks of machines without root", ()),
-    "virtiofsd": (
-        "virtiofs shares",
-        ("usr/libexec/virtiofsd", "usr/lib/qemu/virtiofsd", "usr/lib/virtiofsd"),
-    ),
-    "mmdebstrap": ("building Debian images", ()),
+_PROGRAMS: Final[Mapping[str, str]] = {
+    "passt": "networks of machines without root",
+    "virtiofsd": "virtiofs shares",
+    "mmdebstrap": "building Debian images",
 }
-"""Programs beside QEMU: what they are for, and where they are if not in PATH."""
+"""Programs beside QEMU, and what they are for."""
 
 
 def _programs(host: Host, where: Distribution, missing: list[str]) -> Iterator[Finding]:
     if not host.linux:
         return  # these are Linux's
-    for program, (purpose, places) in _PROGRAMS.items():
-        elsewhere = (str(host.root / place) for place in places if (host.root / place).exists())
+    for program, purpose in _PROGRAMS.items():
+        places = (host.root / place[1:] for place in OUT_OF_PATH.get(program, ()))
+        elsewhere = (str(place) for place in places if place.exists())
         path = host.which(program) or next(elsewhere, None)
         if path is None:
             missing.append(program)

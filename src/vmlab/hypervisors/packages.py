@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PACKAGES", "Distribution", "distribution", "install_command"]
+__all__ = ["OUT_OF_PATH", "PACKAGES", "Distribution", "distribution", "install_command"]
+
+OUT_OF_PATH: Final[Mapping[str, tuple[str, ...]]] = {
+    "virtiofsd": ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"),
+}
+"""Where distributions have programs that are not in PATH."""
 
 _COMMANDS: Final[Mapping[str, str]] = {
     "debian": "apt-get install",

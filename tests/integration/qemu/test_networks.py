@@ -18,6 +18,11 @@ import pytest
 from vmlab.hypervisors.monitored.networks import segment_group
 from vmlab.hypervisors.ownership import Home
 from vmlab.hypervisors.reaper import reap_dead_runs
+from vmlab.images import ImageStore
+from vmlab.images.settings import default_store
+
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 # A copy's kernel has its origin's MAC address until it is told: `vmlab.guests` does that.
 UP = (
@@ -230,3 +235,80 @@ def test_nothing_of_a_killed_run_is_left_on_its_bridge(
     until_gone(namespace)
     reap_dead_runs(Home.open(tmp_path))
     assert not list((tmp_path / "runs").iterdir())
+
+
+TRAFFIC = """
+    import asyncio, subprocess, sys
+    from pathlib import Path
+    from vmlab.guests.agent import CHANNELS, AgentChannel
+    from vmlab.guests.guest import Guest
+    from vmlab.hypervisors.ownership import Home, Run
+    from vmlab.hypervisors.qemu import provider
+    from vmlab.machine.spec import MachineSpec
+
+    async def main():
+        home, kernel, initrd, cmdline = sys.argv[1:]
+        with Run.begin(Home.open(Path(home)), reap=False) as run:
+            async with provider.open(run.owner) as qemu:
+                await traffic(qemu, {"kernel": kernel, "initrd": initrd, "cmdline": cmdline})
+
+    async def booted(qemu, boot, name, *networks):
+        machine = await qemu.create(MachineSpec.of(
+            name=name, architecture="x86_64", memory="256M", channels=CHANNELS, boot=boot,
+            nics=[{"name": f"n{n}", "network": each} for n, each in enumerate(networks)]))
+        await machine.start()
+        guest = Guest(machine, AgentChannel(machine.channel))
+        await guest.connect(timeout=300)
+        return guest
+
+    async def traffic(qemu, boot):
+        one = await booted(qemu, boot, "one", "bridge:vmlbr", "tap:vmltap")
+        two = await booted(qemu, boot, "two", "bridge:vmlbr")
+        for line in ("addr add 10.8.0.1/24 dev vmlbr", "addr add 10.7.0.1/24 dev vmltap",
+                     "link set vmltap up"):
+            subprocess.run(["ip", *line.split()], check=True)
+        up = "ip addr add {}/24 dev eth{} && ip link set eth{} up"
+        await one.succeed(up.format("10.8.0.2", 0, 0))
+        await one.succeed(up.format("10.7.0.2", 1, 1))
+        await two.succeed(up.format("10.8.0.3", 0, 0))
+        for guest, address in ((one, "10.8.0.1"), (one, "10.7.0.1"), (two, "10.8.0.2")):
+            await guest.succeed(f"ping -c 3 -w 100 {address}")
+        heard = asyncio.get_running_loop().create_future()
+
+        async def hear(reader, writer):
+            heard.set_result(await reader.read())
+            writer.close()
+
+        async with await asyncio.start_server(hear, "10.8.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            await two.succeed(f"seq 20000 | nc 10.8.0.1 {port}", timeout=100)
+            async with asyncio.timeout(100):
+                print(len(await heard), "bytes")
+        for guest in (one, two):
+            await guest.close()
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.boots
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.geteuid() != 0, reason="taps and bridges need root")
+def test_guests_reach_the_host_and_each_other_over_a_bridge_and_a_tap(tmp_path: Path) -> None:
+    image = ImageStore(_STORE).ensure("debian-12-amd64-tiny")
+    setup = (
+        'ip link set lo up && ip link add vmlbr type bridge && ip link set vmlbr up && exec "$@"'
+    )
+    script = textwrap.dedent(TRAFFIC)
+    done = subprocess.run(
+        [
+            *("unshare", "--net", "sh", "-c", setup, "-", sys.executable, "-c", script),
+            *(tmp_path, image.kernel, image.initrd, f"console=ttyS0 {image.cmdline}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{sum(len(str(n)) + 1 for n in range(1, 20_001))} bytes\n"

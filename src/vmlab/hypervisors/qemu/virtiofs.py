@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.operation import uninterrupted
+from vmlab.hypervisors.packages import OUT_OF_PATH
 from vmlab.hypervisors.qemu import private_view
 from vmlab.hypervisors.remembered import facts_of, remembered
 from vmlab.hypervisors.threads import done_in_thread
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
     from vmlab.hypervisors.ownership import Owner
     from vmlab.hypervisors.processes import OwnedProcess
 
-PLACES: Final = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
-"""Where distributions have it, out of PATH."""
+PROGRAM: Final = "virtiofsd"
 MESSAGES: Final = "virtiofsd.log"
 WHY_UNSAVED: Final = "QEMU cannot save what a virtiofs share holds"
 _ASK_S: Final = 10.0
@@ -85,7 +85,7 @@ def _escaped(path: str) -> str:
 
 def find_daemon() -> Daemon | None:
     """The virtiofsd of this host: the one in PATH, else where distributions hide it."""
-    found = shutil.which("virtiofsd") or next(filter(_is_program, PLACES), None)
+    found = shutil.which(PROGRAM) or next(filter(_is_program, OUT_OF_PATH[PROGRAM]), None)
     if found is None:
         return None
     try:

@@ -31,7 +31,8 @@ Install = Callable[..., Path]
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Puts a program of a text where it is looked for, and nowhere else is one."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin") + ":/usr/bin:/bin")
-    monkeypatch.setattr(virtiofs, "PLACES", (str(tmp_path / "libexec"), str(tmp_path / "lib")))
+    places = (str(tmp_path / "libexec"), str(tmp_path / "lib"))
+    monkeypatch.setattr(virtiofs, "OUT_OF_PATH", {virtiofs.PROGRAM: places})
 
     def put(place: str, text: str) -> Path:
         path = tmp_path / place
