@@ -53,6 +53,7 @@ class Launch:
         private: Whether those files stay as they are, and what is written is the process's own.
         incoming: Whether it waits for the state of another process.
         debugger: Unix socket that a debugger connects to (docs/system/gdb.rst), if one may.
+        ticks_khz: How fast the guest's counter runs, where it cannot learn it from the machine.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Launch:
     private: bool = False
     incoming: bool = False
     debugger: Path | None = None
+    ticks_khz: int | None = None
 
 
 def keyval(values: Mapping[str, Any]) -> str:
@@ -94,7 +96,7 @@ def arguments(launch: Launch) -> list[str]:
         *("-display", "none"),
         *_processor(launch, board),
         *_memory(launch, board),
-        *_boot(launch.spec),
+        *_boot(launch),
         # A guest that powers down or panics is looked at before its process ends.
         *("-action", "reboot=reset,shutdown=pause,panic=pause"),
         *("-msg", "timestamp=on"),
@@ -174,8 +176,8 @@ def _memory(launch: Launch, board: Board) -> list[str]:
     return words
 
 
-def _boot(spec: MachineSpec) -> list[str]:
-    boot = spec.boot
+def _boot(launch: Launch) -> list[str]:
+    spec, boot = launch.spec, launch.spec.boot
     refuse_image(spec, "qemu")
     words = ["-bios", str(boot.firmware.absolute())] if boot.firmware is not None else []
     if boot.kernel is None:
@@ -183,8 +185,15 @@ def _boot(spec: MachineSpec) -> list[str]:
     words += ["-kernel", str(boot.kernel.absolute())]
     if boot.initrd is not None:
         words += ["-initrd", str(boot.initrd.absolute())]
-    cmdline = " ".join(filter(None, (console_argument(spec), _growing(spec), boot.cmdline)))
+    # What the specification says comes last, and so counts.
+    own = (console_argument(spec), _growing(spec), _ticking(launch))
+    cmdline = " ".join(filter(None, (*own, boot.cmdline)))
     return [*words, "-append", cmdline] if cmdline else words
+
+
+def _ticking(launch: Launch) -> str:
+    """Tell the kernel how fast its counter runs: see `host_ticks`."""
+    return f"tsc_early_khz={launch.ticks_khz}" if launch.ticks_khz is not None else ""
 
 
 def _growing(spec: MachineSpec) -> str:

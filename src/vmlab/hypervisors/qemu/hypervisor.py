@@ -20,6 +20,7 @@ from vmlab.hypervisors.monitored.debugger import debugger_socket
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
 from vmlab.hypervisors.qemu import memory, timers, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS
+from vmlab.hypervisors.qemu.host_ticks import host_ticks_khz
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
@@ -222,6 +223,12 @@ class QemuHypervisor(MonitoredHypervisor):
     def accelerator(self, architecture: Architecture) -> str:
         """The fastest accelerator that works for guests of that architecture."""
         return accelerators.accelerators_for(architecture)[0]
+
+    def ticks_khz(self, architecture: Architecture, accelerator: str) -> int | None:
+        """How fast a guest's counter runs, in kHz, where it is the host's and nothing tells."""
+        if architecture is not Architecture.X86_64 or accelerator != "tcg":
+            return None
+        return host_ticks_khz()
 
     def new_machine(self, id_: str, spec: MachineSpec, state: MachineState) -> QemuMachine:
         return QemuMachine(self, id_, spec, state)

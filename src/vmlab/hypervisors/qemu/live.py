@@ -147,10 +147,11 @@ class LiveMachine(MonitoredMachine[Emulator]):
         private: bool = False,
         incoming: bool = False,
     ) -> Launch:
+        accelerator = spec.accelerator or self.qemu.accelerator(spec.architecture)
         return Launch(
             id=self.id,
             spec=spec,
-            accelerator=spec.accelerator or self.qemu.accelerator(spec.architecture),
+            accelerator=accelerator,
             layout=layout,
             disks=disks,
             netdevs=tuple(networks.backend(nic, self.qemu.owner, self.id) for nic in spec.nics),
@@ -160,6 +161,7 @@ class LiveMachine(MonitoredMachine[Emulator]):
             private=private,
             incoming=incoming,
             debugger=None if incoming else self.qemu.debugger,
+            ticks_khz=self.qemu.ticks_khz(spec.architecture, accelerator),
         )
 
     async def launch(

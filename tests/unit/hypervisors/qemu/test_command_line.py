@@ -75,6 +75,8 @@ def test_kernel_initrd_and_command_line_are_those_of_the_specification() -> None
     assert after(words, "-initrd") == ["/i"]
     assert after(words, "-bios") == ["/f"]
     assert after(words, "-append") == ["console=ttyS0 quiet"]
+    told = argv(spec_of(boot=boot), ticks_khz=2_000_000)
+    assert after(told, "-append") == ["console=ttyS0 tsc_early_khz=2000000 quiet"]
 
 
 @pytest.mark.parametrize(
