@@ -281,7 +281,7 @@ def _seen_from(folder: Path, made: Configuration) -> Configuration:
     """The same with all paths absolute."""
 
     def at(path: str | None) -> str | None:
-        return str(folder / path) if path else path
+        return str(folder / path) if path else None
 
     def port(one: SocketPort) -> SocketPort:
         return replace(one, socket=str(folder / one.socket), log=at(one.log))
