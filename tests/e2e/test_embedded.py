@@ -21,14 +21,16 @@ def test_streams_status_disk_harts_and_copies_pass_through(vmlab: Vmlab, tmp_pat
     done = vmlab.run(
         "run", "--memory", "256M", "--cpus", "2", "--disk", "64M", "--timeline",
         "--share", f"{tmp_path}/here:/copied:rw:copy", "--copy-out", f"/root/out:{tmp_path}/out",
-        "--", "cat; uname -sm >&2; nproc >&2; cat /copied/file >&2; echo >&2; "
+        "--hypervisor", "embedded", "--share", f"{tmp_path}/here:/read",
+        "--", "cat; uname -sm >&2; nproc >&2; cat /copied/file /read/file >&2; echo >&2; "
         "cat /sys/block/vda/size >&2; mkdir /root/out; echo made >/root/out/file; exit 7",
         input=data,
     )  # fmt: skip
     assert done.returncode == 7, done.stderr
     assert done.stdout == data
-    lines = done.stderr.decode().splitlines()
-    assert lines[:4] == ["Linux riscv64", "2", "copied", "131072"]
+    told, *lines = done.stderr.decode().splitlines()
+    assert "share share1 is copied: " in told
+    assert lines[:4] == ["Linux riscv64", "2", "copiedcopied", "131072"]
     steps = [line.split(maxsplit=2)[2] for line in lines[4:]]
     assert steps[:3] == ["image", "hypervisor", "start"] and steps[-1] == "in all"
     assert (tmp_path / "out" / "file").read_text() == "made\n"

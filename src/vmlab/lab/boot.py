@@ -18,7 +18,7 @@ from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
 from vmlab.lab.ways import label_of
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
-from vmlab.machine.spec import MachineSpec, ShareKind
+from vmlab.machine.spec import MachineSpec, Share, ShareKind
 
 TERMINAL: Final = "terminal"
 """The console of the kind virtio that commands get as their terminal."""
@@ -125,21 +125,28 @@ def _with_own_kernel(wish: Wish, kernel: Path, store: ImageStore, progress: Prog
     image = with_kernel(store, kernel, modules=wish.modules, initrd=wish.initrd, progress=progress)
     # What another initramfs brings, and how its guest is talked to, is its owner's business.
     if wish.initrd is None:
-        engine = wish.engine and image.architecture is Architecture.RISCV64
-        transport = "virtio_mmio" if engine else "virtio_pci"
+        transport = "virtio_mmio" if _by_engine(wish, image) else "virtio_pci"
         check_virtio(kernel, image, wish.modules, transport)
     return image
+
+
+def _by_engine(wish: Wish, image: Image) -> bool:
+    return wish.engine and image.architecture is Architecture.RISCV64
 
 
 def booted_by(wish: Wish, image: Image) -> Bootable:
     """The machine that is wished for, booting `image`."""
     whole = specification(wish, image.cmdline, image)
-    mounted = tuple(share for share in whole.shares if share.kind is not ShareKind.COPY)
-    copied = tuple(share for share in whole.shares if share.kind is ShareKind.COPY)
+    engine = _by_engine(wish, image)
+    mounted, copied = list[Share](), list[Share]()
+    for share in whole.shares:
+        # The engine mounts none; what is only read can as well be copied.
+        alike = engine and share.readonly and share.kind is ShareKind.AUTO
+        (copied if alike or share.kind is ShareKind.COPY else mounted).append(share)
     return Bootable(
-        whole.with_changes(shares=mounted),
+        whole.with_changes(shares=tuple(mounted)),
         image,
-        whole.with_changes(shares=copied),
+        whole.with_changes(shares=tuple(copied)),
         debugged=wish.gdb,
         symbols=symbols_of(wish.kernel) if wish.gdb and wish.kernel is not None else None,
     )

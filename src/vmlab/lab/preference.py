@@ -86,11 +86,22 @@ def _lacking(wish: Wish) -> str:
     if wish.image in TINY.values() and wish.image != TINY[Architecture.RISCV64]:
         architecture = next(name for name, image in TINY.items() if image == wish.image)
         return f"it runs riscv64 guests, and {wish.image} is {architecture.value}"
-    if any(parse_share(text, "share").kind is not ShareKind.COPY for text in wish.shares):
-        return "it shares no directories yet"
+    for share in (parse_share(text, "share") for text in wish.shares):
+        if share.kind is ShareKind.COPY:
+            continue
+        # A copy has to do where nothing can mount it.
+        if share.kind is not ShareKind.AUTO or not share.readonly or _qemu_is_installed():
+            return "it mounts no directories yet"
     if wish.network and shutil.which("passt") is None:
         return "a network needs passt there, which is not installed"
     return ""
+
+
+def _qemu_is_installed() -> bool:
+    from vmlab.hypervisors.accelerators import QEMU_BINARIES
+
+    architecture = host_architecture() or Architecture.X86_64
+    return shutil.which(QEMU_BINARIES[architecture]) is not None
 
 
 def holder(name: str, owner: Owner, named: str | None) -> str:

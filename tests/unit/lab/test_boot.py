@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def test_copied_shares_are_kept_apart_from_mounted_ones(tmp_path: Path) -> None:
     assert [(share.target, share.kind) for share in made.copies.shares] == [
         ("/a", ShareKind.COPY)
     ]  # fmt: skip
+
+
+def test_what_the_engine_only_reads_is_copied_to_it(tmp_path: Path) -> None:
+    wish = Wish(shares=(f"{tmp_path}:/a", f"{tmp_path}:/b:rw", f"{tmp_path}:/c:9p"), engine=True)
+    for architecture, copied in ((Architecture.RISCV64, ["/a"]), (Architecture.X86_64, [])):
+        made = boot.booted_by(wish, replace(image(tmp_path), architecture=architecture))
+        assert [share.target for share in made.copies.shares] == copied
+        assert {share.target for share in made.spec.shares} == {"/a", "/b", "/c"} - set(copied)
 
 
 def test_disks_are_in_the_order_in_which_they_are_named(tmp_path: Path) -> None:

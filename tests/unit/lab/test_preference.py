@@ -33,7 +33,8 @@ def test_the_embedded_engine_runs_what_nobody_else_was_named_for() -> None:
     ("wish", "reason"),
     [
         (Wish(image="debian-12-amd64-tiny"), "runs riscv64 guests, and debian-12-amd64-tiny is"),
-        (Wish(shares=("/tmp:/src",)), "shares no directories"),
+        (Wish(shares=("/tmp:/src:rw",)), "mounts no directories"),
+        (Wish(shares=("/tmp:/src:9p",)), "mounts no directories"),
         (Wish(network=True), "needs passt"),
     ],
 )
@@ -53,6 +54,15 @@ def test_a_copied_share_and_a_network_with_passt_are_the_engines(
     assert preference(Wish(shares=("/tmp:/src:rw:copy",)), None).hypervisor == "embedded"
     monkeypatch.setattr(preferences.shutil, "which", lambda program: f"/usr/bin/{program}")
     assert preference(Wish(network=True), None).hypervisor == "embedded"
+
+
+def test_a_share_that_is_only_read_is_mounted_where_it_can_be_and_else_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shared = Wish(shares=("/tmp:/src",))
+    assert preference(shared, None).hypervisor == "embedded"
+    monkeypatch.setattr(preferences.shutil, "which", lambda program: f"/usr/bin/{program}")
+    assert preference(shared, None).hypervisor == "qemu"
 
 
 def test_a_host_that_the_engine_has_no_code_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
