@@ -64,7 +64,7 @@ async def stage(bench: Bench, state: MachineState) -> Stage:
         Skipped: machines cannot be crashed here, and `state` is failed.
     """
     machine = await bench.create(
-        disks=[*bench.profile.spec.disks, Disk(name="spare", size=16 * MIB)],
+        disks=[*bench.profile.spec.disks, Disk(name="spare", size=16 * MIB, bus=bench.profile.bus)],
         nics=[*bench.profile.spec.nics, Nic(name="sparenic", network="none")],
     )
     ready = Stage(machine, disk="spare", nic="sparenic")

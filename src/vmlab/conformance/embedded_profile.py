@@ -70,6 +70,7 @@ def make_profile() -> ConformanceProfile:
             channels=(_ECHO, *CHANNELS),
         ),
         scratch=("data", "extra"),
+        bus="scsi",
         probe=AgentProbe,
         echo_channel=_ECHO,
         must_declare=MUST_DECLARE,

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Final
+from typing import Final, Literal
 
 from vmlab.conformance.probe import GuestProbe
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
@@ -63,6 +63,7 @@ class ConformanceProfile:
             `scratch` are written by the guest, its first NIC is on a network of its own.
         options: Options to open the hypervisor with.
         scratch: Names of the disks of `spec` that the guest may write to.
+        bus: Of disks that a running machine has from its start and lets go.
         probe: Makes the guest's probe of a machine; None skips what needs the guest's own view.
         probe_needs: Capabilities without which the probe cannot be used.
         echo_channel: A channel of `spec` that sends back what it receives, if there is one.
@@ -93,6 +94,7 @@ class ConformanceProfile:
     spec: MachineSpec
     options: Mapping[str, str] = field(default_factory=dict)
     scratch: tuple[str, ...] = ()
+    bus: Literal["virtio", "scsi"] = "virtio"
     probe: Callable[[Machine], GuestProbe] | None = None
     probe_needs: tuple[Capability, ...] = (Capability.GUEST_CHANNELS,)
     echo_channel: str | None = None

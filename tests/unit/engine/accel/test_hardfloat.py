@@ -29,7 +29,7 @@ from vmlab.engine.memory.ram import Ram
 
 BASE, SIZE, TABLE = 0x8000_0000, 8 << 20, 0x8010_0000
 ROUND = 65536  # operations of one run of the guest
-COUNT = int(os.environ.get("VMLAB_FLOATING_CASES", "4000"))  # of each operation
+COUNT = int(os.environ.get("VMLAB_FLOATING_CASES", "2000"))  # of each operation
 SAMPLE = 40  # of them by rational arithmetic
 RECORD = struct.Struct("<8Q")
 FCSR, MSTATUS = 3, 0x300
