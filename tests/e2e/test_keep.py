@@ -49,7 +49,7 @@ def _statuses_pass_through(vmlab: Vmlab, name: str) -> None:
 def _a_killed_shell_ends_its_command(vmlab: Vmlab, name: str) -> None:
     shell = vmlab.start("shell", name, stdin=subprocess.PIPE)
     assert shell.stdin is not None and shell.stdout is not None
-    shell.stdin.write(b"trap 'echo told >/root/told' EXIT; echo began; sleep 4321\n")
+    shell.stdin.write(b"trap 'echo told >/root/told; exit' HUP; echo began; sleep 4321\n")
     shell.stdin.flush()
     assert shell.stdout.readline() == b"began\n"
     shell.kill()

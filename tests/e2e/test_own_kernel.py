@@ -78,8 +78,8 @@ def test_an_initramfs_of_one_s_own_is_talked_to_on_its_console(
     """Any initramfs with a shell on its console will do; this one has an agent that is off."""
     initrd = ImageStore(IMAGE_STORE).ensure("debian-12-amd64-tiny").initrd
     done = vmlab.run(
-        "run", "--kernel", str(built[0]), "--initrd", str(initrd), "--append", "vmlab.agent=off",
-        "--", "echo out; echo err >&2; exit 9",
+        "run", "--hypervisor", "qemu", "--kernel", str(built[0]), "--initrd", str(initrd),
+        "--append", "vmlab.agent=off", "--", "echo out; echo err >&2; exit 9",
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (9, b"out\n", b"err\n")
     assert not vmlab.processes() and not vmlab.files() and not vmlab.runs

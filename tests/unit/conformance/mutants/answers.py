@@ -169,7 +169,7 @@ class GivesNoHint(BrokenMachine):
             raise
 
 
-@mutant("configuration.info")
+@mutant("configuration.info", only=False)
 class RoundsDown(BrokenMachine):
     """Tells of a large machine that it has less memory than it has."""
 
@@ -179,7 +179,7 @@ class RoundsDown(BrokenMachine):
         return told.model_copy(update={"memory": less}) if told.memory >= GIB else told
 
 
-@mutant("configuration.guest")
+@mutant("configuration.guest", only=False)
 class TellsTheSpecification(BrokenMachine):
     """Gives large machines a vCPU less, and answers info from the specification."""
 

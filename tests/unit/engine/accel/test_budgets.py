@@ -141,6 +141,8 @@ def test_where_a_run_is_cut_makes_no_difference(executors, seed: int, ticks: int
     finally:
         over.set()
         asking.join()
+        # What it asked for last.
+        cut.hart.clear_request()
 
 
 @ONCE

@@ -397,9 +397,10 @@ def test_a_reset_hart_stops_where_it_did(executor: Executor, assemble: Assemble)
         executor.hart[layout.TIME_DIVISOR] = 10
 
 
-def test_hits_are_counted_when_that_is_wanted(executor: Executor, assemble: Assemble) -> None:
-    if not isinstance(executor, InterpreterExecutor):
-        pytest.skip("the reference executor has no TLB")
+@pytest.mark.parametrize("executor", ["interpreter"], indirect=True)
+def test_hits_are_counted_when_that_is_wanted(
+    executor: InterpreterExecutor, assemble: Assemble
+) -> None:
     code = assemble(f"""
         .option norvc
         li t0, {DATA}
