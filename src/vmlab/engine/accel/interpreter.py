@@ -320,6 +320,7 @@ class InterpreterExecutor(StoppingExecutor):
         self._gate = threading.Condition()
         self._asking = 0  # threads that wait for native code to be left
         self._active = False  # native code runs
+        self._exits = 0  # how often it was left
         self._drop_first = True  # translations are to be dropped before it does
         self._pages_to_drop: list[int] = []  # and those of writes to these pages
         self._places = {
@@ -375,7 +376,9 @@ class InterpreterExecutor(StoppingExecutor):
             else:
                 self._pages_to_drop += pages
             self._asking += 1
-            while self._active:
+            # It may be inside again before this thread comes to look: then it has dropped them.
+            exits = self._exits
+            while self._active and self._exits == exits:
                 self.hart.request_service()
                 self._gate.wait()
             self._asking -= 1
@@ -405,6 +408,7 @@ class InterpreterExecutor(StoppingExecutor):
         function(address)
         with self._gate:
             self._active = False
+            self._exits += 1
             if self._asking:
                 self._gate.notify_all()
 
