@@ -333,7 +333,8 @@ def test_a_stores_machine_is_found_again_by_another_process(store: Store, make_s
             assert (await seen.status()).state in {MachineState.STOPPED, MachineState.FAILED}
         async with provider.open(store.owner) as third:
             (machine,) = await third.list()
-            assert machine.state is MachineState.STOPPED
+            # Both of the others saw the process end, and either may have been the last to write.
+            assert machine.state in {MachineState.STOPPED, MachineState.FAILED}
             await machine.delete()
             assert processes.adopt(store.owner) == []
 

@@ -169,23 +169,33 @@ class GivesNoHint(BrokenMachine):
             raise
 
 
-@mutant("configuration.info", only=False)
-class RoundsDown(BrokenMachine):
-    """Tells of a large machine that it has less memory than it has."""
+class MadeLarge(BrokenMachine):
+    """Knows whether it was made with much memory, rather than given it later."""
+
+    large = False
+
+    async def _do_create(self, operation: Operation) -> None:
+        await super()._do_create(operation)
+        self.large = self.spec.memory.size >= GIB
+
+
+@mutant("configuration.info")
+class RoundsDown(MadeLarge):
+    """Tells of a machine made large that it has less memory than it has."""
 
     async def _do_info(self) -> MachineInfo:
         told = await super()._do_info()
         less = told.memory - (told.memory >> 4)
-        return told.model_copy(update={"memory": less}) if told.memory >= GIB else told
+        return told.model_copy(update={"memory": less}) if self.large else told
 
 
-@mutant("configuration.guest", only=False)
-class TellsTheSpecification(BrokenMachine):
-    """Gives large machines a vCPU less, and answers info from the specification."""
+@mutant("configuration.guest")
+class TellsTheSpecification(MadeLarge):
+    """Gives machines made large a vCPU less, and answers info from the specification."""
 
     async def _do_start(self, operation: Operation) -> None:
         await super()._do_start(operation)
-        if self.spec.memory.size >= GIB:
+        if self.large:
             self.hardware.vcpus = max(1, self.spec.cpus.count - 1)
 
     async def info(self, **options: Any) -> MachineInfo:
