@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
 from vmlab.machine.errors import VmlabError
 from vmlab.report.escape import escape_surrogates
-from vmlab.report.journal_writer import JournalWriter, Part, made
+from vmlab.report.journal_writer import JournalWriter, made, plain
 from vmlab.report.model import (
     Artifact,
     Check,
     Direction,
+    FaultRecord,
+    MachineRecord,
+    Mark,
     Message,
     Metric,
     Outcome,
     Output,
+    Phase,
     Severity,
     Test,
 )
+from vmlab.report.parts import Part
 
 __all__ = ["OUTPUT_LIMIT", "AttemptRecorder"]
 
@@ -51,6 +57,8 @@ class AttemptRecorder:
         self._lock = threading.RLock()
         self._worst: Outcome | None = None  # of its checks; None while there are none
         self._written: dict[str, int] = {}
+        self._machines: set[str] = set()
+        self._faults: dict[tuple[str, str], FaultRecord] = {}  # in effect, by id and machine
         self._outcome: Outcome | None = None
         journal.write(
             "start",
@@ -185,6 +193,168 @@ class AttemptRecorder:
         """
         self._refuse_if_finished()
         return self._journal.attach(self._number, name, content, media_type)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the attempt began: what `at_s` and `started_s` count in."""
+        return self._journal.since(self._began)
+
+    def phase(
+        self,
+        name: str,
+        outcome: Outcome | Literal["pass", "fail", "error", "skip", "xfail", "pending"],
+        *,
+        duration_s: float | None = None,
+        started_s: float | None = None,
+        message: str | bytes = "",
+    ) -> None:
+        """Record one step of the test; it does not decide how the attempt ends.
+
+        Args:
+            name: As "boot", "build", "run".
+            outcome: How it ended. One that was recorded as pending is replaced when it is
+                recorded again, so that a death in its midst shows which step it was.
+            duration_s: Seconds that it took; None while it is pending.
+            started_s: When it began, in seconds since the attempt did; by `duration_s` before
+                now, if None.
+            message: Why it ended so.
+        """
+        if started_s is None:
+            started_s = self.elapsed_s - (duration_s or 0.0)
+        self._part(
+            made(
+                Phase,
+                name=name,
+                outcome=outcome,
+                started_s=started_s,
+                duration_s=duration_s,
+                message=message,
+            )
+        )
+
+    def machine(
+        self,
+        name: str,
+        *,
+        hypervisor: str,
+        accelerator: str = "",
+        architecture: str = "",
+        image: str | None = None,
+        spec: Mapping[str, object] | None = None,
+    ) -> None:
+        """Record a machine that the test uses; called again, what is stated then counts.
+
+        Args:
+            name: Unique among the attempt's machines.
+            hypervisor: The back end that it runs on.
+            accelerator: Who executes the guest, as "kvm" or "tcg".
+            architecture: The guest's.
+            image: What it boots.
+            spec: What it was made from; what JSON cannot hold becomes text.
+        """
+        record = made(
+            MachineRecord,
+            name=name,
+            hypervisor=hypervisor,
+            accelerator=accelerator,
+            architecture=architecture,
+            image=image,
+            spec=spec or {},
+        )
+        with self._lock:
+            self._part(record)
+            self._machines.add(record.name)
+
+    def mark(
+        self,
+        machine: str,
+        kind: str,
+        text: str | bytes = "",
+        *,
+        at_s: float | None = None,
+        duration_s: float | None = None,
+    ) -> None:
+        """Record what happened to a machine, for its timeline.
+
+        Args:
+            machine: One that `machine` recorded.
+            kind: As "boot", "panic", "snapshot"; marks of one kind are drawn alike.
+            text: More about it.
+            at_s: When it began, in seconds since the attempt did, negative for before; by
+                `duration_s` before now, if None.
+            duration_s: Seconds that it took; None for a moment.
+
+        Raises:
+            VmlabError: `machine` was not recorded, or the attempt has ended.
+        """
+        if at_s is None:
+            at_s = self.elapsed_s - (duration_s or 0.0)
+        mark = made(Mark, at_s=at_s, kind=kind, text=text, duration_s=duration_s)
+        machine = str(escape_surrogates(machine))
+        with self._lock:
+            self._refuse_if_finished()
+            if machine not in self._machines:
+                known = ", ".join(map(repr, sorted(self._machines))) or "none yet"
+                raise VmlabError(
+                    f"test {self.name!r} has no machine {machine!r} that {kind!r} could happen to",
+                    hint=f"record it with machine() first; recorded are: {known}",
+                )
+            facts = {"n": self._number, "machine": machine, "mark": plain(mark)}
+            self._journal.write("mark", facts)
+
+    def fault(
+        self,
+        id: str,
+        kind: str,
+        machine: str,
+        *,
+        parameters: Mapping[str, object] | None = None,
+        at_s: float | None = None,
+        refused: str | bytes = "",
+    ) -> None:
+        """Record a fault that was injected into a machine, or why it was not.
+
+        Args:
+            id: The fault's name in its schedule; one that is injected again is recorded again.
+            kind: As "disk-error"; see `vmlab.machine.faults`.
+            machine: Which machine.
+            parameters: The fault's own; what JSON cannot hold becomes text.
+            at_s: When, in seconds since the attempt began; now, if None.
+            refused: Why it was not injected; empty if it was.
+        """
+        record = made(
+            FaultRecord,
+            id=id,
+            kind=kind,
+            machine=machine,
+            at_s=self.elapsed_s if at_s is None else at_s,
+            parameters=parameters or {},
+            refused=refused,
+        )
+        with self._lock:
+            self._part(record)
+            if not record.refused:
+                self._faults[record.id, record.machine] = record
+
+    def fault_cleared(self, id: str, machine: str, *, at_s: float | None = None) -> None:
+        """Record that a fault is over.
+
+        Raises:
+            VmlabError: It was not recorded as injected, or is over already.
+        """
+        at_s = self.elapsed_s if at_s is None else at_s
+        key = str(escape_surrogates(id)), str(escape_surrogates(machine))
+        with self._lock:
+            self._refuse_if_finished()
+            if key not in self._faults:
+                raise VmlabError(
+                    f"fault {id!r} of machine {machine!r} cannot end: it is not in effect",
+                    hint="record it with fault() when it is injected",
+                )
+            over = made(FaultRecord, **{**self._faults[key].model_dump(), "cleared_s": at_s})
+            facts = {"fault": over.id, "machine": over.machine, "at_s": over.cleared_s}
+            self._journal.write("cleared", {"n": self._number, **facts})
+            del self._faults[key]
 
     def finish(
         self,

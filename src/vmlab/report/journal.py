@@ -6,7 +6,10 @@ after the run `report.json`. A journal is JSON Lines (UTF-8, here ASCII; one obj
     open       worker, clock; from the process that owns the run also the run's facts
     plan       tests that will run: each is pending from here on
     start      an attempt at a test, numbered within the journal (`n`)
-    hypervisor, check, metric, message, artifact, output    what became known, of `n` or of the run
+    hypervisor, check, metric, message, artifact, output, phase, machine, fault
+               what became known, of `n` or of the run
+    mark       what happened to a `machine` of `n`
+    cleared    the end of `fault` of `machine` of `n`
     finish     the attempt's outcome
     close      the run's end
 
@@ -29,16 +32,19 @@ from vmlab.machine.errors import VmlabError
 from vmlab.report.model import (
     Artifact,
     Attempt,
-    Check,
+    FaultRecord,
+    MachineRecord,
+    Mark,
     Message,
-    Metric,
     Outcome,
     Output,
+    Phase,
     Run,
     Severity,
     Suite,
     Test,
 )
+from vmlab.report.parts import PARTS, Part
 
 __all__ = ["ARTIFACTS", "JOURNALS", "REPORT", "has_journal", "journal_path", "read_journals"]
 
@@ -72,6 +78,8 @@ class _Attempt:
     started: datetime
     monotonic: float
     end: Attempt | None = None
+    machines: dict[str, MachineRecord] = field(default_factory=dict)
+    marks: defaultdict[str, list[Mark]] = field(default_factory=lambda: defaultdict(list))
     parts: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
 
     def model(self) -> Attempt:
@@ -88,7 +96,46 @@ class _Attempt:
             metrics=tuple(self.parts["metric"]),
             artifacts=tuple(self.parts["artifact"]),
             output=tuple(_joined(self.parts["output"])),
+            phases=tuple(self.parts["phase"]),
+            machines=tuple(
+                machine.model_copy(update={"timeline": _by_time(self.marks[name])})
+                for name, machine in self.machines.items()
+            ),
+            faults=tuple(self.parts["fault"]),
         )
+
+    def add(self, kind: str, part: Part) -> None:
+        """Take what became known; a phase that ends and a machine told again are one each."""
+        if isinstance(part, MachineRecord):
+            # Said again when more is known: what is stated now counts, the rest stays.
+            before = self.machines.get(part.name, part)
+            stated = {name: getattr(part, name) for name in part.model_fields_set}
+            self.machines[part.name] = before.model_copy(update=stated)
+            return
+        parts = self.parts[kind]
+        if isinstance(part, Phase):
+            for position, phase in enumerate(parts):
+                if phase.name == part.name and phase.outcome is Outcome.PENDING:
+                    parts[position] = part
+                    return
+        parts.append(part)
+
+    def mark(self, machine: str, mark: Mark) -> None:
+        """Take what happened to a machine that the journal has told of."""
+        if machine not in self.machines:
+            raise ValueError(f"tells of machine {machine!r}, which is not known")
+        self.marks[machine].append(mark)
+
+    def clear(self, fault: str, machine: str, at_s: float) -> None:
+        """Take the end of the fault's last injection."""
+        faults: list[FaultRecord] = self.parts["fault"]
+        for position in range(len(faults) - 1, -1, -1):
+            found = faults[position]
+            if (found.id, found.machine) == (fault, machine) and not found.refused:
+                stated = {**found.model_dump(), "cleared_s": at_s}
+                faults[position] = FaultRecord.model_validate(stated)
+                return
+        raise ValueError(f"tells of the end of fault {fault!r}, which did not begin")
 
 
 @dataclass
@@ -101,6 +148,10 @@ class _Story:
     attempts: list[_Attempt] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     artifacts: list[Artifact] = field(default_factory=list)
+
+
+def _by_time(marks: list[Mark]) -> tuple[Mark, ...]:
+    return tuple(sorted(marks, key=lambda mark: mark.at_s))
 
 
 def _joined(chunks: list[Output]) -> list[Output]:
@@ -116,15 +167,6 @@ def _joined(chunks: list[Output]) -> list[Output]:
         )
         for stream, parts in streams.items()
     ]
-
-
-_PARTS: Final[dict[str, type[Check | Metric | Message | Artifact | Output]]] = {
-    "check": Check,
-    "metric": Metric,
-    "message": Message,
-    "artifact": Artifact,
-    "output": Output,
-}
 
 
 class _Reader:
@@ -158,6 +200,11 @@ class _Reader:
             case "hypervisor":
                 attempt = self._under_way(event)
                 attempt.test = _test({**attempt.test.model_dump(), **event}, attempt.test.name)
+            case "mark":
+                mark = Mark.model_validate(event["mark"], extra="ignore")
+                self._under_way(event).mark(event["machine"], mark)
+            case "cleared":
+                self._under_way(event).clear(event["fault"], event["machine"], event["at_s"])
             case "finish":
                 attempt = self._under_way(event)
                 attempt.end = Attempt(
@@ -191,9 +238,9 @@ class _Reader:
         return attempt
 
     def _part(self, kind: str, event: dict[str, Any]) -> None:
-        part = _PARTS[kind].model_validate(event[kind], extra="ignore")
+        part = PARTS[kind].model_validate(event[kind], extra="ignore")
         if event["n"] is not None:
-            self._under_way(event).parts[kind].append(part)
+            self._under_way(event).add(kind, part)
         elif isinstance(part, Message):
             self.story.messages.append(part)
         elif isinstance(part, Artifact):

@@ -25,14 +25,14 @@ from vmlab.report.durable import AppendFile, cannot_write
 from vmlab.report.escape import escape_surrogates
 from vmlab.report.host import clock_identity
 from vmlab.report.journal import ARTIFACTS, VERSION
-from vmlab.report.model import Artifact, Check, Message, Metric, Output
+from vmlab.report.parts import PARTS, Artifact, Part
 
 __all__ = ["Clock", "JournalWriter", "made", "plain"]
 
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _COPY_BYTES: Final = 1 << 20
 
-Part = Check | Metric | Message | Artifact | Output
+_KINDS: Final[dict[type[BaseModel], str]] = {kind: name for name, kind in PARTS.items()}
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Clock:
 _Made = TypeVar("_Made", bound=BaseModel)
 
 
-def made(kind: type[_Made], **values: Any) -> _Made:
+def made(kind: type[_Made], /, **values: Any) -> _Made:
     """A record of `kind`, or a VmlabError that names the field, its value and what is right."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
+        name = _KINDS.get(kind, kind.__name__.lower())
         raise VmlabError(
-            f"{kind.__name__.lower()} cannot be recorded: {where} = {first['input']!r}: "
-            f"{first['msg']}",
+            f"{name} cannot be recorded: {where} = {first['input']!r}: {first['msg']}",
             hint="correct the call that records it",
         ) from error
 
@@ -109,7 +109,7 @@ class JournalWriter:
 
     def part(self, number: int | None, part: Part) -> None:
         """Append a part of attempt `number`, or of the run."""
-        kind = type(part).__name__.lower()
+        kind = _KINDS[type(part)]
         self.write(kind, {"n": number, kind: plain(part)})
 
     def serial(self) -> int:

@@ -15,17 +15,11 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
-from enum import StrEnum
-from pathlib import PurePosixPath
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    AwareDatetime,
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     FiniteFloat,
     ModelWrapValidatorHandler,
@@ -35,7 +29,26 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from vmlab.report.escape import escape_surrogates
+from vmlab.report.parts import (
+    Artifact,
+    Check,
+    Direction,
+    FaultRecord,
+    MachineRecord,
+    Mark,
+    Message,
+    Metric,
+    Moment,
+    Name,
+    Outcome,
+    Output,
+    Phase,
+    Record,
+    Seconds,
+    Severity,
+    Text,
+    describe,
+)
 
 __all__ = [
     "SCHEMA",
@@ -43,15 +56,20 @@ __all__ = [
     "Attempt",
     "Check",
     "Direction",
+    "FaultRecord",
+    "MachineRecord",
+    "Mark",
     "Message",
     "Metric",
     "Outcome",
     "Output",
+    "Phase",
     "Run",
     "Severity",
     "Suite",
     "Test",
     "Totals",
+    "describe",
     "schema",
 ]
 
@@ -59,95 +77,7 @@ SCHEMA: Final = "vmlab.report/1"
 """The name and version of the document format."""
 
 
-class Outcome(StrEnum):
-    """How a check, an attempt, a test, a suite or a run ended.
-
-    The outcome of a whole is its worst part's, in this order of precedence:
-
-    1. `error`: the test could not do its work (a machine died, a fixture broke);
-    2. `fail`: the test did its work and found a fault;
-    3. `pending`: it was planned or begun and has not ended;
-    4. `pass`;
-    5. `xfail`: it failed as it was declared to; an unexpected success of such a test is a `fail`
-       where the declaration is strict and a `pass` where it is not;
-    6. `skip`: it did not run, for a stated reason.
-
-    So one skipped test does not spoil a passed suite, and a suite that skipped everything has
-    not passed: it is `skip`. The whole of nothing is `skip` too.
-    """
-
-    ERROR = "error"
-    FAIL = "fail"
-    PENDING = "pending"
-    PASS = "pass"
-    XFAIL = "xfail"
-    SKIP = "skip"
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong: neither a failure nor something that never ended."""
-        return self not in (Outcome.ERROR, Outcome.FAIL, Outcome.PENDING)
-
-    @staticmethod
-    def worst(outcomes: Iterable[Outcome]) -> Outcome:
-        """The outcome of a whole with these parts; `skip` where there are none."""
-        return min(outcomes, key=_PRECEDENCE.__getitem__, default=Outcome.SKIP)
-
-
-_PRECEDENCE: Final = {outcome: rank for rank, outcome in enumerate(Outcome)}
-
-
-class Direction(StrEnum):
-    """Which way a metric gets better."""
-
-    LOWER = "lower"
-    HIGHER = "higher"
-    NONE = "none"
-
-
-class Severity(StrEnum):
-    """What a message is: the cause of an error or failure, a warning, or a remark."""
-
-    ERROR = "error"
-    WARNING = "warning"
-    INFO = "info"
-
-
-def _utc(moment: datetime) -> datetime:
-    return moment.astimezone(UTC)
-
-
-def _relative_path(path: str) -> str:
-    parts = path.split("/")
-    if PurePosixPath(path).is_absolute() or any(part in ("", ".", "..") for part in parts):
-        raise ValueError("must be relative to the report and stay beside it, as 'artifacts/x.log'")
-    if "\\" in path or ":" in parts[0] or not path.isprintable():
-        raise ValueError("must use '/' and have no drive, backslash or control character")
-    return path
-
-
-Text = Annotated[str, BeforeValidator(escape_surrogates)]
-"""Text; bytes and undecodable characters are taken and written out as `\\xNN`."""
-
-Name = Annotated[Text, StringConstraints(min_length=1)]
-Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
-Seconds = Annotated[FiniteFloat, Field(ge=0)]
-RelativePath = Annotated[Name, AfterValidator(_relative_path)]
-
-
-class _Record(BaseModel):
-    # Built when it is first used: most commands that import this write no report.
-    model_config = ConfigDict(
-        defer_build=True,
-        frozen=True,
-        extra="forbid",
-        validate_by_name=True,
-        validate_by_alias=True,
-        serialize_by_alias=True,
-    )
-
-
-class _Computing(_Record):
+class _Computing(Record):
     """A record with computed fields, which it takes back only if they are true."""
 
     @model_validator(mode="wrap")
@@ -169,56 +99,7 @@ class _Computing(_Record):
         return record
 
 
-class Message(_Record):
-    """Something worth telling about an attempt or a run; `details` may hold a traceback."""
-
-    text: Text
-    severity: Severity = Severity.INFO
-    details: Text = ""
-    source: Text | None = Field(default=None, description="Where it comes from, as 'console'.")
-
-
-class Check(_Record):
-    """One thing that a test verified. `expected` and `actual` are texts for people."""
-
-    name: Name
-    outcome: Outcome
-    message: Text = ""
-    expected: Text | None = None
-    actual: Text | None = None
-
-
-class Metric(_Record):
-    """One measured number; several of one name are samples of the same thing."""
-
-    name: Name
-    value: FiniteFloat
-    unit: Text = Field(default="", description="As 's', 'bytes', '%'; empty for a plain count.")
-    direction: Direction = Direction.NONE
-    at_s: Seconds | None = Field(
-        default=None, description="When it was measured, in seconds since the attempt began."
-    )
-
-
-class Artifact(_Record):
-    """A file that the run left as evidence."""
-
-    name: Name
-    path: RelativePath = Field(description="Relative to the report's directory, with '/'.")
-    media_type: Name = "application/octet-stream"
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    size: Annotated[int, Field(ge=0, description="In bytes.")]
-
-
-class Output(_Record):
-    """What was written to one stream ('stdout', 'stderr', 'console') during an attempt."""
-
-    stream: Name
-    text: Text
-    omitted: Annotated[int, Field(ge=0, description="Characters left out of `text`.")] = 0
-
-
-class Attempt(_Record):
+class Attempt(Record):
     """One execution of a test. A pending one was begun and has not ended, or its runner died."""
 
     outcome: Outcome
@@ -232,9 +113,16 @@ class Attempt(_Record):
     metrics: tuple[Metric, ...] = ()
     artifacts: tuple[Artifact, ...] = ()
     output: tuple[Output, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    machines: tuple[MachineRecord, ...] = ()
+    faults: tuple[FaultRecord, ...] = ()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
+        names = [machine.name for machine in self.machines]
+        twice = [name for name, n in Counter(names).items() if n > 1]
+        if twice:
+            raise ValueError(f"has more than one machine named {twice[0]!r}")
         if self.outcome is Outcome.SKIP and not self.skip_reason:
             raise ValueError("a skipped test needs a skip_reason")
         if self.outcome is not Outcome.SKIP and self.skip_reason is not None:
@@ -261,14 +149,6 @@ class Attempt(_Record):
         if self.outcome is Outcome.PENDING:
             return f"begun, never finished; {wrong}" if wrong else "begun, never finished"
         return wrong
-
-
-def describe(check: Check) -> str:
-    """A check as one sentence: its message, and what was expected and found."""
-    words = check.message or f"check {check.name!r}: {check.outcome.value}"
-    if check.expected is not None or check.actual is not None:
-        words += f" (expected {check.expected}, got {check.actual})"
-    return words
 
 
 class Test(_Computing):
@@ -356,8 +236,23 @@ class Test(_Computing):
         """The last attempt's captured output."""
         return self.last.output if self.last else ()
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The last attempt's phases."""
+        return self.last.phases if self.last else ()
 
-class Totals(_Record):
+    @property
+    def machines(self) -> tuple[MachineRecord, ...]:
+        """The last attempt's machines."""
+        return self.last.machines if self.last else ()
+
+    @property
+    def faults(self) -> tuple[FaultRecord, ...]:
+        """The faults of the last attempt, injected and refused."""
+        return self.last.faults if self.last else ()
+
+
+class Totals(Record):
     """How many tests ended how."""
 
     tests: int

@@ -57,7 +57,7 @@ def test_the_schema_refuses_what_the_reader_refuses(
 def test_a_later_field_is_allowed_by_the_schema_and_ignored_by_the_reader(run: Run) -> None:
     document = json.loads(render(run))
     document["farm"] = {"hosts": 3}
-    document["suites"][0]["tests"][0]["attempts"][0]["phases"] = []
+    document["suites"][0]["tests"][0]["attempts"][0]["weather"] = []
     document["suites"][0]["tests"][0]["attempts"][0]["checks"][0]["severity"] = 1
     jsonschema.validate(document, schema())
     assert parse(json.dumps(document)) == run

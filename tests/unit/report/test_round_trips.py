@@ -17,10 +17,14 @@ from vmlab.report import (
     Attempt,
     Check,
     Direction,
+    FaultRecord,
+    MachineRecord,
+    Mark,
     Message,
     Metric,
     Outcome,
     Output,
+    Phase,
     Run,
     Severity,
     Suite,
@@ -69,11 +73,52 @@ artifacts = st.builds(
     sha256=st.from_regex(r"\A[0-9a-f]{64}\Z"),
     size=st.integers(0, 2**63),
 )
+offsets = st.floats(-1e6, 1e6)
+data = st.dictionaries(
+    wild,
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | wild | st.binary(max_size=4),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(wild, inner, max_size=2),
+        max_leaves=4,
+    ),
+    max_size=2,
+)
+phases = st.builds(
+    Phase,
+    name=names,
+    outcome=st.sampled_from(Outcome),
+    started_s=offsets,
+    duration_s=st.none() | seconds,
+    message=wild,
+)
+marks = st.builds(Mark, at_s=offsets, kind=names, text=wild, duration_s=st.none() | seconds)
+faults = st.builds(
+    FaultRecord,
+    id=names,
+    kind=names,
+    machine=names,
+    at_s=offsets,
+    cleared_s=st.none() | offsets,
+    parameters=data,
+    refused=wild,
+)
 outputs = st.builds(Output, stream=names, text=wild, omitted=st.integers(0, 2**40))
 
 
 def _tuples(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.lists(strategy, max_size=2).map(tuple)
+
+
+machines = st.builds(
+    MachineRecord,
+    name=names,
+    hypervisor=names,
+    accelerator=wild,
+    architecture=wild,
+    image=st.none() | wild,
+    spec=data,
+    timeline=_tuples(marks),
+)
 
 
 @st.composite
@@ -93,6 +138,11 @@ def attempts(draw: st.DrawFn) -> Attempt:
         metrics=draw(_tuples(metrics)),
         artifacts=draw(_tuples(artifacts)),
         output=draw(_tuples(outputs)),
+        phases=draw(_tuples(phases)),
+        machines=tuple(
+            draw(st.lists(machines, max_size=2, unique_by=lambda machine: machine.name))
+        ),
+        faults=draw(_tuples(faults)),
     )
 
 
