@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import signal
 import stat
 import threading
@@ -73,16 +74,22 @@ def has_input(descriptor: int) -> bool:
 async def from_file(descriptor: int) -> AsyncIterator[bytes]:
     """What can be read from a file descriptor, as it comes, until its end.
 
-    The thread that reads is left waiting when the reader goes: a read cannot be called back.
+    When the reader goes, nothing more is taken from it: the rest is for the next one who reads.
     """
     loop = asyncio.get_running_loop()
     pieces = asyncio.Queue[bytes]()
     room = threading.Semaphore(4)
+    leaving, left = os.pipe()
 
     def read() -> None:
+        ready = select.poll()
+        ready.register(descriptor, select.POLLIN)
+        ready.register(leaving, select.POLLIN)
         with suppress(RuntimeError):  # the loop has ended
             while True:
                 room.acquire()
+                if any(number == leaving for number, _ in ready.poll()):
+                    return
                 try:
                     data = os.read(descriptor, _PIECE)
                 except OSError:
@@ -91,10 +98,20 @@ async def from_file(descriptor: int) -> AsyncIterator[bytes]:
                 if not data:
                     return
 
-    threading.Thread(target=read, name="stdin", daemon=True).start()
-    while data := await pieces.get():
+    def reader() -> None:
+        try:
+            read()
+        finally:
+            os.close(leaving)
+
+    threading.Thread(target=reader, name="stdin", daemon=True).start()
+    try:
+        while data := await pieces.get():
+            room.release()
+            yield data
+    finally:
+        os.close(left)
         room.release()
-        yield data
 
 
 def leash(session: Session) -> AsyncIterator[bytes] | None:

@@ -13,7 +13,7 @@ import signal
 import termios
 import tty
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Final
 
 from vmlab.guests.command import AgentRestarted, Command, quote
@@ -31,6 +31,7 @@ _FIND: Final = (
     "case $active in *hvc0*) t=/dev/hvc1 ;; *) t=/dev/hvc0 ;; esac; "
 )
 _LEAVE: Final = b"\x1d"
+Resizing = Callable[[Callable[[], None]], AbstractContextManager[None]]
 _LAST_OUTPUT: Final = 5.0
 """Seconds that the command's last output has to arrive after the command has ended."""
 
@@ -40,8 +41,16 @@ def on_terminal() -> bool:
     return os.isatty(0) and os.isatty(1)
 
 
-async def run_on_terminal(session: Session, words: Sequence[str]) -> int:
+async def run_on_terminal(
+    session: Session, words: Sequence[str], *, resizing: Resizing | None = None
+) -> int:
     """Run a command of words with this process's terminal; returns its exit status.
+
+    Args:
+        session: The machine, with a console TERMINAL.
+        words: The command.
+        resizing: Has its argument called when the terminal's size changes, while it is entered;
+            None waits for SIGWINCH, which only a loop in the main thread can.
 
     Raises:
         ChannelClosed: the guest died.
@@ -58,7 +67,7 @@ async def run_on_terminal(session: Session, words: Sequence[str]) -> int:
     # A size that changes while an earlier change is being told is told afterwards.
     resized = asyncio.Event()
     async with await session.machine.console(TERMINAL) as console:
-        with _raw(0), _resizing(resized.set):
+        with _raw(0), (resizing or _resizing)(resized.set):
             started = asyncio.Event()
             showing = asyncio.ensure_future(_show(console, f"\x01end {token}".encode()))
             parts = [
