@@ -109,6 +109,9 @@ class Capabilities(BaseModel):
     architectures: frozenset[Architecture] = Field(description="guests that it can run")
     accelerators: tuple[str, ...] = Field((), description="accelerators, the preferred one first")
     faults: frozenset[FaultKind] = Field(frozenset(), description="faults that can be injected")
+    counted: frozenset[FaultKind] = Field(
+        frozenset(), description="those of them that can strike at the nth occasion or by chance"
+    )
     limits: Limits = Field(default_factory=Limits)
 
     def __contains__(self, capability: Capability) -> bool:

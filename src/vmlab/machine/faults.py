@@ -88,6 +88,9 @@ class ConsoleText(_Model):
     text: str = Field(min_length=1, description="text that the console has printed")
 
 
+COUNTED = (Nth, Chance)
+"""The triggers that need somebody who counts the occasions."""
+
 Trigger = Annotated[At | Nth | Chance | ConsoleText, Field(discriminator="on")]
 
 
@@ -99,6 +102,9 @@ class _Fault(_Model):
     )
     duration: Number | None = Field(
         None, gt=0, description="seconds that it lasts; None is until it is cleared"
+    )
+    seed: Whole | None = Field(
+        None, ge=0, lt=1 << 64, description="source of its own chances; None leaves that open"
     )
 
 

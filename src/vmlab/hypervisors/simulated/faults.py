@@ -87,6 +87,7 @@ class Armed:
         self._occasions = 0
         self._draws = 0
         self._tail = ""
+        self._own = Chances(fault.seed) if fault.seed is not None else None
 
     def concerns(self, hardware: Hardware) -> bool:
         """Whether it is meant for this machine: by id where injected, by name in a schedule."""
@@ -127,6 +128,8 @@ class Armed:
     def draw(self) -> float:
         """A random number of this fault's own."""
         self._draws += 1
+        if self._own is not None:
+            return self._own.unit("fault", self._draws)
         return self._box.draw(self.id, self._draws)
 
     def text(self, hardware: Hardware, text: str) -> None:

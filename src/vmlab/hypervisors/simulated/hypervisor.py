@@ -36,6 +36,7 @@ from vmlab.machine.errors import (
     SnapshotNotFound,
 )
 from vmlab.machine.events import EventType
+from vmlab.machine.faults import FaultKind
 from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
 
@@ -111,6 +112,7 @@ class SimulatedHypervisor(OperatedHypervisor):
         }
         if clock == "wall":
             missing[Capability.DETERMINISTIC] = "the wall clock does not come from the seed"
+        kinds = ALL_KINDS if Capability.FAULTS not in profile.without else frozenset[FaultKind]()
         self._capabilities = Capabilities(
             hypervisor=self.name,
             version=__version__,
@@ -118,7 +120,8 @@ class SimulatedHypervisor(OperatedHypervisor):
             unsupported=missing,
             architectures=profile.architectures,
             accelerators=("simulated",),
-            faults=ALL_KINDS if Capability.FAULTS not in profile.without else frozenset(),
+            faults=kinds,
+            counted=kinds,
             limits=profile.effective_limits,
         )
 
