@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final, Protocol
 
 from vmlab.engine.devices.virtio.device import Request, VirtioDevice
+from vmlab.engine.devices.virtio.wire_faults import WireFaults
 from vmlab.engine.devices.workers import Workers
 from vmlab.engine.memory.ram import Ram
 
@@ -82,6 +83,9 @@ class VirtioNet(VirtioDevice):
         mac: Six bytes.
         segment: Where it is plugged in.
         mtu: What the driver is told, or 0 to tell nothing.
+
+    Attributes:
+        faults: What befalls its frames; None is nothing at all.
     """
 
     device_id: ClassVar[int] = 1
@@ -106,6 +110,7 @@ class VirtioNet(VirtioDevice):
         self.mac = mac
         self._mtu = mtu
         self._segment = segment
+        self.faults: WireFaults | None = None
         super().__init__(name, ram, workers, [queue_size, queue_size, 64], features)
         segment.attach(self)
 
@@ -144,6 +149,10 @@ class VirtioNet(VirtioDevice):
 
     def arrived(self, frame: bytes) -> None:
         """A frame from the segment."""
+        if self.faults is None or not self.faults.take(lambda: self._arrived(frame)):
+            self._arrived(frame)
+
+    def _arrived(self, frame: bytes) -> None:
         with self.lock:
             if not self.running or not self.own.link_up or len(frame) > MAX_FRAME or self.full:
                 self.counters.dropped += 1
@@ -223,13 +232,19 @@ class VirtioNet(VirtioDevice):
             frame = request.read(_HEADER + MAX_FRAME + 1)[_HEADER:]
             if not frame or len(frame) > MAX_FRAME or not self.own.link_up:
                 self.counters.dropped += 1
-            elif self._segment.send(frame):
+            elif self._send(frame):
                 self.counters.sent += 1
                 self.counters.sent_bytes += len(frame)
             else:
                 request.put_back()
                 return
             request.done(0)
+
+    def _send(self, frame: bytes) -> bool:
+        """Put a frame on the wire; False: not now."""
+        if self.faults is not None and self.faults.take(lambda: self._segment.send(frame)):
+            return True
+        return self._segment.send(frame)
 
     def handle(self, request: Request) -> None:
         """A command of the control queue (5.1.6.5)."""
