@@ -235,6 +235,12 @@ class Harts(ABC):
             seat.order = orders.get(number, Order.RUN)
             seat.waiting = seat.waiting and seat.order is Order.RUN
 
+    def stall(self, hart: int, on: bool) -> None:
+        """Have a hart execute nothing when the harts are resumed, or run again; they stand now."""
+        seat = self._seats[hart]
+        seat.order = Order.HOLD if on else Order.RUN
+        seat.waiting = seat.waiting and not on
+
     def meet_again(self, stop: Stop) -> bool:
         """Have a hart stop once more where it stands; False if that is behind it."""
         self._seats[stop.hart].stopped_at = None

@@ -34,6 +34,7 @@ from vmlab.engine.configuration import (
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.devices.channel import SocketChannel, UartChannel
 from vmlab.engine.devices.reactor import Reactor
+from vmlab.engine.devices.storage.faulty import FaultyDisk
 from vmlab.engine.devices.storage.metered import MeteredDisk
 from vmlab.engine.devices.storage.overlay import open_disk
 from vmlab.engine.devices.virtio.balloon import VirtioBalloon
@@ -157,6 +158,7 @@ class Machine:
         self.firmware = Firmware(self.ram, self.harts, self._ended_by_firmware, self._debug_console)
         self.harts.call = self.firmware.call
         self.disks: dict[str, MeteredDisk] = {}
+        self.faulty_disks: dict[str, FaultyDisk] = {}
         self._nodes: dict[str, DiskFile] = {}
         self.nics: dict[str, VirtioNet] = {}
         self.forwards: dict[str, list[PortForward]] = {}
@@ -259,13 +261,15 @@ class Machine:
                 f"there are two disks of the name {disk.name!r}", hint="name them apart"
             )
         opened = open_disk(Path(disk.file), disk.format.value, read_only=disk.read_only)
-        self.disks[disk.name] = MeteredDisk(opened)
+        faulty = FaultyDisk(opened, self.clock.nanoseconds)
+        self.faulty_disks[disk.name] = faulty
+        self.disks[disk.name] = MeteredDisk(faulty)
         self._nodes[disk.name] = disk
-        self._stack.callback(opened.close)
+        self._stack.callback(faulty.close)
 
     def close_disk(self, name: str) -> None:
         """Close the file of a disk that is not plugged in."""
-        del self._nodes[name]
+        del self._nodes[name], self.faulty_disks[name]
         self.disks.pop(name).close()
 
     def plug_disk(self, name: str, serial: str = "") -> None:

@@ -20,6 +20,7 @@ from vmlab.engine.configuration import Configuration
 from vmlab.engine.control import VERSION, Cause, Control, Panicked, RunState, Shutdown
 from vmlab.engine.debug.commands import DebugCommands
 from vmlab.engine.devices.reactor import Reactor
+from vmlab.engine.fault_commands import FaultCommands
 from vmlab.engine.machine import Happening, Machine
 from vmlab.engine.monitor.server import Monitor
 
@@ -74,6 +75,7 @@ class Process:
         """What a debugger comes to, if one may."""
         control = self._control
         DebugCommands(control, self._work.put)
+        FaultCommands(self._machine, control.commands)
         self._machine.harts.halted = lambda stop: self._work.put(lambda: control.trapped(stop))
         if configuration.gdb is None:
             return None
