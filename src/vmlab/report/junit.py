@@ -9,8 +9,8 @@ and pytest's files satisfy too. JUnit knows less than vmlab does, so:
     earlier attempts    <flakyError>, <flakyFailure> where a later one was ok, else <rerunError>,
                         <rerunFailure> (Surefire's names)
 
-Checks, metrics, messages and artifacts are told in <system-out>. Characters that XML cannot hold
-are written out visibly (`escape.py`).
+Machines, phases, faults, checks, metrics, messages and artifacts are told in <system-out>.
+Characters that XML cannot hold are written out visibly (`escape.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 
 from vmlab.report.escape import escape_xml
 from vmlab.report.model import Attempt, Outcome, Run, Severity, Suite, Test, Totals, describe
+from vmlab.report.parts import describe_fault, describe_machine, describe_phase
 
 __all__ = ["render"]
 
@@ -157,6 +158,12 @@ def _told(test: Test) -> Iterator[str]:
         yield f"hypervisor: {test.hypervisor}"
     for name, label in test.labels.items():
         yield f"label {name}: {label}"
+    for machine in test.machines:
+        yield f"machine {describe_machine(machine)}"
+    for phase in test.phases:
+        yield f"phase {describe_phase(phase)}"
+    for fault in test.faults:
+        yield f"fault {describe_fault(fault)}"
     for check in test.checks:
         yield f"check {check.name}: {check.outcome.value}"
     for metric in test.metrics:

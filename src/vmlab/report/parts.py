@@ -50,6 +50,9 @@ __all__ = [
     "Severity",
     "Text",
     "describe",
+    "describe_fault",
+    "describe_machine",
+    "describe_phase",
 ]
 
 
@@ -283,3 +286,25 @@ def describe(check: Check) -> str:
     if check.expected is not None or check.actual is not None:
         words += f" (expected {check.expected}, got {check.actual})"
     return words
+
+
+def describe_phase(phase: Phase) -> str:
+    """A phase in a line, as "build: fail, 1.50 s, exit status 2"."""
+    spent = "" if phase.duration_s is None else f", {phase.duration_s:.2f} s"
+    first_line = phase.message.strip().partition("\n")[0]
+    why = f", {first_line}" if first_line else ""
+    return f"{phase.name}: {phase.outcome.value}{spent}{why}"
+
+
+def describe_machine(machine: MachineRecord) -> str:
+    """A machine in a line, as "web: qemu, kvm, x86_64, debian-12"."""
+    facts = (machine.hypervisor, machine.accelerator, machine.architecture, machine.image)
+    return f"{machine.name}: {', '.join(fact for fact in facts if fact)}"
+
+
+def describe_fault(fault: FaultRecord) -> str:
+    """A fault in a line, as "cut: power-cut on web at 1.50 s, cleared at 2.00 s"."""
+    if fault.refused:
+        return f"{fault.id}: {fault.kind} on {fault.machine} refused: {fault.refused}"
+    over = "" if fault.cleared_s is None else f", cleared at {fault.cleared_s:.2f} s"
+    return f"{fault.id}: {fault.kind} on {fault.machine} at {fault.at_s:.2f} s{over}"

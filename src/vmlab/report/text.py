@@ -7,12 +7,14 @@ printed is shown with its control characters written out, so that it cannot comm
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TextIO
 
 from vmlab.report.escape import escape_controls
 from vmlab.report.model import Outcome, Run, Severity, Test
+from vmlab.report.parts import describe_fault, describe_machine, describe_phase
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,6 +39,7 @@ _STYLES: Final = {
 }
 _REASON_LINES: Final = 6
 _SHOWN_TESTS: Final = 3
+_SHOWN_MARKS: Final = 4  # of a machine's timeline: the end of it
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,19 @@ def _reason_lines(reason: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
+def _circumstances(test: Test) -> Iterator[str]:
+    """What a test that is not ok ran on, how far it came, and what was done to it."""
+    for machine in test.machines:
+        yield _shown(f"machine {describe_machine(machine)}")
+        for mark in machine.timeline[-_SHOWN_MARKS:]:
+            text = f": {mark.text}" if mark.text else ""
+            yield _shown(f"    {mark.at_s:8.2f} s  {mark.kind}{text}")
+    for phase in test.phases:
+        yield _shown(f"phase {describe_phase(phase)}")
+    for fault in test.faults:
+        yield _shown(f"fault {describe_fault(fault)}")
+
+
 def _notes(run: Run) -> Iterator[_Note]:
     """What is not ok, worst first; then flaky tests; then what did not run, by reason."""
     tests = list(run.tests())
@@ -123,7 +139,8 @@ def _notes(run: Run) -> Iterator[_Note]:
         for test in tests:
             if test.outcome is outcome:
                 spent = "" if test.duration_s is None else f"  {_seconds(test.duration_s)}"
-                yield _Note(outcome, _shown(test.id) + spent, _reason_lines(test.reason))
+                lines = (*_reason_lines(test.reason), *_circumstances(test))
+                yield _Note(outcome, _shown(test.id) + spent, lines)
     for test in tests:
         if test.flaky and test.outcome.ok:
             story = ", then ".join(attempt.outcome.value for attempt in test.attempts)
@@ -144,14 +161,40 @@ def _warnings(run: Run) -> list[str]:
     return [_shown(m.text) for m in run.messages if m.severity is not Severity.INFO]
 
 
+def _sums(run: Run) -> Iterator[str]:
+    """How many machines, phases and faults there were; nothing where there were none."""
+    attempts = [attempt for test in run.tests() for attempt in test.attempts]
+    machines = Counter(
+        "/".join(filter(None, (machine.hypervisor, machine.accelerator, machine.architecture)))
+        for attempt in attempts
+        for machine in attempt.machines
+    )
+    if machines:
+        kinds = ", ".join(f"{count} on {kind}" for kind, count in sorted(machines.items()))
+        yield _shown(f"machines: {machines.total()} ({kinds})")
+    phases = Counter(phase.outcome for attempt in attempts for phase in attempt.phases)
+    if phases:
+        counts = ", ".join(f"{phases[o]} {o.value}" for o in _COLUMNS if phases[o])
+        yield f"phases: {phases.total()} ({counts})"
+    faults = [fault for attempt in attempts for fault in attempt.faults]
+    if faults:
+        refused = sum(1 for fault in faults if fault.refused)
+        yield f"faults: {len(faults) - refused} injected, {refused} refused"
+
+
 def _closing(run: Run) -> Iterator[str]:
+    yield from _sums(run)
+    yield _verdict(run)
+    if run.command:
+        yield f"run again: {_shown(run.command_line)}"
+
+
+def _verdict(run: Run) -> str:
     totals = run.totals
     counts = ", ".join(f"{totals[o]} {o.value}" for o in _COLUMNS if totals[o]) or "nothing ran"
     tests = "1 test" if totals.tests == 1 else f"{totals.tests} tests"
     duration = f"in {_seconds(run.duration_s)}" if run.finished else "so far; the run did not end"
-    yield f"{run.outcome.value.upper()}: {tests} ({counts}) {duration}"
-    if run.command:
-        yield f"run again: {_shown(run.command_line)}"
+    return f"{run.outcome.value.upper()}: {tests} ({counts}) {duration}"
 
 
 def _rich_parts(run: Run) -> Iterator[RenderableType]:
@@ -176,7 +219,6 @@ def _rich_parts(run: Run) -> Iterator[RenderableType]:
         yield Text("\n").join([title, *(Text(f"        {line}") for line in note.lines)])
     for warning in _warnings(run):
         yield Text(f"warning: {warning}", style="yellow")
-    verdict, *others = _closing(run)
-    yield Text(verdict, style=_STYLES[run.outcome])
-    for other in others:
-        yield Text(other, style="dim")
+    verdict = _verdict(run)
+    for line in _closing(run):
+        yield Text(line, style=_STYLES[run.outcome] if line == verdict else "dim")

@@ -1,8 +1,9 @@
 """The formats that a report can be written in, chosen by name or by the file's suffix.
 
-JSON, JUnit XML and text are built in. Other packages add formats through the entry-point group
-`vmlab.report_writers`: the entry point's name is the format's, its object a `Writer`. They are
-loaded only where a built-in format does not fit, and a broken one harms nobody else.
+JSON, JUnit XML, CTRF, HTML, text and a short document of sums are built in. Other packages add
+formats through the entry-point group `vmlab.report_writers`: the entry point's name is the
+format's, its object a `Writer`. They are loaded only where a built-in format does not fit, and a
+broken one harms nobody else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vmlab.machine.errors import VmlabError
-from vmlab.report import json_report, junit, text
+from vmlab.report import ctrf, html, json_report, junit, results, text
 from vmlab.report.durable import write_atomically
 from vmlab.report.model import Run
 
@@ -38,6 +39,9 @@ _BUILT_IN: Final = {
     for writer in (
         Writer("json", "the document of record, vmlab.report/1", (".json",), json_report.render),
         Writer("junit", "JUnit XML for CI systems", (".xml",), junit.render),
+        Writer("ctrf", "Common Test Report Format", (".ctrf.json",), ctrf.render),
+        Writer("html", "one page to read in a browser", (".html", ".htm"), html.render),
+        Writer("results", "sums per suite for dashboards", (".results.json",), results.render),
         Writer("text", "a summary for people", (".txt", ".log"), text.render),
     )
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import jsonschema
 import pytest
 from lxml import etree
 
@@ -14,10 +16,14 @@ from vmlab.report import (
     Check,
     Clock,
     Direction,
+    FaultRecord,
+    MachineRecord,
+    Mark,
     Message,
     Metric,
     Outcome,
     Output,
+    Phase,
     Run,
     Severity,
     Suite,
@@ -153,6 +159,100 @@ def run() -> Run:
     )
 
 
+@pytest.fixture
+def run_with_machines() -> Run:
+    """A run that died: a test that passed on two machines, one that panicked, one under way."""
+    disk = {"name": "root", "size": 2**30}
+    web = MachineRecord(
+        name="web",
+        hypervisor="qemu",
+        accelerator="tcg",
+        architecture="x86_64",
+        image="debian-12",
+        spec={"memory": {"size": 512 * 2**20}, "cpus": {"count": 2}, "disks": [disk]},
+        timeline=[
+            Mark(at_s=-1.5, kind="template"),
+            Mark(at_s=0, kind="boot", text="forked", duration_s=1.25),
+            Mark(at_s=2, kind="panic", text="Kernel panic - not syncing: <b>\x1b[31m\nmore"),
+        ],
+    )
+    store = MachineRecord(name="store", hypervisor="qemu", accelerator="tcg", image="debian-12")
+    passed = _attempt(
+        Outcome.PASS,
+        3,
+        machines=[web.model_copy(update={"timeline": web.timeline[:2]}), store],
+        metrics=[
+            Metric(name="boot_s", value=1.25, unit="s", direction=Direction.LOWER, at_s=1),
+            Metric(name="boot_s", value=0.75, unit="s", direction=Direction.LOWER, at_s=2),
+            Metric(name="cpu", value=12.5, unit="%"),
+        ],
+        phases=[Phase(name="boot", outcome=Outcome.PASS, started_s=0, duration_s=1.25)],
+    )
+    panicked = _attempt(
+        Outcome.FAIL,
+        2.5,
+        messages=[
+            Message(
+                text="web: kernel panic",
+                severity=Severity.ERROR,
+                details="Kernel panic - not syncing: <b>\x1b[31m",
+                source="console",
+            )
+        ],
+        machines=[web],
+        phases=[
+            Phase(name="boot", outcome=Outcome.PASS, started_s=0, duration_s=1.25),
+            Phase(
+                name="build",
+                outcome=Outcome.FAIL,
+                started_s=1.25,
+                duration_s=1,
+                message="exit status 2\nand much more",
+            ),
+        ],
+        faults=[
+            FaultRecord(id="slow", kind="disk-slow", machine="web", at_s=1.5, cleared_s=1.75),
+            FaultRecord(id="cut", kind="power-cut", machine="web", at_s=0, refused="it cannot"),
+            FaultRecord(
+                id="lag", kind="net-delay", machine="web", at_s=2, parameters={"delay_s": 0.5}
+            ),
+        ],
+        output=[
+            Output(
+                stream="console",
+                text="[    0.0] Linux version 6\r\n"
+                "[    1.9] insmod: <script>alert(1)</script>\r\n"
+                "[    2.0] Kernel panic - not syncing: <b>\x1b[31m\r\n"
+                "[    2.1] Rebooting\r\n",
+            )
+        ],
+    )
+    begun = Attempt(
+        outcome=Outcome.PENDING,
+        started=STARTED,
+        phases=[Phase(name="boot", outcome=Outcome.PENDING, started_s=0)],
+    )
+    names = {"test_two": passed, "test_panic": panicked, "test_begun": begun}
+    return Run(
+        id="20261121T093000Z-0000feed",
+        tool="vmlab test",
+        version="0.1.0",
+        started=STARTED,
+        seed=7,
+        command=["vmlab", "test", "--vm-seed", "7"],
+        environment={"hostname": "lab", "system": "Linux", "kernel": "6.1"},
+        suites=[
+            Suite(
+                name="net",
+                tests=[
+                    Test(suite="net", name=name, hypervisor="qemu", attempts=[attempt])
+                    for name, attempt in names.items()
+                ],
+            )
+        ],
+    )
+
+
 class TurnableClock:
     """Time stands until it is turned; both clocks on their own."""
 
@@ -169,6 +269,13 @@ class TurnableClock:
 @pytest.fixture
 def turnable() -> TurnableClock:
     return TurnableClock()
+
+
+@pytest.fixture(scope="session")
+def ctrf_schema() -> jsonschema.protocols.Validator:
+    """The schema as the npm package `ctrf` 0.3.0 publishes it; see its README beside it."""
+    schema = json.loads((Path(__file__).parent / "data/ctrf/ctrf-schema-0.0.json").read_text())
+    return jsonschema.Draft7Validator(schema, format_checker=jsonschema.FormatChecker())
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,22 @@ def test_what_junit_has_no_place_for_is_told_in_system_out(run: Run) -> None:
     assert (case[1].text, case[2].text) == ("out\n", r"err\x0d")
 
 
+def test_machines_phases_and_faults_are_told(
+    run_with_machines: Run, junit_schema: etree.XMLSchema
+) -> None:
+    junit_schema.assertValid(etree.fromstring(junit.render(run_with_machines)))
+    told = _case(run_with_machines, "test_panic[qemu]").find("system-out").text.splitlines()
+    assert told == [
+        "hypervisor: qemu",
+        "machine web: qemu, tcg, x86_64, debian-12",
+        "phase boot: pass, 1.25 s",
+        "phase build: fail, 1.00 s, exit status 2",
+        "fault slow: disk-slow on web at 1.50 s, cleared at 1.75 s",
+        "fault cut: power-cut on web refused: it cannot",
+        "fault lag: net-delay on web at 2.00 s",
+    ]
+
+
 def test_the_suite_says_how_to_run_it_again(run: Run) -> None:
     root = etree.fromstring(junit.render(run))
     facts = {p.get("name"): p.get("value") for p in root[1].iter("property")}

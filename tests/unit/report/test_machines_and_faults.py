@@ -277,12 +277,12 @@ def test_any_thread_may_tell(recorder: Recorder, attempt: AttemptRecorder) -> No
     ("event", "problem"),
     [
         ({"event": "mark", "machine": "b", "mark": {"at_s": 1, "kind": "boot"}}, "'b', which is"),
-        ({"event": "mark", "machine": "a", "mark": {"kind": "boot"}}, "at_s"),
+        ({"event": "mark", "machine": "a", "mark": {"kind": "boot"}}, "for Mark"),
         ({"event": "cleared", "fault": "f", "machine": "b", "at_s": 1}, "did not begin"),
         ({"event": "cleared", "fault": "r", "machine": "a", "at_s": 1}, "did not begin"),
-        ({"event": "cleared", "fault": "f", "machine": "a", "at_s": "soon"}, "cleared_s"),
-        ({"event": "phase", "phase": {"name": "p"}}, "outcome"),
-        ({"event": "machine", "machine": {"name": "z"}}, "hypervisor"),
+        ({"event": "cleared", "fault": "f", "machine": "a", "at_s": "soon"}, "for FaultRecord"),
+        ({"event": "phase", "phase": {"name": "p"}}, "for Phase"),
+        ({"event": "machine", "machine": {"name": "z"}}, "for MachineRecord"),
     ],
 )
 def test_a_damaged_line_is_left_out_and_reported(

@@ -29,8 +29,10 @@ from vmlab.report import (
     Severity,
     Suite,
     Test,
+    ctrf,
     junit,
     parse,
+    results,
     schema,
     text,
 )
@@ -248,3 +250,30 @@ def test_no_run_can_command_a_terminal(run: Run) -> None:
     shown = text.render(run).decode()
     controls = {c for c in shown if ord(c) < 32 or 127 <= ord(c) < 160}
     assert controls <= {"\n", "\t"}
+
+
+@thorough
+@given(runs())
+def test_every_run_is_valid_ctrf_with_the_same_sums(
+    ctrf_schema: jsonschema.protocols.Validator, run: Run
+) -> None:
+    document = json.loads(ctrf.render(run))
+    ctrf_schema.validate(document)
+    summary, totals = document["results"]["summary"], run.totals
+    assert [test["rawStatus"] for test in document["results"]["tests"]] == [
+        test.outcome for test in run.tests()
+    ]
+    assert summary["tests"] == totals.tests == len(document["results"]["tests"])
+    assert summary["failed"] == totals.failed + totals.errors
+
+
+@thorough
+@given(runs())
+def test_the_sums_of_every_run_agree(run: Run) -> None:
+    document = json.loads(results.render(run))
+    counted = document["totals"]
+    assert counted.pop("tests") == sum(counted.values()) == len(list(run.tests()))
+    ran = counted["passed"] + counted["failed"] + counted["errors"] + counted["pending"]
+    rate = document["success_rate"]
+    assert (rate is None) == (ran == 0)
+    assert (rate == 100) == (ran > 0 and counted["passed"] == ran)

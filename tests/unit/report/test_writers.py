@@ -46,6 +46,36 @@ run again: vmlab conformance qemu --seed 'it'"'"'s'
 """
 
 
+WITH_MACHINES = """\
+vmlab test 0.1.0, run 20261121T093000Z-0000feed, seed 7
+
+suite  tests  pass  fail  error  skip  xfail  pending    time
+net        3     1     1      0     0      0        1  5.50 s
+
+FAIL    net::test_panic[qemu]  2.50 s
+        web: kernel panic
+        machine web: qemu, tcg, x86_64, debian-12
+               -1.50 s  template
+                0.00 s  boot: forked
+                2.00 s  panic: Kernel panic - not syncing: <b>\\x1b[31m more
+        phase boot: pass, 1.25 s
+        phase build: fail, 1.00 s, exit status 2
+        fault slow: disk-slow on web at 1.50 s, cleared at 1.75 s
+        fault cut: power-cut on web refused: it cannot
+        fault lag: net-delay on web at 2.00 s
+
+PENDING net::test_begun[qemu]
+        begun, never finished
+        phase boot: pending
+
+machines: 3 (1 on qemu/tcg, 2 on qemu/tcg/x86_64)
+phases: 4 (2 pass, 1 fail, 1 pending)
+faults: 2 injected, 1 refused
+FAIL: 3 tests (1 pass, 1 fail, 1 pending) so far; the run did not end
+run again: vmlab test --vm-seed 7
+"""
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -58,6 +88,10 @@ def test_the_summary_tells_what_is_wrong_first(run: Run) -> None:
 def test_a_pipe_gets_plain_text(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     show(run)
     assert capsys.readouterr().out == EXPECTED
+
+
+def test_machines_phases_and_faults_are_shown(run_with_machines: Run) -> None:
+    assert text.render(run_with_machines).decode() == WITH_MACHINES
 
 
 def test_a_terminal_gets_the_same_in_colour(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +223,7 @@ def test_another_packages_writer_is_found_by_name_and_by_its_longer_suffix(
     assert write(run, tmp_path / "b.tap.json").name == "tap"
     assert write(run, tmp_path / "c", "tap").name == "tap"
     assert (tmp_path / "c").read_bytes() == b"1..8"
-    assert list(writers()) == ["json", "junit", "text", "tap"]
+    assert list(writers()) == ["json", "junit", "ctrf", "html", "results", "text", "tap"]
 
 
 @pytest.mark.usefixtures("installed")
@@ -209,7 +243,7 @@ def test_a_broken_writer_says_what_is_wrong_when_it_is_asked_for(format: str, pr
         find_writer(Path("x"), format)
     with pytest.raises(VmlabError) as refused:
         find_writer(Path("x"), "none")
-    assert str(refused.value.hint) == "known are: json, junit, text, missing, tap, wrong"
+    assert str(refused.value.hint) == "known are: json, junit, ctrf, html, results, text, missing, tap, wrong"
 
 
 def test_all_outcomes_have_a_colour() -> None:
