@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from vmlab import __version__
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
+from vmlab.hypervisors.embedded import faults
 from vmlab.hypervisors.embedded.machine import EmbeddedMachine
 from vmlab.hypervisors.embedded.machine_file import EXECUTORS, SLOTS
 from vmlab.hypervisors.monitored.debugger import debugger_socket
@@ -20,7 +21,6 @@ from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
 from vmlab.machine.errors import HypervisorUnavailable, InvalidSpec, SpecProblem
-from vmlab.machine.faults import FaultKind
 from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
 
@@ -63,15 +63,6 @@ UNSUPPORTED: Final = {
     Capability.NUMA: "its board has one node",
     Capability.DISPLAY: "its board has no display",
 }
-FAULTS: Final = frozenset(
-    {
-        FaultKind.DISK_ERROR,
-        FaultKind.NET_PARTITION,
-        FaultKind.PAUSE,
-        FaultKind.KILL,
-        FaultKind.MEMORY_PRESSURE,
-    }
-)
 CAPABILITIES: Final = Capabilities(
     hypervisor="embedded",
     version=__version__,
@@ -79,7 +70,8 @@ CAPABILITIES: Final = Capabilities(
     unsupported=UNSUPPORTED,
     architectures=frozenset({Architecture.RISCV64}),
     accelerators=EXECUTORS,
-    faults=FAULTS,
+    faults=faults.FAULTS,
+    counted=faults.COUNTED,
     limits=Limits(vcpus_per_machine=64, disks_per_machine=128, nics_per_machine=SLOTS),
 )
 

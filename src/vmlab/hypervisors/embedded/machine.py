@@ -5,14 +5,13 @@ Snapshots, forks and migration are not here; capabilities refuse them before any
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from vmlab.hypervisors.base import DiskInfo, MachineInfo, NicInfo, NodeInfo, Progress, Snapshot
-from vmlab.hypervisors.embedded import images, readings
+from vmlab.hypervisors.embedded import faults, images, readings
 from vmlab.hypervisors.embedded.machine_file import (
     MACHINE_FILE,
     Launch,
@@ -34,7 +33,7 @@ from vmlab.hypervisors.qmp import QmpError
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import OperationFailed, UnsupportedOperation
-from vmlab.machine.faults import DiskError
+from vmlab.machine.faults import Fault
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import MachineState
@@ -43,13 +42,6 @@ if TYPE_CHECKING:
     from vmlab.hypervisors.embedded.hypervisor import EmbeddedHypervisor
 
 MODULE: Final = "vmlab.engine"
-_ERRNO: Final = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
-_OPERATIONS: Final = {
-    "read": ("read",),
-    "write": ("write",),
-    "flush": ("flush",),
-    "any": ("read", "write", "flush"),
-}
 
 
 class EngineProcess(Emulator):
@@ -239,21 +231,11 @@ class EmbeddedMachine(MonitoredMachine[EngineProcess]):
         if self.emulator is not None:
             raise self._refusal(capability, "stop the machine first")
 
-    async def fail_disk(
-        self, emulator: EngineProcess, fault: DiskError
-    ) -> Callable[[], Awaitable[None]]:
-        """Have a disk fail; what is returned mends it."""
-        node = self.disks[fault.disk].node
-        failures = [
-            {"operation": operation, "errno": _ERRNO[fault.errno]}
-            for operation in _OPERATIONS[fault.operation]
-        ]
-        await emulator.execute("x-block-fail", {"node-name": node, "failures": failures})
-
-        async def mend() -> None:
-            await emulator.execute("x-block-fail", {"node-name": node, "failures": []})
-
-        return mend
+    async def break_device(
+        self, emulator: EngineProcess, identity: str, fault: Fault
+    ) -> Callable[[], Awaitable[None]] | None:
+        """Break a disk, a wire, a hart, or all of it; what is returned mends it."""
+        return await faults.break_device(emulator, self._spec, identity, fault)
 
     # What it is.
 

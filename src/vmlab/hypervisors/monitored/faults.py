@@ -1,10 +1,10 @@
 """Faults of a running process: on its disks, its wires, its memory, its vCPUs, itself.
 
-How a disk is made to fail is the back end's.
+How a disk, a wire or a vCPU is broken is the back end's, which also counts its occasions, where
+they are counted.
 
 `kill` ends the process as SIGKILL does: what the guest wrote is with the host's kernel by then and
-stays, flushed or not. `power-cut`, which takes what was not flushed, is not declared: no writes are
-kept back that could be lost.
+stays, flushed or not. `power-cut` takes what was not flushed.
 """
 
 from __future__ import annotations
@@ -14,25 +14,37 @@ import itertools
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.hypervisors.monitored.emulator import Emulator
 from vmlab.hypervisors.monitored.names import nic_device
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import ResourceNotFound, UnsupportedOperation, VmlabError
 from vmlab.machine.faults import (
+    COUNTED,
     At,
+    CpuStall,
+    DiskCorrupt,
     DiskError,
+    DiskSlow,
+    DiskTornWrite,
     Fault,
     KillFault,
     MemoryPressure,
+    NetDelay,
+    NetLoss,
     NetPartition,
     PauseFault,
+    PowerCut,
 )
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.monitored.machine import MonitoredMachine
 
 Clear = Callable[[], Awaitable[None]]
+"""Ends a fault."""
+_ONE_DISK: Final = (DiskError, DiskSlow, DiskTornWrite, DiskCorrupt)
+_ONE_NIC: Final = (NetLoss, NetDelay, NetPartition)
 
 
 @dataclass
@@ -51,43 +63,58 @@ class Faults:
         self._machine = machine
         self._armed: dict[str, _Armed] = {}
         self._numbers = itertools.count(1)
+        self._beginnings: set[asyncio.Task[None]] = set()
 
     async def inject(self, fault: Fault) -> str:
         """Break something now or at its time; returns the fault's id.
 
         Raises:
-            UnsupportedOperation: its trigger is not one of time.
-            ResourceNotFound: the machine has no such disk or NIC.
+            UnsupportedOperation: its trigger is one that nobody here waits for.
+            ResourceNotFound: the machine has no such disk, NIC or vCPU.
         """
-        if not isinstance(fault.when, At):
-            raise UnsupportedOperation(
-                f"fault trigger {fault.when.on}",
-                hypervisor=self._machine.hypervisor.name,
-                machine=self._machine.name,
-                operation="inject",
-                hint="its faults begin at a time: when = {on = 'time', seconds = 1.5}",
-            )
+        await self._check_trigger(fault)
         self._check(fault)
         number = next(self._numbers)
         identity = fault.id or f"{fault.kind.value}-{number}"
         armed = self._armed[identity] = _Armed(fault)
-        if fault.when.seconds == 0:
-            await self._break(identity, armed)
-        else:
+        if isinstance(fault.when, At) and fault.when.seconds > 0:
             armed.task = self._later(self._at(fault.when.seconds, identity, armed))
+        else:
+            await self._break(identity, armed)
         return identity
+
+    async def _check_trigger(self, fault: Fault) -> None:
+        if isinstance(fault.when, At):
+            return
+        hypervisor = self._machine.hypervisor
+        hint = "it begins at a time: when = {on = 'time', seconds = 1.5}"
+        if isinstance(fault.when, COUNTED):
+            counted = (await hypervisor.capabilities()).counted
+            if fault.kind in counted:
+                return
+            known = ", ".join(sorted(kind.value for kind in counted)) or "no fault"
+            hint = f"{hint}; counted are the occasions of {known}"
+        raise UnsupportedOperation(
+            f"fault trigger {fault.when.on}",
+            hypervisor=hypervisor.name,
+            machine=self._machine.name,
+            operation="inject",
+            hint=hint,
+        )
 
     def _later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return asyncio.create_task(work)
 
     def _check(self, fault: Fault) -> None:
         spec = self._machine.spec
-        if isinstance(fault, DiskError) and spec.disk(fault.disk) is None:
+        if isinstance(fault, _ONE_DISK) and spec.disk(fault.disk) is None:
             raise self._unknown("disk", fault.disk)
-        if isinstance(fault, NetPartition) and spec.nic(fault.nic) is None:
+        if isinstance(fault, _ONE_NIC) and spec.nic(fault.nic) is None:
             raise self._unknown("NIC", fault.nic)
+        if isinstance(fault, CpuStall) and fault.vcpu >= spec.cpus.count:
+            raise self._unknown("vCPU", fault.vcpu)
 
-    def _unknown(self, kind: str, name: str) -> ResourceNotFound:
+    def _unknown(self, kind: str, name: str | int) -> ResourceNotFound:
         return ResourceNotFound(
             f"machine {self._machine.name!r} has no {kind} {name!r}",
             machine=self._machine.name,
@@ -102,9 +129,11 @@ class Faults:
             await self._break(identity, armed)
 
     async def _break(self, identity: str, armed: _Armed) -> None:
-        armed.clear = await self._apply(armed.fault)
-        if armed.clear is not None and armed.fault.duration is not None:
-            armed.task = self._later(self._until(armed.fault.duration, identity))
+        armed.clear = await self._apply(identity, armed.fault)
+        # Whoever counts its occasions knows from when on it lasts.
+        seconds = armed.fault.duration if isinstance(armed.fault.when, At) else None
+        if armed.clear is not None and seconds is not None:
+            armed.task = self._later(self._until(seconds, identity))
 
     async def _until(self, seconds: float, identity: str) -> None:
         await asyncio.sleep(seconds)
@@ -147,19 +176,42 @@ class Faults:
 
     # What each kind does.
 
-    async def _apply(self, fault: Fault) -> Clear | None:
+    async def _apply(self, identity: str, fault: Fault) -> Clear | None:
         emulator = self._machine.need()
-        if isinstance(fault, DiskError):
-            return await self._machine.fail_disk(emulator, fault)
         if isinstance(fault, NetPartition):
             return await self._cut_wire(emulator, fault.nic)
         if isinstance(fault, MemoryPressure):
             return await self._squeeze(emulator, fault.leave)
         if isinstance(fault, PauseFault):
             return await self._freeze(emulator)
-        assert isinstance(fault, KillFault), "capabilities name no other kind"
+        if isinstance(fault, KillFault):
+            emulator.process.kill()
+            return None
+        if isinstance(fault, PowerCut):
+            await uninterrupted(self._cut_power(emulator, identity, fault))
+            return None
+        return await self._machine.break_device(emulator, identity, fault)
+
+    async def _cut_power(self, emulator: Emulator, identity: str, fault: PowerCut) -> None:
+        """Have the disks lose what was not flushed, and end the process."""
+        await self._machine.break_device(emulator, identity, fault)
         emulator.process.kill()
-        return None
+        if fault.restart:
+            self._begin_again(emulator)
+
+    def _begin_again(self, emulator: Emulator) -> None:
+        """Start the machine as soon as its end was noticed."""
+
+        async def begin() -> None:
+            await emulator.process.wait()
+            # What may have been done with it meanwhile is its owner's affair.
+            with suppress(VmlabError):
+                await self._machine.status()
+                await self._machine.start()
+
+        task = self._later(begin())
+        self._beginnings.add(task)
+        task.add_done_callback(self._beginnings.discard)
 
     async def _cut_wire(self, emulator: Emulator, nic: str) -> Clear:
         await emulator.execute("set_link", {"name": nic_device(nic), "up": False})

@@ -36,7 +36,7 @@ from vmlab.machine.errors import (
     VmlabError,
 )
 from vmlab.machine.events import EventType
-from vmlab.machine.faults import DiskError, Fault
+from vmlab.machine.faults import Fault
 from vmlab.machine.spec import Disk, MachineSpec
 from vmlab.machine.states import MachineState
 
@@ -120,8 +120,19 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         """
 
     @abstractmethod
-    async def fail_disk(self, emulator: E, fault: DiskError) -> Callable[[], Awaitable[None]]:
-        """Have a disk fail; what is returned mends it."""
+    async def break_device(
+        self, emulator: E, identity: str, fault: Fault
+    ) -> Callable[[], Awaitable[None]] | None:
+        """Break a disk, a wire, a vCPU, or have the disks lose their power.
+
+        Args:
+            emulator: The process.
+            identity: The fault's id.
+            fault: Of a kind that is declared; its occasions are counted if its trigger says so.
+
+        Returns:
+            What mends it, if that is possible.
+        """
 
     # Records.
 

@@ -38,7 +38,7 @@ from vmlab.machine.errors import (
     OperationFailed,
     UnsupportedOperation,
 )
-from vmlab.machine.faults import DiskError
+from vmlab.machine.faults import DiskError, Fault
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import OPERATIONS, MachineState
@@ -573,10 +573,11 @@ class QemuMachine(LiveMachine):
             self.on_failure(lambda: self.apply_pinning(before))
             await self.apply_pinning(pinning)
 
-    async def fail_disk(
-        self, emulator: Emulator, fault: DiskError
-    ) -> Callable[[], Awaitable[None]]:
+    async def break_device(
+        self, emulator: Emulator, identity: str, fault: Fault
+    ) -> Callable[[], Awaitable[None]] | None:
         """Have a disk fail; what is returned mends it."""
+        assert isinstance(fault, DiskError), "capabilities name no other kind"
         disk = self.disks[fault.disk]
         return await faults.fail_disk(emulator, disk, self.layout.buses[fault.disk], fault)
 
