@@ -1,4 +1,4 @@
-"""Faults as the commands of vmlab.engine.fault_commands take them, for whoever serves the devices."""
+"""Faults as the commands that vmlab.engine.fault_commands takes, for whoever serves devices."""
 
 from __future__ import annotations
 
