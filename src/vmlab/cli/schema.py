@@ -24,6 +24,7 @@ class Document(StrEnum):
     CAPABILITIES = "capabilities"
     REPORT = "report"
     RECIPE = "recipe"
+    PLAN = "plan"
 
 
 def _machine() -> dict[str, Any]:
@@ -62,6 +63,12 @@ def _recipe() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
+def _plan() -> dict[str, Any]:
+    from vmlab.lab.plans import Plan
+
+    return Plan.model_json_schema()
+
+
 _MAKERS: dict[Document, Callable[[], dict[str, Any]]] = {
     Document.MACHINE: _machine,
     Document.FAULTS: _faults,
@@ -69,6 +76,7 @@ _MAKERS: dict[Document, Callable[[], dict[str, Any]]] = {
     Document.CAPABILITIES: _capabilities,
     Document.REPORT: _report,
     Document.RECIPE: _recipe,
+    Document.PLAN: _plan,
 }
 
 

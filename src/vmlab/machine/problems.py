@@ -159,8 +159,9 @@ def _step(candidates: list[Any], part: int | str) -> tuple[bool, list[Any]]:
             if any(field.default == part for field in one.model_fields.values()):
                 return False, [one]
     for one in models:
-        if part in one.model_fields:
-            return True, _types_in(one.model_fields[str(part)].annotation)
+        for called, field in one.model_fields.items():
+            if part == (field.alias or called):
+                return True, _types_in(field.annotation)
     if part == "[key]":
         return False, candidates
     for one in candidates:
@@ -188,7 +189,12 @@ def _is_model(candidate: Any) -> bool:
 
 def _unknown_field(name: int | str, candidates: Sequence[Any]) -> str:
     """What to say of a field that the tables which may stand there do not have."""
-    known = [field for one in candidates if _is_model(one) for field in one.model_fields]
+    known = [
+        field.alias or called
+        for one in candidates
+        if _is_model(one)
+        for called, field in one.model_fields.items()
+    ]
     close = get_close_matches(str(name), known, n=1)
     if close:
         return f"no such field; did you mean {close[0]!r}?"
