@@ -18,7 +18,7 @@ from vmlab.lab.debugger import KERNEL_OPTION, symbols_of
 from vmlab.lab.ways import label_of
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import InvalidSpec, SpecProblem
-from vmlab.machine.spec import MachineSpec, Share, ShareKind
+from vmlab.machine.spec import Disk, MachineSpec, Nic, Share, ShareKind
 
 TERMINAL: Final = "terminal"
 """The console of the kind virtio that commands get as their terminal."""
@@ -36,12 +36,14 @@ class Wish:
         append: What to add to the kernel's command line.
         memory: Size, such as "512M".
         cpus: Number of vCPUs.
-        shares: "HOST:GUEST[:ro|:rw]", a directory each.
-        disks: Sizes of empty disks, such as "1G".
+        shares: "HOST:GUEST[:ro|:rw]", a directory each, or as a specification has them.
+        disks: Sizes of empty disks, such as "1G", or disks as a specification has them.
+        nics: Network interfaces, beside that of `network`.
         terminal: Whether there is a terminal to be passed on.
         network: Whether the guest has a network (NAT, without root).
         gdb: Whether it waits for a debugger before its first instruction.
         engine: Whether the embedded engine is to run it, if its architecture is the engine's.
+        seed: Source of what is random about the machine's devices.
     """
 
     image: str | None = None
@@ -51,13 +53,27 @@ class Wish:
     append: str = ""
     memory: str = "512M"
     cpus: int = 1
-    shares: tuple[str, ...] = ()
-    disks: tuple[str, ...] = ()
+    shares: tuple[str | Share, ...] = ()
+    disks: tuple[str | Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
     terminal: bool = False
     network: bool = False
     gdb: bool = False
     engine: bool = False
+    seed: int = 0
     name: str = field(default_factory=lambda: f"vm-{secrets.token_hex(3)}")
+
+    @property
+    def parsed_shares(self) -> list[Share]:
+        """The shares as a specification has them.
+
+        Raises:
+            InvalidSpec: a text is none.
+        """
+        return [
+            parse_share(share, f"share{number}") if isinstance(share, str) else share
+            for number, share in enumerate(self.shares)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +109,9 @@ def check(wish: Wish) -> None:
             problems.append(SpecProblem(option, str(file), "a file that exists"))
     if wish.modules is not None and not wish.modules.is_dir():
         problems.append(SpecProblem("--modules", str(wish.modules), "a directory that exists"))
-    for text in wish.shares:
-        share = parse_share(text, "share")
+    for share in wish.parsed_shares:
         if not share.source.is_dir():
+            text = f"{share.source}:{share.target}"
             problems.append(SpecProblem("--share", text, "a directory that exists, then :/GUEST"))
     if problems:
         raise InvalidSpec(
@@ -160,7 +176,7 @@ def specification(wish: Wish, cmdline: str, image: Image | None = None) -> Machi
     """
     boot: dict[str, object] = {}
     fields: dict[str, object] = {}
-    disks: list[dict[str, object]] = []
+    disks: list[dict[str, object] | Disk] = []
     channels: list[str] = list(CHANNELS)
     if image is not None:
         fields["architecture"] = image.architecture
@@ -176,7 +192,10 @@ def specification(wish: Wish, cmdline: str, image: Image | None = None) -> Machi
         words.append(KERNEL_OPTION)
     if image is None or image.kernel is not None:
         boot["cmdline"] = " ".join(filter(None, [*words, wish.append]))
-    disks += [{"name": f"disk{number}", "size": size} for number, size in enumerate(wish.disks)]
+    disks += [
+        {"name": f"disk{number}", "size": disk} if isinstance(disk, str) else disk
+        for number, disk in enumerate(wish.disks)
+    ]
     consoles = [{"name": "serial", "kind": "serial"}]
     if wish.terminal:
         consoles.append({"name": TERMINAL, "kind": "virtio"})
@@ -188,9 +207,10 @@ def specification(wish: Wish, cmdline: str, image: Image | None = None) -> Machi
         memory=wish.memory,
         boot=boot,
         disks=disks,
-        nics=[{"name": "net0"}] if wish.network else [],
-        shares=[parse_share(text, f"share{number}") for number, text in enumerate(wish.shares)],
+        nics=[*([Nic(name="net0")] if wish.network else []), *wish.nics],
+        shares=wish.parsed_shares,
         consoles=consoles,
         channels=channels,
+        seed=wish.seed,
         **fields,
     )

@@ -6,24 +6,24 @@ What a guest printed last belongs to every error here: nobody can look at a mach
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
 from vmlab.guests.shares import mount_shares
-from vmlab.hypervisors.base import Console, Machine
+from vmlab.hypervisors.base import Machine
 from vmlab.lab.boot import Bootable
+from vmlab.lab.console_scanner import ConsoleScanner, Finding
+from vmlab.lab.incident import IncidentKind
 from vmlab.lab.timeline import Timeline
 from vmlab.lab.ways import channel_into
 from vmlab.machine.errors import MachineCrashed, VmlabError
+from vmlab.machine.spec import Share
 
 PATIENCE: Final = 30 * 86400.0
 """Seconds that somebody at a debugger has before the guest answers."""
 
-_PANIC: Final = b"Kernel panic - not syncing"
-_PANIC_OVER: Final = b"---[ end Kernel panic"
-"""The first and the last line of panic() in Linux's kernel/panic.c."""
 _REST_OF_PANIC: Final = 2.0
 """Seconds for the lines between; a kernel that restarts at once prints no last line."""
 
@@ -50,21 +50,45 @@ async def booted(
         await machine.start()
     if started is not None:
         started()
-    guest = Guest(machine, channel_into(machine))
+    guest = await reached(machine, timeline, PATIENCE if wanted.debugged else CONNECT_TIMEOUT)
     try:
-        with timeline.step("boot"):
-            try:
-                await _answers(machine, guest, PATIENCE if wanted.debugged else CONNECT_TIMEOUT)
-            except VmlabError as error:
-                error.message = f"{error.message}\n{await last_words(machine)}"
-                raise
-        shares = (*machine.spec.shares, *wanted.copies.shares)
-        if shares:
-            with timeline.step("shares"):
-                await mount_shares(guest, shares)
+        await shared(guest, (*machine.spec.shares, *wanted.copies.shares), timeline)
         yield guest
     finally:
         await guest.close()
+
+
+async def reached(
+    machine: Machine, timeline: Timeline, patience: float = CONNECT_TIMEOUT, step: str = "boot"
+) -> Guest:
+    """The guest of a machine that runs, once it answers.
+
+    Args:
+        machine: The machine.
+        timeline: Where to note how long it took.
+        patience: Seconds that the guest has.
+        step: What the wait is called there.
+
+    Raises:
+        VmlabError: it does not answer; with its console's last lines.
+    """
+    guest = Guest(machine, channel_into(machine))
+    with timeline.step(step):
+        try:
+            await _answers(machine, guest, patience)
+        except BaseException as error:
+            await guest.close()
+            if isinstance(error, VmlabError):
+                error.message = f"{error.message}\n{await last_words(machine)}"
+            raise
+    return guest
+
+
+async def shared(guest: Guest, shares: Sequence[Share], timeline: Timeline) -> None:
+    """Bring shares to their places in a guest, if there are any."""
+    if shares:
+        with timeline.step("shares"):
+            await mount_shares(guest, shares)
 
 
 async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
@@ -97,27 +121,26 @@ async def _panicked(machine: Machine) -> bool:
     """Wait for a panic on the kernel's console; False if the console ends, or there is none."""
     if not machine.spec.consoles:
         return False
+    scanner = ConsoleScanner()
     async with await machine.console(machine.spec.consoles[0].name) as console:
-        if not await _printed(console, _PANIC):
-            return False
+        while scanner.under_way is not IncidentKind.PANIC:
+            data = await console.read()
+            if not data:
+                return False
+            if _tell_of_panic(scanner.feed(data)):
+                return True
         try:
             async with asyncio.timeout(_REST_OF_PANIC):
-                await _printed(console, _PANIC_OVER)
+                while scanner.busy and (data := await console.read()):
+                    scanner.feed(data)
         except TimeoutError:
             # It restarts, or hangs in the middle: what there is has to do.
             return True
     return True
 
 
-async def _printed(console: Console, text: bytes) -> bool:
-    """Wait until a console prints `text`; False if it ends before."""
-    seen = b""
-    while text not in seen:
-        data = await console.read()
-        if not data:
-            return False
-        seen = seen[-len(text) :] + data
-    return True
+def _tell_of_panic(findings: Iterable[Finding]) -> bool:
+    return any(finding.kind is IncidentKind.PANIC for finding in findings)
 
 
 async def last_words(machine: Machine, lines: int = 25) -> str:
@@ -130,10 +153,8 @@ async def last_words(machine: Machine, lines: int = 25) -> str:
     printed = [line.rstrip() for line in text.splitlines() if line.strip()]
     if not printed:
         return "it printed nothing on its console"
-    panics = [
-        number
-        for number, line in enumerate(printed)
-        if _PANIC.decode() in line and _PANIC_OVER.decode() not in line
-    ]
-    kept = printed[panics[-1] :][: 2 * lines] if panics else printed[-lines:]
+    scanner = ConsoleScanner()
+    findings = scanner.feed("\n".join(printed).encode()) + scanner.flush()
+    panics = [found.excerpt for found in findings if found.kind is IncidentKind.PANIC]
+    kept = panics[-1].splitlines()[: 2 * lines] if panics else printed[-lines:]
     return "the console's last lines:\n" + "\n".join(f"  {line}" for line in kept)

@@ -77,7 +77,6 @@ def _qemu(lacking: str) -> Preference:
 
 def _lacking(wish: Wish) -> str:
     """What the embedded engine does not have for a machine, in words; empty if it has all."""
-    from vmlab.guests.shares import parse_share
     from vmlab.hypervisors.embedded.hypervisor import HOSTS
     from vmlab.machine.spec import ShareKind
 
@@ -86,13 +85,14 @@ def _lacking(wish: Wish) -> str:
     if wish.image in TINY.values() and wish.image != TINY[Architecture.RISCV64]:
         architecture = next(name for name, image in TINY.items() if image == wish.image)
         return f"it runs riscv64 guests, and {wish.image} is {architecture.value}"
-    for share in (parse_share(text, "share") for text in wish.shares):
+    for share in wish.parsed_shares:
         if share.kind is ShareKind.COPY:
             continue
         # A copy has to do where nothing can mount it.
         if share.kind is not ShareKind.AUTO or not share.readonly or _qemu_is_installed():
             return "it mounts no directories yet"
-    if wish.network and shutil.which("passt") is None:
+    networked = wish.network or any(nic.network == "user" for nic in wish.nics)
+    if networked and shutil.which("passt") is None:
         return "a network needs passt there, which is not installed"
     return ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,9 +18,10 @@ class Step:
 
 @dataclass
 class Timeline:
-    """The steps so far; `clock` counts seconds."""
+    """The steps so far; `told` is called with each when it is over."""
 
     steps: list[Step] = field(default_factory=list)
+    told: Callable[[Step], None] | None = None
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -29,7 +30,10 @@ class Timeline:
         try:
             yield
         finally:
-            self.steps.append(Step(name, time.monotonic() - begun))
+            step = Step(name, time.monotonic() - begun)
+            self.steps.append(step)
+            if self.told is not None:
+                self.told(step)
 
     def split(self, name: str, parts: dict[str, float]) -> None:
         """Replace a step by its parts; what they do not account for goes to the last of them."""

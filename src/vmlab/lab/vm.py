@@ -1,0 +1,655 @@
+"""VM: one machine of a lab, for people who call without `await`.
+
+Its life is the contract's (`vmlab.hypervisors.base`), its inside is `Guest`'s; what is added is
+what a test wants done by itself: after every boot, restore and fork the guest is connected to, is
+somebody of its own, and has its shares, addresses and neighbours' names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
+from vmlab.guests.shares import unmount_shares
+from vmlab.hypervisors.base import Hypervisor, Machine, MachineInfo, Snapshot
+from vmlab.lab.bringup import reached, shared
+from vmlab.lab.inside import Inside
+from vmlab.lab.loop import LoopThread
+from vmlab.lab.networks import Address, LabNetwork, hosts_script, interface_script
+from vmlab.lab.timeline import Step, Timeline
+from vmlab.machine.capabilities import Capabilities
+from vmlab.machine.errors import InvalidSpec, InvalidState, SpecProblem, UnsupportedOperation
+from vmlab.machine.faults import Fault, PowerCut
+from vmlab.machine.metrics import MachineMetrics
+from vmlab.machine.sizes import parse_size
+from vmlab.machine.spec import Disk, MachineSpec, Nic, Share
+from vmlab.machine.states import MachineState
+from vmlab.report import Direction
+
+if TYPE_CHECKING:
+    from vmlab.images import Image
+    from vmlab.lab.laboratory import Lab
+
+__all__ = ["VM", "Expecting", "LabDisk", "Recording", "Venue"]
+
+T = TypeVar("T")
+
+
+class Recording(Protocol):
+    """Who takes a machine's measurements: an `AttemptRecorder`."""
+
+    def metric(
+        self, name: str, value: float, unit: str = "", *, direction: Direction = Direction.NONE
+    ) -> None:
+        """Record a measured number."""
+
+
+class Expecting(Protocol):
+    """Who watches a machine, and has to know what is meant: a `Watchdog`."""
+
+    def expect(self, *kinds: str) -> AbstractContextManager[object]:
+        """While it is entered, incidents of those kinds are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Venue:
+    """A hypervisor that a lab has opened, what it can do, and the loop that its calls run on."""
+
+    hypervisor: Hypervisor
+    capabilities: Capabilities
+    loop: LoopThread
+
+    @property
+    def name(self) -> str:
+        """The hypervisor's."""
+        return self.hypervisor.name
+
+    @property
+    def has_guests(self) -> bool:
+        """Whether its guests are real and take commands; simulated ones are not."""
+        return self.name != "simulated"
+
+
+@dataclass(frozen=True, slots=True)
+class LabDisk:
+    """A disk to be given to machines: each has its own copy of what it starts from.
+
+    Attributes:
+        size: Bytes; None is that of `disk.source`.
+        disk: What it is like; its name is taken if `named`, else that of its position.
+        named: Whether somebody chose its name.
+    """
+
+    disk: Disk
+    named: bool
+
+    def at(self, name: str) -> Disk:
+        """The disk as a specification has it, by that name unless it has one."""
+        return self.disk if self.named else self.disk.model_copy(update={"name": name})
+
+
+@dataclass(frozen=True, slots=True)
+class Plug:
+    """A NIC of a machine on a private network, and the address that it has there."""
+
+    nic: str
+    network: LabNetwork
+    address: Address
+
+
+class VM(Inside):
+    """One machine of a lab; `Lab.vm` makes them.
+
+    Attributes:
+        lab: Whose it is.
+        name: Its name, which is its hostname too.
+        machine: The machine as the contract has it, for asynchronous code (see `run`).
+        image: What it boots; None on a simulated hypervisor.
+        guest: Its inside; None while no guest answers.
+        timeline: Where the time went.
+        recorder: Who takes what `record` is given, if anybody.
+        watchdog: Who watches it, if anybody; is told what is meant to happen.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        venue: Venue,
+        machine: Machine,
+        *,
+        image: Image | None,
+        copies: Sequence[Share] = (),
+        shares: Sequence[Share] | None = None,
+        plugs: Sequence[Plug] = (),
+        machine_id: str,
+        patience: float | None = None,
+    ) -> None:
+        self.lab = lab
+        self.name = machine.name
+        self.machine = machine
+        self.image = image
+        self.guest: Guest | None = None
+        self.recorder: Recording | None = None
+        self.watchdog: Expecting | None = None
+        self.timeline = Timeline(told=self._told)
+        self.machine_id = machine_id
+        self.plugs = list(plugs)
+        self.venue = venue
+        self._shares = tuple(machine.spec.shares if shares is None else shares)
+        self._copies = tuple(copies)
+        self._patience = CONNECT_TIMEOUT if patience is None else patience
+        self._gone = False
+
+    def __repr__(self) -> str:
+        return f"<VM {self.name!r} on {self.hypervisor}: {self.state.value}>"
+
+    # What it is.
+
+    @property
+    def hypervisor(self) -> str:
+        """The name of the hypervisor that runs it."""
+        return self.venue.name
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What it is to be now."""
+        return self.machine.spec
+
+    @property
+    def state(self) -> MachineState:
+        """Its state as last known."""
+        return self.machine.state
+
+    @property
+    def alive(self) -> bool:
+        """Whether its guest runs or could go on running."""
+        return self.state.is_live
+
+    @property
+    def hostname(self) -> str:
+        """Its name, as a name of hosts may be (RFC 1123, 2.1)."""
+        return hostname_of(self.name)
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """Its addresses in the lab's private networks, by the network's name."""
+        return {plug.network.name: plug.address.ip for plug in self.plugs}
+
+    def info(self) -> MachineInfo:
+        """What it is made of, read back from the hypervisor."""
+        return self.run(self.machine.info())
+
+    def metrics(self) -> MachineMetrics:
+        """What it uses; it has to be live."""
+        return self.run(self.machine.metrics())
+
+    def record(
+        self,
+        name: str,
+        value: float,
+        unit: str = "",
+        direction: Direction = Direction.NONE,
+    ) -> None:
+        """Record a measured number with the test that the machine is for, if there is one."""
+        if self.recorder is not None:
+            self.recorder.metric(name, value, unit, direction=direction)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Run a coroutine on the lab's event loop, where its machine and guest live.
+
+        Raises:
+            DeadlineExceeded: it took longer than `timeout` seconds.
+        """
+        return self.venue.loop.run(coroutine, timeout)
+
+    def inside(self, operation: str) -> Guest:
+        if self.guest is not None:
+            return self.guest
+        if not self.venue.has_guests:
+            raise UnsupportedOperation(
+                "commands in guests",
+                hypervisor=self.hypervisor,
+                machine=self.name,
+                operation=operation,
+                hint="its guests are simulated and have no shell; run this test on another one",
+            )
+        raise InvalidState(
+            operation,
+            expected=("running, with its guest connected",),
+            actual=self.state.value,
+            machine=self.name,
+            hypervisor=self.hypervisor,
+            hint="start() boots it and connects to its guest; after kill() or crash() it is needed",
+        )
+
+    # Its life.
+
+    def start(self, *, timeout: float | None = None) -> None:
+        """Boot it and connect to its guest.
+
+        Args:
+            timeout: Seconds that the guest has to answer.
+        """
+        self.run(self.booted(timeout))
+
+    def stop(self, graceful: bool = True, *, timeout: float | None = None) -> None:
+        """Shut it down; the guest is asked to, unless not `graceful`."""
+        self._ends("stop", self.machine.stop(graceful=graceful, timeout=timeout))
+
+    def shutdown(self, *, timeout: float | None = None) -> None:
+        """Power the guest down and wait until the machine is off."""
+        self.stop(timeout=timeout)
+
+    def kill(self) -> None:
+        """End it at once and unasked."""
+        self._ends("kill", self.machine.kill())
+
+    def pause(self) -> None:
+        """Stop its vCPUs."""
+        with self._marking("pause"):
+            self.run(self.machine.pause())
+
+    def resume(self) -> None:
+        """Let its vCPUs run on."""
+        with self._marking("resume"):
+            self.run(self.machine.resume())
+
+    def restart(self, *, graceful: bool = True, timeout: float | None = None) -> None:
+        """Boot it again, by the button unless `graceful`, and connect to its guest."""
+
+        async def work() -> None:
+            await self._forsake()
+            await self.machine.restart(graceful=graceful, timeout=timeout)
+            await self.greeted()
+
+        with self._expecting(*_ENDS), self._marking("restart"):
+            self.run(work())
+
+    def reboot(self, *, timeout: float = CONNECT_TIMEOUT) -> None:
+        """Reboot from inside, and wait until the guest answers again."""
+        guest = self.inside("reboot")
+
+        async def work() -> None:
+            await guest.reboot(timeout=timeout)
+            await self._settled(guest)
+
+        with self._expecting(*_ENDS), self._marking("reboot"):
+            self.run(work())
+
+    def crash(self) -> None:
+        """Make the guest's kernel panic at once, without syncing its disks."""
+        guest = self.inside("crash")
+        with self._expecting("panic", *_ENDS), self._marking("crash"):
+            self.run(guest.crash())
+
+    def power_cut(self, *, restart: bool = True) -> None:
+        """Cut its power: every write to a disk without a completed flush is lost.
+
+        Args:
+            restart: Boot it again, and connect to its guest.
+
+        Raises:
+            UnsupportedOperation: its hypervisor cannot.
+        """
+
+        async def work() -> None:
+            await self.machine.inject(PowerCut())
+            await self._forsake()
+            if restart:
+                await self.booted(None)
+
+        with self._expecting(*_ENDS), self._marking("power-cut"):
+            self.run(work())
+
+    def delete(self) -> None:
+        """Remove it with its disks and snapshots; again does nothing."""
+        self.lab.remove(self)
+
+    # Saving and copying.
+
+    def snapshot(self, name: str, *, memory: bool | None = None) -> Snapshot:
+        """Save its disks, and with `memory` (None: if it is live and can be) all of it.
+
+        Shares that are mounted are taken away meanwhile, since their devices cannot be saved.
+        """
+
+        async def work() -> Snapshot:
+            async with self._without_shares():
+                return await self.machine.snapshot(name, memory=memory)
+
+        with self._marking("snapshot", name):
+            return self.run(work())
+
+    def restore(self, name: str) -> None:
+        """Bring back a snapshot; its guest has the time and random numbers of now."""
+
+        async def work() -> None:
+            await self._forsake()
+            await self.machine.restore(name)
+            if self.machine.state is MachineState.RUNNING:
+                await self.greeted(step="connect", refresh=True)
+
+        with self._expecting(*_ENDS), self._marking("restore", name):
+            self.run(work())
+
+    def fork(self, name: str | None = None) -> VM:
+        """An independent copy, somebody of its own: name, addresses, clock and random numbers.
+
+        Raises:
+            UnsupportedOperation: its hypervisor has no forks.
+        """
+        return self.lab.fork_of(self, name)
+
+    # Devices.
+
+    def plug_disk(self, disk: LabDisk | Disk | str, name: str | None = None) -> str:
+        """Add a disk, which may be a size such as "1G"; returns its name."""
+        taken = {each.name for each in self.spec.disks}
+        free = name or next(f"disk{number}" for number in range(1 << 16)
+                            if f"disk{number}" not in taken)  # fmt: skip
+        plugged = as_disk(disk, free)
+        with self._marking("plug-disk", plugged.name):
+            self.run(self.machine.plug_disk(plugged))
+        return plugged.name
+
+    def unplug_disk(self, name: str) -> None:
+        """Remove a disk with its contents."""
+        with self._marking("unplug-disk", name):
+            self.run(self.machine.unplug_disk(name))
+
+    def plug_nic(self, network: LabNetwork | Nic | str, name: str | None = None) -> str:
+        """Add a network interface; on a network of the lab's it has an address. Returns its name.
+
+        Args:
+            network: A network of the lab's, what a specification's `network` may be, or a NIC.
+            name: The NIC's.
+        """
+        taken = {each.name for each in self.spec.nics}
+        free = name or next(f"net{number}" for number in range(1 << 16)
+                            if f"net{number}" not in taken)  # fmt: skip
+        if isinstance(network, Nic):
+            nic = network
+        elif isinstance(network, LabNetwork):
+            nic = Nic(name=free, network=network.segment)
+        else:
+            nic = Nic(name=free, network=network)
+
+        async def work() -> None:
+            await self.machine.plug_nic(nic)
+            if isinstance(network, LabNetwork):
+                self.plugs.append(Plug(nic.name, network, network.join(self.hostname)))
+            if self.guest is not None:
+                await self._settled(self.guest, shares=False)
+
+        with self._marking("plug-nic", nic.name):
+            self.run(work())
+        self.lab.introduce(self)
+        return nic.name
+
+    def unplug_nic(self, name: str) -> None:
+        """Remove a network interface."""
+        with self._marking("unplug-nic", name):
+            self.run(self.machine.unplug_nic(name))
+        for plug in [plug for plug in self.plugs if plug.nic == name]:
+            plug.network.leave(self.hostname)
+            self.plugs.remove(plug)
+
+    def resize(self, *, vcpus: int | None = None, memory: int | str | None = None) -> MachineInfo:
+        """Change the number of vCPUs and the memory, in bytes or as "512M"."""
+        size = size_of("memory", memory) if memory is not None else None
+        with self._marking("resize"):
+            return self.run(self.machine.resize(vcpus=vcpus, memory=size))
+
+    # Breaking it.
+
+    def inject(self, fault: Fault) -> str:
+        """Break something, as the fault says; returns the fault's id.
+
+        Raises:
+            UnsupportedOperation: its hypervisor cannot inject faults of that kind.
+        """
+        expected = _ENDS if isinstance(fault, PowerCut) or fault.kind.value == "kill" else ()
+        with self._expecting(*expected), self._marking("fault", fault.kind.value):
+            return self.run(self.machine.inject(fault))
+
+    def clear_fault(self, id_: str) -> None:
+        """End a fault by its id."""
+        with self._marking("fault-cleared", id_):
+            self.run(self.machine.clear_fault(id_))
+
+    # Looking at it.
+
+    def console_text(self, name: str = "serial") -> str:
+        """All that a console has printed since the machine was made."""
+
+        async def work() -> bytes:
+            async with await self.machine.console(name) as console:
+                return await console.log()
+
+        return self.run(work()).decode("utf-8", "replace")
+
+    def wait_for_console_text(
+        self, text: str, *, console: str = "serial", timeout: float | None = None
+    ) -> None:
+        """Wait until the console has printed `text`, from boot on."""
+        # No command: a machine whose guest does not answer has a console too.
+        guest = self.guest or Guest(self.machine, _no_channel(self.machine))
+        self.run(guest.wait_for_console_text(text, console=console, timeout=timeout))
+
+    def screenshot(self) -> bytes:
+        """What its display shows, as a PNG image."""
+        return self.run(self.machine.screenshot())
+
+    def send_keys(self, *keys: str) -> None:
+        """Press keys of its keyboard, one after the other; held together: "ctrl-alt-f2"."""
+        self.run(self.machine.send_keys(keys))
+
+    # On the loop.
+
+    async def booted(self, timeout: float | None) -> None:
+        """Start it and connect to its guest."""
+        with self.timeline.step("start"):
+            await self.machine.start()
+        await self.greeted(timeout=timeout)
+
+    async def greeted(
+        self,
+        *,
+        step: str = "boot",
+        timeout: float | None = None,
+        refresh: bool = False,
+        macs: Mapping[str, str] | None = None,
+    ) -> None:
+        """Connect to the guest that boots or runs, and have it be who it is.
+
+        Args:
+            step: What the wait is called in the timeline.
+            timeout: Seconds that the guest has to answer.
+            refresh: Whether it remembers another time, and maybe another machine.
+            macs: The MAC addresses that it remembers -> those that it has.
+        """
+        await self._forsake()
+        if not self.venue.has_guests:
+            return
+        patience = self._patience if timeout is None else timeout
+        guest = await reached(self.machine, self.timeline, patience, step)
+        try:
+            if refresh:
+                with self.timeline.step("refresh"):
+                    await guest.refresh(
+                        hostname=self.hostname if macs is not None else None,
+                        machine_id=self.machine_id if macs is not None else None,
+                        macs=macs,
+                    )
+            await self._settled(guest)
+        except BaseException:
+            await guest.close()
+            raise
+        self.guest = guest
+
+    async def _settled(self, guest: Guest, *, shares: bool = True) -> None:
+        """Have the guest have its shares, its id, its addresses and its neighbours' names."""
+        if shares:
+            await shared(guest, await self._absent(guest), self.timeline)
+        # One that made its own at its first boot, as systemd does, keeps it.
+        script = [f"[ -s /etc/machine-id ] || echo {self.machine_id} >/etc/machine-id"]
+        if self.plugs:
+            found = {nic.name: nic.mac for nic in (await self.machine.info()).nics}
+            script += [interface_script(found[plug.nic], plug.address) for plug in self.plugs]
+            script.append(hosts_script(self._neighbours()))
+        with self.timeline.step("settle"):
+            await guest.succeed("\n".join(script), timeout=self._patience)
+
+    async def _absent(self, guest: Guest) -> list[Share]:
+        """The shares that the guest has to be given: what was copied to its disk is there still."""
+        wanted = list(self._shares)
+        for share in self._copies:
+            if not (await guest.execute(["test", "-e", share.target])).ok:
+                wanted.append(share)
+        return wanted
+
+    async def meet(self) -> None:
+        """Tell the guest the names of those that are on its networks now."""
+        if self.guest is not None and self.plugs:
+            await self.guest.succeed(hosts_script(self._neighbours()), timeout=self._patience)
+
+    def _neighbours(self) -> dict[str, str]:
+        """Names and addresses of all that are on its networks, itself too."""
+        hosts: dict[str, str] = {}
+        for plug in reversed(self.plugs):
+            hosts |= {name: address.ip for name, address in plug.network.members.items()}
+        return hosts
+
+    async def _forsake(self) -> None:
+        """Let go of the guest, which is not the one that it was."""
+        guest, self.guest = self.guest, None
+        if guest is not None:
+            await guest.close()
+
+    def _without_shares(self) -> _Unmounted:
+        # One that stands still cannot; its hypervisor says what that means.
+        running = self.machine.state is MachineState.RUNNING
+        return _Unmounted(self.guest if running else None, self._shares, self.timeline)
+
+    async def removed(self) -> None:
+        """Delete the machine, whatever its state."""
+        self._gone = True
+        await self._forsake()
+        await self.machine.delete(force=True)
+
+    async def copied(self, name: str) -> Machine:
+        """A fork of the machine, as the contract has it."""
+        async with self._without_shares():
+            with self.timeline.step("fork"):
+                return await self.machine.fork(name)
+
+    def successor(self, machine: Machine, *, plugs: Sequence[Plug], machine_id: str) -> VM:
+        """The VM of a fork."""
+        return VM(
+            self.lab,
+            self.venue,
+            machine,
+            image=self.image,
+            shares=self._shares,
+            copies=self._copies,
+            plugs=plugs,
+            machine_id=machine_id,
+            patience=self._patience,
+        )
+
+    # Telling.
+
+    def mark(self, kind: str, text: str = "", duration_s: float | None = None) -> None:
+        """Tell the lab's observers what happened, and how many seconds it took."""
+        for observer in tuple(self.lab.observers):
+            observer.marked(self, kind, text, duration_s)
+
+    def _told(self, step: Step) -> None:
+        self.mark(step.name, "", step.seconds)
+
+    @contextmanager
+    def _marking(self, kind: str, text: str = "") -> Iterator[None]:
+        timeline = Timeline(told=lambda step: self.mark(kind, text, step.seconds))
+        with timeline.step(kind):
+            yield
+
+    def _expecting(self, *kinds: str) -> AbstractContextManager[object]:
+        if self.watchdog is None or not kinds:
+            return nullcontext()
+        return self.watchdog.expect(*kinds)
+
+    def _ends(self, kind: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run what ends the machine."""
+
+        async def ended() -> None:
+            await self._forsake()
+            await work
+
+        with self._expecting(*_ENDS), self._marking(kind):
+            self.run(ended())
+
+
+_ENDS: Final = ("unexpected-exit", "unexpected-reboot")
+"""The incidents (`IncidentKind`) that the end of a boot is, if nobody meant it."""
+
+
+class _Unmounted:
+    """While it is entered, a guest has its shares not mounted."""
+
+    def __init__(self, guest: Guest | None, shares: Sequence[Share], timeline: Timeline) -> None:
+        self._guest = guest
+        self._shares = shares
+        self._timeline = timeline
+
+    async def __aenter__(self) -> None:
+        if self._guest is not None and self._shares:
+            await unmount_shares(self._guest, self._shares)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._guest is not None:
+            await shared(self._guest, self._shares, self._timeline)
+
+
+def as_disk(disk: LabDisk | Disk | str, name: str) -> Disk:
+    """A disk as a specification has it; `name` is its name unless it has one.
+
+    Raises:
+        InvalidSpec: a text is no size.
+    """
+    if isinstance(disk, LabDisk):
+        return disk.at(name)
+    if isinstance(disk, Disk):
+        return disk
+    return Disk(name=name, size=size_of("disks", disk))
+
+
+def size_of(field: str, value: int | str) -> int:
+    """Bytes of a size.
+
+    Raises:
+        InvalidSpec: it is none, naming the field.
+    """
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise InvalidSpec([SpecProblem(field, value, str(error))]) from None
+
+
+def hostname_of(name: str) -> str:
+    """A machine's name as a hostname: letters, digits, dashes and dots."""
+    return name.replace("_", "-").strip("-.") or "vm"
+
+
+def made_machine_id(seed: int, name: str, number: int) -> str:
+    """An id of machine-id(5), out of a lab's seed: for its machine of that name and number."""
+    return hashlib.sha256(f"{seed}/{name}/{number}/machine-id".encode()).hexdigest()[:32]
+
+
+def _no_channel(machine: Machine) -> Any:
+    from vmlab.lab.ways import channel_into
+
+    return channel_into(machine)
