@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from typing import Any, Final, TypeVar
 
 from vmlab.hypervisors.simulated.clock import VirtualClockLoop
@@ -27,6 +27,9 @@ T = TypeVar("T")
 _PATIENCE: Final = 7 * 86400.0
 """Real seconds that a virtual clock's loop waits for an answer from outside: no limit of its own
 beside those of the calls."""
+
+_LOOK_UP: Final = 0.5
+"""Seconds after which somebody who waits looks whether a signal has come."""
 
 
 class LoopThread:
@@ -106,7 +109,7 @@ class LoopThread:
                 begun = True
                 self._loop.call_soon_threadsafe(job.begin)
             self._wanted.set()
-            return future.result()
+            return _awaited(future)
         except CancelledError:
             raise asyncio.CancelledError from None
         except BaseException:
@@ -118,7 +121,7 @@ class LoopThread:
                     self._loop.call_soon_threadsafe(job.cancel)
                 # Whatever it ended with, what ended the wait is what is told.
                 with contextlib.suppress(Exception, CancelledError):
-                    future.result()
+                    _awaited(future)
             raise
 
     def forget(self, future: Future[Any]) -> None:
@@ -182,6 +185,17 @@ class LoopThread:
                 future.set_exception(failure or CancelledError())
         asyncio.set_event_loop(None)
         self._loop.close()
+
+
+def _awaited(future: Future[T]) -> T:
+    """The result of a future.
+
+    A signal that another thread of the process received does not wake the main thread from a
+    lock, and Python handles signals there alone: so it looks up every now and then.
+    """
+    while not future.done():
+        wait([future], _LOOK_UP)
+    return future.result()
 
 
 class _Job:
