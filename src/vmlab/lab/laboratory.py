@@ -84,6 +84,7 @@ class Lab:
         owner: Whose the machines are; None is a run of the lab's own.
         shared: Directory that labs in other processes have as well, for templates.
         admission: Whether machines wait until the host has memory for them.
+        terminal: Whether machines have a console to be used as a terminal (`lab.terminal`).
 
     Attributes:
         observers: Who is told of the machines.
@@ -102,6 +103,7 @@ class Lab:
         shared: Path | None = None,
         admission: bool = True,
         progress: Progress = silent,
+        terminal: bool = False,
     ) -> None:
         self.observers: list[Observer] = []
         self.hypervisor = hypervisor
@@ -110,6 +112,7 @@ class Lab:
         self.shared = shared
         self.admission = admission
         self.progress = progress
+        self.terminal = terminal
         self.networks = Networks()
         self._stack = ExitStack()
         self._venues: dict[str, Venue] = {}
@@ -265,6 +268,17 @@ class Lab:
                 plug.network.leave(vm.hostname)
                 self.networks.release(plug.network)
 
+    def leave(self, vm: VM) -> None:
+        """Let go of a machine as it is: the lab does not remove it any more, its owner has it.
+
+        With a store for an owner (`owner=`) it stays when this process ends.
+        """
+        with self._lock:
+            if self._machines.get(vm.name) is not vm:
+                return
+            del self._machines[vm.name]
+        vm.run(vm.left())
+
     # What machines are given.
 
     def disk(
@@ -373,6 +387,7 @@ class Lab:
                 *(Nic(name=nic, network=network.segment) for nic, network in plugged),
             ),
             network=user,
+            terminal=self.terminal,
             seed=self.seed,
         )
         chosen = preference(wish, hypervisor or self.hypervisor)

@@ -541,6 +541,11 @@ class VM(Inside):
         await self._forsake()
         await self.machine.delete(force=True)
 
+    async def left(self) -> None:
+        """Let go of the guest; the machine stays as it is."""
+        self._gone = True
+        await self._forsake()
+
     async def copied(self, name: str) -> Machine:
         """A fork of the machine, as the contract has it."""
         async with self._without_shares():
