@@ -1,0 +1,55 @@
+"""Between a lab and the test that is under way: who is told of what befalls a machine.
+
+The lab tells of machines made, marks and ends; a machine that ends well says what it has used.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from vmlab.machine.errors import VmlabError
+from vmlab.report import Direction
+
+if TYPE_CHECKING:
+    from vmlab.lab.vm import VM
+    from vmlab.machine.metrics import MachineMetrics
+    from vmlab.pytest_plugin.machine_run import MachineRun
+
+_SECONDS: Final = 5.0
+"""Seconds that a machine has to say what it used."""
+
+
+class Supervision:
+    """The lab's observer: machines are watched from before their first instruction on."""
+
+    def __init__(self, run: MachineRun) -> None:
+        self._run = run
+
+    def machine_made(self, vm: VM) -> None:
+        """It belongs to the test that is under way, ."""
+        if self._run.current is not None:
+            self._run.current.adopt(vm)
+
+    def marked(self, vm: VM, kind: str, text: str, duration_s: float | None) -> None:
+        """It goes onto the timeline."""
+        trial = self._run.concerned(vm)
+        if trial is not None:
+            trial.marked(vm, kind, text, duration_s)
+
+    def machine_gone(self, vm: VM) -> None:
+        """What it used is a metric."""
+        trial = self._run.concerned(vm)
+        if trial is not None and vm.alive and not trial.attempt.finished:
+            with suppress(VmlabError):
+                record_use(vm, vm.run(vm.machine.metrics(), timeout=_SECONDS))
+
+
+def record_use(vm: VM, used: MachineMetrics) -> None:
+    """What a machine has used, as metrics of the test."""
+    lower = Direction.LOWER
+    vm.record("vcpu_s", used.cpu.seconds, "s", lower)
+    if used.memory.resident_bytes is not None:
+        vm.record("memory_bytes", used.memory.resident_bytes, "bytes", lower)
+    vm.record("disk_read_bytes", sum(disk.read_bytes for disk in used.disks), "bytes")
+    vm.record("disk_written_bytes", sum(disk.written_bytes for disk in used.disks), "bytes")

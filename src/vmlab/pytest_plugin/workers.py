@@ -1,0 +1,105 @@
+"""pytest-xdist: the controller owns the run's report and what its workers share.
+
+The controller collects nothing, so it does not know whether any test asks for a machine; it tells
+each worker where the report will be, and begins it when a worker has begun to write there. Workers
+have to be on this host, as `-n` starts them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from vmlab.pytest_plugin.options import settings_of
+
+if TYPE_CHECKING:
+    from vmlab.hypervisors.ownership import Run
+    from vmlab.pytest_plugin.report_files import RunReport
+
+DIRECTORY: Final = "vmlab_report"
+SEED: Final = "vmlab_seed"
+"""What a worker is told: the run's directory, and its seed."""
+
+SHARED: Final = "shared"
+"""The file in the run's directory that says where workers find what they share."""
+
+
+class Worker:
+    """In a worker: what the controller told it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        told: dict[str, Any] = config.workerinput  # type: ignore[attr-defined]  # xdist's
+        self.name = str(told["workerid"])
+        self.directory = Path(told[DIRECTORY])
+        self.seed = int(told[SEED])
+
+    def shared(self) -> Path:
+        """The directory that all workers of the run share."""
+        return Path((self.directory / SHARED).read_text(encoding="utf-8"))
+
+
+class Controller:
+    """In the controller."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._report: RunReport | None = None
+        self._run: Run | None = None
+        self._directory: Path | None = None
+        self._seed = 0
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker, also one that replaces another, where the report will be."""
+        from vmlab.pytest_plugin import report_place
+
+        if self._directory is None:
+            settings = settings_of(self._config)
+            self._directory = report_place.new_directory(settings)
+            self._seed = report_place.new_seed(settings)
+        node.workerinput[DIRECTORY] = str(self._directory)
+        node.workerinput[SEED] = self._seed
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Any) -> None:
+        """Begin the run, if this worker has found tests with machines; none has begun yet."""
+        directory = self._directory
+        if self._report is not None or directory is None or not (directory / "journal").is_dir():
+            return
+        from vmlab.hypervisors.ownership import Run
+        from vmlab.pytest_plugin.report_files import RunReport
+
+        self._run = Run.begin()
+        shared = self._run.directory / "shared"
+        shared.mkdir()
+        (directory / SHARED).write_text(str(shared), encoding="utf-8")
+        self._report = RunReport.begin(self._config, directory, self._seed)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_handlecrashitem(self, crashitem: str, report: Any, sched: Any) -> None:
+        """A worker died of a test: that is the test's error."""
+        if self._report is not None:
+            self._report.worker_died(crashitem, str(report.longrepr))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Every worker has ended."""
+        if self._directory is not None:
+            (self._directory / SHARED).unlink(missing_ok=True)
+        if self._report is not None:
+            self._report.end()
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Say where the report is."""
+        if self._report is not None:
+            self._report.tell(terminalreporter)
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is one of pytest-xdist's workers."""
+    return hasattr(config, "workerinput")
