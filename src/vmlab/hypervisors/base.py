@@ -133,6 +133,9 @@ class Snapshot(_Answer):
     time: float = Field(description="seconds on the hypervisor's clock")
     size: int = Field(ge=0, description="bytes")
     digest: str = Field(description="of its contents, in the hypervisor's own form")
+    directory: Path | None = Field(
+        None, description="its files on this host, where they may be moved as a whole and used"
+    )
 
 
 class Channel(ABC):

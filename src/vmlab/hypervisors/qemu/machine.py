@@ -158,8 +158,9 @@ class QemuMachine(LiveMachine):
                 check=check,
             )
         )
-        await done_in_thread(part.rename, self.snapshot_directory / name)
-        return snapshot
+        directory = self.snapshot_directory / name
+        await done_in_thread(part.rename, directory)
+        return snapshot.model_copy(update={"directory": directory})
 
     async def _do_delete_snapshot(self, operation: Operation, snapshot: Snapshot) -> None:
         self.begin()
@@ -238,6 +239,9 @@ class QemuMachine(LiveMachine):
     async def _do_create_from(self, operation: Operation, snapshot: Snapshot) -> None:
         self.begin()
         origin = self.qemu.records.directory(snapshot.machine) / "snapshots" / snapshot.name
+        if snapshot.directory is not None and not await done_in_thread(origin.exists):
+            # Of another owner's machine, or of one that is gone.
+            origin = snapshot.directory
         saved = await self._verified(origin)
         if saved.snapshot.digest != snapshot.digest:
             raise CorruptSnapshot(

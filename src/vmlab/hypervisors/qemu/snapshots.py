@@ -165,7 +165,7 @@ def load(directory: Path) -> Saved:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         disks = [DiskFile.from_record(disk) for disk in record["disks"]]
         return Saved(
-            Snapshot.model_validate(record["snapshot"]),
+            Snapshot.model_validate({**record["snapshot"], "directory": directory}),
             directory,
             Layout.from_record(record["layout"]),
             # A relative path is one in the snapshot; an absolute one stays as it is.
