@@ -11,7 +11,7 @@ import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from vmlab.guests.command import CommandResult, Sink
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
@@ -27,6 +27,9 @@ from vmlab.report import AttemptRecorder, Outcome, Severity
 __all__ = ["PhaseResult", "PlanResult", "run_plan"]
 
 T = TypeVar("T")
+
+_ANSWER_TIMEOUT: Final = 60.0
+"""Seconds that a guest has to say that it lives."""
 
 
 class Inhabited(Protocol):
@@ -205,6 +208,7 @@ class _PlanRun:
                 result = self.vm.run(self._execute(phase, printed, meters))
             except VmlabError as error:
                 if isinstance(error, DeadlineExceeded) and error.seconds == phase.timeout:
+                    self._see_whether_it_answers(phase)
                     return Outcome.FAIL, None, f"it did not end within {phase.timeout:g} s"
                 self.lost = f"the guest was lost in phase {phase.name!r}"
                 return Outcome.ERROR, None, f"{type(error).__name__}: {error}"
@@ -216,6 +220,13 @@ class _PlanRun:
         how = f"signal {result.signal}" if result.signal else f"exit status {result.status}"
         last = printed.last_line("stderr") or printed.last_line("stdout")
         return Outcome.FAIL, result.status, f"{how}{': ' + last if last else ''}"
+
+    def _see_whether_it_answers(self, phase: Phase) -> None:
+        """A guest that is dead takes all time that it is given; it is asked before what follows."""
+        try:
+            self.vm.run(self.guest.execute("true", timeout=_ANSWER_TIMEOUT))
+        except VmlabError as error:
+            self.lost = f"the guest does not answer after phase {phase.name!r}: {error}"
 
     async def _execute(
         self, phase: Phase, printed: Printed, meters: dict[str, Meter]

@@ -344,6 +344,16 @@ def test_a_deadline_that_is_not_the_phase_s_is_a_guest_that_is_lost(
     assert ran({"run": "LOSE"}).outcomes() == {"p0": ERROR}
 
 
+def test_a_guest_that_answers_no_more_after_a_timeout_is_lost(
+    ran: Run, lose: Callable[[Exception], None]
+) -> None:
+    lose(DeadlineExceeded("the script", seconds=600))
+    done = ran({"run": "LOSE"}, {"run": "true", "needs": []})
+    assert done.outcomes() == {"p0": FAIL, "p1": SKIP}
+    assert done.result.message == "phase 'p0': it did not end within 600 s"
+    assert "the guest does not answer after phase 'p0'" in done.result.phases[1].message
+
+
 def test_a_guest_that_is_lost_on_purpose_is_waited_for(
     ran: Run, host: Host, lose: Callable[[Exception], None]
 ) -> None:
