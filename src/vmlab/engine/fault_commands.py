@@ -68,10 +68,10 @@ class DiskFaultCommands:
         except OSError as error:
             raise CommandError(f"The disk cannot be written to: {error.strerror}") from error
 
-    def end(self, id_: str) -> bool:
-        """End a fault of any disk's; False if there is none of that id."""
-        ended = [disk.remove(id_) for disk in self._disks().values()]
-        return any(ended)
+    def fault_end(self, id_: str) -> None:
+        """End a fault of any disk's; one that has ended is none."""
+        for disk in self._disks().values():
+            disk.remove(id_)
 
     def lose_power(self) -> list[PowerLoss]:
         """Have all disks lose what was not flushed."""
@@ -133,7 +133,7 @@ class FaultCommands:
 
     def fault_end(self, id_: str) -> None:
         """End a fault of a disk's or a NIC's; one that has ended is none."""
-        self._disks.end(id_)
+        self._disks.fault_end(id_)
         for nic in self._machine.nics.values():
             if nic.faults is not None:
                 nic.faults.remove(id_)

@@ -112,6 +112,9 @@ class Capabilities(BaseModel):
     counted: frozenset[FaultKind] = Field(
         frozenset(), description="those of them that can strike at the nth occasion or by chance"
     )
+    breakable: frozenset[FaultKind] = Field(
+        frozenset(), description="those of them that strike only disks which are `breakable`"
+    )
     limits: Limits = Field(default_factory=Limits)
 
     def __contains__(self, capability: Capability) -> bool:

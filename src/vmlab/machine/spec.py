@@ -204,6 +204,11 @@ class Disk(_Part):
         ]
         | None
     ) = Field(None, description="serial number that the guest reads")
+    breakable: Flag = Field(
+        False,
+        description="whether every fault can strike it, at the cost of speed; where a hypervisor "
+        "can break all disks, it makes no difference",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

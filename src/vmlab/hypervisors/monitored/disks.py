@@ -25,7 +25,8 @@ _LONGEST_SERIAL = 20
 class DiskFile:
     """A disk of a machine and the file that holds it; `size` in bytes.
 
-    `made` tells a file that was made for the machine, and goes with it, from a `source`.
+    `made` tells a file that was made for the machine, and goes with it, from a `source`; one that
+    is `breakable` is served by a process of its own, where the machine's process would not do.
     """
 
     name: str
@@ -35,6 +36,12 @@ class DiskFile:
     readonly: bool
     made: bool
     serial: str | None = None
+    breakable: bool = False
+
+    @property
+    def socket(self) -> str:
+        """Name of the socket at which a breakable disk is served, beside its process."""
+        return f"{self.node}.nbd.sock"
 
     @property
     def node(self) -> str:
@@ -43,6 +50,14 @@ class DiskFile:
 
     def block_node(self) -> dict[str, Any]:
         """What `blockdev-add` and `-blockdev` take (docs/interop/qemu-qmp-ref, BlockdevOptions)."""
+        if self.breakable:
+            return {
+                "driver": "nbd",
+                "node-name": self.node,
+                "read-only": self.readonly,
+                "discard": "unmap",
+                "server": {"type": "unix", "path": self.socket},
+            }
         node: dict[str, Any] = {
             "driver": self.format,
             "node-name": self.node,
@@ -72,6 +87,7 @@ class DiskFile:
             "readonly": self.readonly,
             "made": self.made,
             "serial": self.serial,
+            "breakable": self.breakable,
         }
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from vmlab.machine.spec import Disk
 def device_options(disk: DiskFile, bus: str) -> dict[str, Any]:
     """A disk's device, without its place."""
     driver = "scsi-hd" if bus == "scsi" else "virtio-blk-pci"
-    return {"driver": driver, "drive": disk.node, "serial": disk.serial_number}
+    device = {"driver": driver, "drive": disk.node, "serial": disk.serial_number}
+    # Whoever breaks a disk wants its guest to see that; QEMU stops it when there is no space left.
+    return device | ({"werror": "report", "rerror": "report"} if disk.breakable else {})
 
 
 class QemuImg:
@@ -39,7 +42,8 @@ async def make_disk(disk: Disk, path: Path) -> DiskFile:
         InvalidSpec: `source` is not there, is larger than `size`, or is no disk image.
         OperationFailed: qemu-img failed.
     """
-    return await disks.make_disk(disk, path, QemuImg(), "qemu")
+    made = await disks.make_disk(disk, path, QemuImg(), "qemu")
+    return replace(made, breakable=disk.breakable)
 
 
 async def image_info(path: Path, form: str) -> dict[str, Any]:

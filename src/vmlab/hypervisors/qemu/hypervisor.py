@@ -18,7 +18,7 @@ from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
 from vmlab.hypervisors.monitored.debugger import debugger_socket
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
-from vmlab.hypervisors.qemu import memory, timers, virtiofs
+from vmlab.hypervisors.qemu import breakable, memory, timers, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.host_ticks import host_ticks_khz
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
@@ -90,6 +90,7 @@ FAULTS: Final = frozenset(
         FaultKind.PAUSE,
         FaultKind.KILL,
         FaultKind.MEMORY_PRESSURE,
+        *breakable.KINDS,
     }
 )
 
@@ -165,6 +166,8 @@ def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
         architectures=frozenset(programs),
         accelerators=tuple(names),
         faults=FAULTS,
+        counted=breakable.COUNTED,
+        breakable=breakable.KINDS,
         limits=Limits(vcpus_per_machine=255, disks_per_machine=64, nics_per_machine=32),
     )
 

@@ -19,7 +19,7 @@ from vmlab.hypervisors.monitored.networks import bridge_port, join_bridge
 from vmlab.hypervisors.operation import Operation, uninterrupted
 from vmlab.hypervisors.picture import Picture
 from vmlab.hypervisors.processes import OwnedProcess
-from vmlab.hypervisors.qemu import display, networks, virtiofs
+from vmlab.hypervisors.qemu import breakable, display, networks, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS, Board
 from vmlab.hypervisors.qemu.command_line import Launch, arguments
 from vmlab.hypervisors.qemu.disks import make_disk
@@ -186,10 +186,11 @@ class LiveMachine(MonitoredMachine[Emulator]):
         """
         number = self.next_launch()
         spec, layout = spec or self._spec, layout or self.layout
+        disks = tuple(self.disks.values()) if disks is None else disks
         line = arguments(
             self._launch_of(
                 spec,
-                tuple(self.disks.values()) if disks is None else disks,
+                disks,
                 layout,
                 memory,
                 private=private,
@@ -200,6 +201,9 @@ class LiveMachine(MonitoredMachine[Emulator]):
         shares = [(n, share) for n, share in enumerate(spec.shares) if share.tag in layout.virtiofs]
         daemons = await Daemons.start(shares, directory, owner=owner, machine=self.id)
         try:
+            daemons.disks = await breakable.start(disks, directory, owner=owner, machine=self.id)
+            if daemons.disks is not None:
+                daemons.processes.append(daemons.disks)
             emulator = await Emulator.start(
                 line,
                 directory,
@@ -330,13 +334,21 @@ class LiveMachine(MonitoredMachine[Emulator]):
         found = await done_in_thread(processes.adopt, self.qemu.owner, self.id)
         serving = [other for other in found if not self.is_machine(other.argv)]
         emulator.daemons = Daemons(emulator.directory, serving)
+        served = (one for one in serving if breakable.MODULE in one.argv)
+        emulator.daemons.disks = next(served, None)
         return emulator
+
+    @property
+    def _helpers(self) -> int:
+        """How many processes run beside its QEMU."""
+        served = any(disk.breakable for disk in self.disks.values())
+        return len(self.layout.virtiofs) + served
 
     async def find_process(self) -> MachineState:
         """Find the machine's process again; one that lost a share's daemon meanwhile has failed."""
         state = await super().find_process()
         emulator = self.emulator
-        if emulator is None or len(emulator.daemons.processes) >= len(self.layout.virtiofs):
+        if emulator is None or len(emulator.daemons.processes) >= self._helpers:
             return state
         await self.discard(emulator)
         return MachineState.FAILED

@@ -15,6 +15,7 @@ from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import UNDO_TIMEOUT, Operation
 from vmlab.hypervisors.qemu import arrival as arriving
 from vmlab.hypervisors.qemu import (
+    breakable,
     faults,
     growth,
     hotplug,
@@ -38,7 +39,7 @@ from vmlab.machine.errors import (
     OperationFailed,
     UnsupportedOperation,
 )
-from vmlab.machine.faults import DiskError, Fault
+from vmlab.machine.faults import At, DiskError, Fault, PowerCut
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import OPERATIONS, MachineState
@@ -331,6 +332,7 @@ class QemuMachine(LiveMachine):
         assert isinstance(arrival, QemuMachine)
         self.begin()
         if live:
+            self._refuse_breakable(Capability.LIVE_MIGRATION, *self.disks.values())
             self._require_loading(Capability.LIVE_MIGRATION, "stop it first")
             await self._require_savable(Capability.LIVE_MIGRATION, "stop it first")
         arrival.begin()
@@ -399,6 +401,8 @@ class QemuMachine(LiveMachine):
         path = self.disk_path(disk.name, self.launches)
         self.on_failure(lambda: done_in_thread(_unlink_all, (path,)))
         made = await self.make_disk(disk, path)
+        if self.emulator is not None:
+            self._refuse_breakable(Capability.HOTPLUG_DISK, made)
         bus = effective_bus(disk, self.board, live=self.emulator is not None)
         if self.emulator is not None:
             emulator = self.emulator
@@ -416,6 +420,7 @@ class QemuMachine(LiveMachine):
         self.drop_template()
         made = self.disks[disk.name]
         if self.emulator is not None:
+            self._refuse_breakable(Capability.HOTPLUG_DISK, made)
             if self.board.hotplug == "scsi" and self.layout.buses[disk.name] != "scsi":
                 raise self._unpluggable(Capability.HOTPLUG_DISK, "put it on the bus scsi")
             if self.layout.buses[disk.name] != "scsi":
@@ -425,6 +430,17 @@ class QemuMachine(LiveMachine):
         del self.disks[disk.name]
         if made.made:
             await done_in_thread(_unlink_all, (made.path,))
+
+    def _refuse_breakable(self, capability: Capability, *disks: DiskFile) -> None:
+        """Refuse what cannot be done with a disk that another process serves."""
+        if names := [disk.name for disk in disks if disk.breakable]:
+            raise UnsupportedOperation(
+                capability.value,
+                hypervisor="qemu",
+                machine=self.name,
+                hint=f"stop the machine first: {', '.join(names)} is breakable, and stays as it "
+                "is while the machine runs",
+            )
 
     def _refuse_paused(
         self, operation: Operation, why: str = "its guest has to let go of the device"
@@ -461,6 +477,7 @@ class QemuMachine(LiveMachine):
                 operation="resize_disk",
             )
         if self.emulator is not None:
+            self._refuse_breakable(Capability.RESIZE_DISK, made)
             self.drop_template()
             await self.emulator.execute("block_resize", {"node-name": made.node, "size": size})
         else:
@@ -580,9 +597,15 @@ class QemuMachine(LiveMachine):
     async def break_device(
         self, emulator: Emulator, identity: str, fault: Fault
     ) -> Callable[[], Awaitable[None]] | None:
-        """Have a disk fail; what is returned mends it."""
-        assert isinstance(fault, DiskError), "capabilities name no other kind"
-        disk = self.disks[fault.disk]
+        """Break a disk, or take the power of all; what is returned mends it."""
+        disk = None if isinstance(fault, PowerCut) else self.disks[getattr(fault, "disk", "")]
+        if not isinstance(fault, DiskError) or not isinstance(fault.when, At):
+            breakable.check(self._spec, self.disks.values(), fault)
+        if disk is None or disk.breakable:
+            return await breakable.break_disk(
+                emulator.directory, self._spec, disk, identity, fault
+            )
+        assert isinstance(fault, DiskError), "others were refused"
         return await faults.fail_disk(emulator, disk, self.layout.buses[fault.disk], fault)
 
     # What it is.
@@ -593,7 +616,11 @@ class QemuMachine(LiveMachine):
             return self._info_at_rest()
         cpus = await readback.vcpus(emulator)
         order = list(self.disks)
-        disks = await readback.disks(emulator)
+        disks = [
+            # Its process knows of a breakable one only who serves it.
+            disk.model_copy(update={"path": self.disks[disk.name].path})
+            for disk in await readback.disks(emulator)
+        ]
         spec = self._spec
         return MachineInfo(
             id=self.id,

@@ -150,11 +150,13 @@ class Daemons:
     """The daemons of one QEMU process.
 
     `processes` are those that run; `directory` is QEMU's, where they write what they have to say.
+    `disks` is the one among them that serves no share but disks.
     """
 
     def __init__(self, directory: Path, running: Sequence[OwnedProcess] = ()) -> None:
         self.directory = directory
         self.processes = list(running)
+        self.disks: OwnedProcess | None = None
 
     @classmethod
     async def start(
@@ -233,6 +235,8 @@ class Daemons:
 
     def last_words(self) -> str:
         """That one has ended before its QEMU, what that means, and what was said last."""
+        if self.disks is not None and not self.disks.running:
+            return "what serves its breakable disks has ended"
         words = "virtiofsd has ended, without which the guest waits for its share for ever"
         return f"{words}: {said}" if (said := self.said()) else words
 

@@ -86,6 +86,11 @@ class FaultyDisk:
         """Bytes of the disk."""
         return self.below.size
 
+    @property
+    def has_power(self) -> bool:
+        """Whether it works at all."""
+        return not self._dead
+
     # -------------------------------------------------------------------------------- faults
 
     def add(self, name: str, fault: DiskFault) -> None:
