@@ -4,7 +4,8 @@ A hart leaves native code for devices, for firmware, to sleep, and when it is as
 can be brought to stand (`pause`), and their threads be joined (`join`): then nothing of them is on
 any native stack, and the process may fork.
 
-`ParallelHarts` have a thread each; the other kind is in vmlab.engine.sequential_harts.
+Whether harts have a thread each (vmlab.engine.parallel_harts) or take turns on one
+(vmlab.engine.sequential_harts) is not known here.
 """
 
 from __future__ import annotations
@@ -28,15 +29,11 @@ from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.interrupts import TOLD, external_lines
 from vmlab.engine.cpu.traps import instruction_bits, take_trap
 from vmlab.engine.devices.bus import Bus, BusFault
-from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
+from vmlab.engine.devices.clock import Clock
 from vmlab.engine.firmware import SUPERVISOR_SETUP, Fence
-from vmlab.engine.host_clock import HostClock
 from vmlab.engine.isa.cpu import Cause
 from vmlab.engine.isa.values import Value
-from vmlab.engine.memory.ram import full_barrier
 
-BUDGET: Final = 1 << 30
-"""Instructions between two looks that nobody asked for."""
 TRACER: Final = "tracer"
 """The owner of the breakpoints at which traces begin; nobody is told of them."""
 _SUPERVISOR: Final = 1
@@ -45,8 +42,8 @@ _SSIP: Final = 1
 _STIP: Final = 1 << 5
 _MTIP: Final = 1 << 7
 _STCE: Final = 1 << 63
-_NEVER: Final = layout.WORD
-_LONGEST_SLEEP: Final = 3600.0
+NEVER: Final = layout.WORD
+"""A tick that never comes."""
 
 
 class Translating(Executor, Protocol):
@@ -500,126 +497,6 @@ class Harts(ABC):
         for bit, moment in moments:
             if now >= moment:
                 pending |= bit
-            elif moment != _NEVER and hart[layout.MIE] & bit:
+            elif moment != NEVER and hart[layout.MIE] & bit:
                 ahead.append(moment)
         return pending, min(ahead) if ahead else None
-
-
-class ParallelHarts(Harts):
-    """Harts with a thread each, by the host's clock.
-
-    Args:
-        harts: All of them, numbered from 0.
-        executors: Who executes each.
-        clock: The machine's time.
-        bus: Answers what is not RAM.
-        failed: Called when a hart cannot go on, with the reason; the machine is to be ended.
-    """
-
-    def __init__(
-        self,
-        harts: list[Hart],
-        executors: list[Executor],
-        clock: HostClock,
-        bus: Bus,
-        failed: Callable[[str], None],
-    ) -> None:
-        super().__init__(harts, executors, clock, bus, failed)
-        self._clock = clock
-
-    def thread_ids(self) -> list[int]:
-        """The host's threads that the harts run on, 0 for a hart without one."""
-        threads = [seat.thread for seat in self._seats]
-        return [(thread.native_id or 0) if thread is not None else 0 for thread in threads]
-
-    # ------------------------------------------------------------------------ from any thread
-
-    def _wake(self, seat: Seat) -> None:
-        with self._lock:
-            seat.woken.notify_all()
-
-    def ask_to_pause(self) -> None:
-        """Let all harts stand soon, the calling one before its next instruction."""
-        with self._lock:
-            self._paused = True
-            for seat in self._seats:
-                seat.hart.request_exit()
-                seat.woken.notify_all()
-
-    def pause(self) -> None:
-        """Bring all harts to stand between two instructions; on return they do.
-
-        Not for a hart's own thread.
-        """
-        with self._lock:
-            self.ask_to_pause()
-            while not all(seat.parked for seat in self._seats):
-                self._all_parked.wait()
-
-    def resume(self) -> None:
-        """Let the harts run."""
-        with self._lock:
-            for seat in self._seats:
-                seat.hart[layout.TIME_OFFSET] = self._clock.tick_offset & _NEVER
-            self._paused = False
-            self._leaving = False
-            for seat in self._seats:
-                if seat.thread is None:
-                    seat.parked = False
-                    name = f"vmlab-hart{seat.hart.hart_id}"
-                    seat.thread = threading.Thread(
-                        target=self._serve, args=(seat,), name=name, daemon=True
-                    )
-                    seat.thread.start()
-                seat.woken.notify_all()
-
-    def join(self) -> None:
-        """Pause, and end the harts' threads; `resume` makes new ones."""
-        self.pause()
-        with self._lock:
-            self._leaving = True
-            threads = [seat.thread for seat in self._seats if seat.thread is not None]
-            for seat in self._seats:
-                seat.thread = None
-                seat.woken.notify_all()
-        for thread in threads:
-            thread.join()
-
-    # ------------------------------------------------------------------------- a hart's own thread
-
-    def _serve(self, seat: Seat) -> None:
-        while self._may_run(seat):
-            try:
-                self._handle(seat, self._execute(seat, BUDGET))
-            except Exception as error:
-                self._mistaken(seat, error)
-
-    def _may_run(self, seat: Seat) -> bool:
-        """Wait until the hart may run; whether it ever will on this thread."""
-        with self._lock:
-            while (self._paused or seat.stopped or seat.order is Order.HOLD) and not self._leaving:
-                seat.parked = True
-                self._all_parked.notify_all()
-                seat.woken.wait()
-            if self._leaving:
-                seat.parked = True
-                return False
-            seat.parked = False
-            return True
-
-    def _sleep(self, seat: Seat) -> None:
-        """Wait for an interrupt that is enabled, or for being asked to stand."""
-        hart = seat.hart
-        hart.shared[layout.SHARED_ASLEEP] = 1
-        # Who interrupts this hart now sees that it sleeps, or is seen in what is pending.
-        full_barrier()
-        with self._lock:
-            while not (self._paused or self._leaving or seat.stopped):
-                pending, moment = self._pending(hart)
-                if pending & hart[layout.MIE]:
-                    break
-                seconds = None
-                if moment is not None:
-                    seconds = min((moment - self._clock.ticks()) / TIMEBASE_HZ, _LONGEST_SLEEP)
-                seat.woken.wait(seconds)
-        hart.shared[layout.SHARED_ASLEEP] = 0

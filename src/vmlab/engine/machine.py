@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
 from vmlab.engine import boot
 from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
@@ -51,16 +51,19 @@ from vmlab.engine.devices.virtio.segments import (
     StreamSegment,
     TapSegment,
 )
-from vmlab.engine.devices.virtio.user_network import PortForward, UserSegment
 from vmlab.engine.devices.workers import TimedWorkers, WorkerThreads
 from vmlab.engine.firmware import Firmware
-from vmlab.engine.harts import Harts, ParallelHarts
+from vmlab.engine.harts import Harts
 from vmlab.engine.host_clock import HostClock
 from vmlab.engine.instruction_clock import InstructionClock
 from vmlab.engine.memory.ram import Ram
 from vmlab.engine.panic import PanicWatch
+from vmlab.engine.parallel_harts import ParallelHarts
 from vmlab.engine.sequential_harts import SequentialHarts
 from vmlab.machine.errors import ResourceNotFound, VmlabError
+
+if TYPE_CHECKING:
+    from vmlab.engine.devices.virtio.user_network import PortForward
 
 _WORKERS: Final = 4
 _DRAIN_SECONDS: Final = 10.0
@@ -182,9 +185,17 @@ class Machine:
     def _add_devices(self, made: Configuration) -> None:
         if made.serial is not None:
             UartChannel(self.board.uart, self._channel(made.serial))
-        self._panic = PanicWatch()
-        self._print, self.board.uart.send = self.board.uart.send, self._printed
-        ports = [Port("", self._channel(one), console=True) for one in made.consoles]
+        self._panics: list[PanicWatch] = []
+        send, heard = self.board.uart.send, self._listener()
+
+        def printed(data: bytes) -> None:
+            send(data)
+            heard(data)
+
+        self.board.uart.send = printed
+        ports = [
+            Port("", self._channel(one, self._listener()), console=True) for one in made.consoles
+        ]
         ports += [Port(one.name, self._channel(one)) for one in made.channels]
         if ports:
             self._plug(VirtioConsole("console", self.ram, self.workers, ports))
@@ -219,9 +230,11 @@ class Machine:
     def _plug(self, device: VirtioDevice) -> None:
         self.board.plug(device)
 
-    def _channel(self, port: SocketPort) -> SocketChannel:
+    def _channel(
+        self, port: SocketPort, heard: Callable[[bytes], None] = lambda data: None
+    ) -> SocketChannel:
         log = port.log and self._stack.enter_context(_log(Path(port.log)))
-        channel = SocketChannel(self._reactor, Path(port.socket), log or None)
+        channel = SocketChannel(self._reactor, Path(port.socket), log or None, heard)
         self._stack.callback(channel.close)
         return channel
 
@@ -239,6 +252,9 @@ class Machine:
             case SegmentKind.TAP:
                 made = TapSegment(self._reactor, nic.path)
             case SegmentKind.USER:
+                # It starts a process, which takes libraries that no other machine needs.
+                from vmlab.engine.devices.virtio.user_network import PortForward, UserSegment
+
                 forwards = [
                     PortForward(one.guest, one.host, one.address, one.protocol)
                     for one in nic.forwards
@@ -359,7 +375,8 @@ class Machine:
         self.pause()
         self._retired_before = self.retired
         self.board.reset()
-        self._panic.reset()
+        for watch in self._panics:
+            watch.reset()
         self._boot()
         if was_running:
             self.resume()
@@ -415,19 +432,25 @@ class Machine:
         why = "for a failure" if reason else "without a reason"
         self._tell(Happening(what), f"the guest asked firmware, {why}")
 
-    def _printed(self, data: bytes) -> None:
-        """The UART's output, on its way out."""
-        self._print(data)
-        stood = self._panic.stands
-        self._panic.feed(data)
-        if self._panic.stands and not stood:
-            self._tell(Happening.FAILED, f"the guest's kernel panicked: {self._panic.reason}")
+    def _listener(self) -> Callable[[bytes], None]:
+        """Somebody who listens to what the guest's kernel says on one of its consoles."""
+        watch = PanicWatch()
+        self._panics.append(watch)
+
+        def listen(data: bytes) -> None:
+            known = any(each.stands for each in self._panics)
+            watch.feed(data)
+            if watch.stands and not known:
+                self._tell(Happening.FAILED, f"the guest's kernel panicked: {watch.reason}")
+
+        return listen
 
     def _restarts(self, what: str) -> bool:
         """Whether the guest restarts for a panic, which is told instead."""
-        panicked = what == "reboot" and self._panic.reason != ""
+        reasons = [watch.reason for watch in self._panics if watch.reason]
+        panicked = what == "reboot" and reasons != []
         if panicked:
-            self._tell(Happening.FAILED, f"the guest's kernel panicked: {self._panic.reason}")
+            self._tell(Happening.FAILED, f"the guest's kernel panicked: {reasons[0]}")
         return panicked
 
     def _debug_console(self, data: bytes) -> int:

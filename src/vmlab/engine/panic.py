@@ -1,4 +1,4 @@
-"""A panic of the guest's kernel, as its console tells it.
+"""A panic of the guest's kernel, as its consoles tell it.
 
 Debian's riscv64 kernel has no driver that tells of one otherwise (pvpanic), and when it restarts
 because of one it asks firmware as for any other restart (Linux, kernel/panic.c).
@@ -15,7 +15,7 @@ _LONGEST: Final = 1024
 
 
 class PanicWatch:
-    """Reads along what the guest prints.
+    """Reads along what the guest prints on one of them.
 
     Attributes:
         reason: What the kernel said of its panic; empty as long as there was none.

@@ -17,12 +17,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from vmlab.engine.configuration import Configuration
-from vmlab.engine.control import VERSION, Cause, Control, Panicked, RunState, Shutdown
+from vmlab.engine.control import VERSION, Control
 from vmlab.engine.debug.commands import DebugCommands
 from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.fault_commands import FaultCommands
 from vmlab.engine.machine import Happening, Machine
 from vmlab.engine.monitor.server import Monitor
+from vmlab.engine.qapi import Cause, Panicked, RunState, Shutdown
 
 if TYPE_CHECKING:
     from vmlab.engine.debug.gdbstub import GdbServer

@@ -28,7 +28,8 @@ pytestmark = [
     pytest.mark.boots,
     pytest.mark.timeout(900),
     pytest.mark.skipif(
-        COMPILER is None or QEMU is None, reason="no riscv64-linux-gnu-gcc or qemu-riscv64 here"
+        COMPILER is None or QEMU is None,
+        reason="needs Debian's gcc-riscv64-linux-gnu and qemu-user-static",
     ),
 ]
 

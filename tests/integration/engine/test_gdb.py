@@ -56,7 +56,7 @@ def socket(tmp_path: Path) -> Iterator[Path]:
 def gdb(socket: Path, *commands: str) -> str:
     """What GDB prints; every command is preceded by a line `== command`."""
     program = shutil.which("gdb-multiarch")
-    assert program is not None, "gdb-multiarch is not installed; see tools/debian-packages.txt"
+    assert program is not None, "needs Debian's gdb-multiarch"
     words = [program, "-nx", "-q", "-batch", "-ex", "set pagination off"]
     words += ["-ex", "set confirm off", "-ex", f"target remote {socket}"]
     for command in commands:

@@ -145,8 +145,11 @@ class CodePages:
     """The decode records of a machine's RAM, for all its harts.
 
     Args:
-        ram: the memory; its callbacks for writes to code and for protection become this object's.
+        ram: the memory; it tells this object of code that is written, and nobody else.
         native: the interpreter.
+
+    Raises:
+        RuntimeError: the memory has decode records already.
     """
 
     def __init__(self, ram: Ram, native: NativeCode) -> None:
@@ -166,8 +169,7 @@ class CodePages:
         self._lock = threading.RLock()
         self._harts: list[InterpreterExecutor] = []
         self.decoded = 0  # pages, counted each time
-        ram.on_code_write = self._written
-        ram.on_protect = self._protect
+        ram.tell_of_code(self._written, self._protect)
 
     def add(self, executor: InterpreterExecutor) -> None:
         """An executor uses these records."""
@@ -430,6 +432,13 @@ class InterpreterExecutor(StoppingExecutor):
         while True:
             reason = hart[layout.REASON]
             match reason:
+                case Reason.CODE if not hart[layout.EXIT_DATA]:
+                    # A page with breakpoints, of which each instruction is asked for.
+                    if hart.pc in self.points.breakpoints:
+                        hart[layout.REASON] = Reason.BREAKPOINT.value
+                        return hart.exit()
+                    hart[layout.OFFERED_PAGE] = hart.pc & -_PAGE
+                    self._enter(native.go_on)
                 case Reason.CODE if hart[layout.BREAK_PAGES]:
                     records = self.pages.offered(hart[layout.EXIT_ADDRESS], hart.pc)
                     hart[layout.OFFERED_RECORDS] = records

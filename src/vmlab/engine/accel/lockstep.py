@@ -91,12 +91,15 @@ class Lockstep:
             if not hart[layout.TIME_DIVISOR]:
                 raise ValueError("time must be counted in instructions (TIME_DIVISOR)")
 
-    def run(self, budget: int, host: Callable[[Exit, Hart], None]) -> int:
+    def run(
+        self, budget: int, host: Callable[[Exit, Hart], None], *, compared: int | None = None
+    ) -> int:
         """Run both until so many instructions retired.
 
         Args:
             budget: instructions.
             host: does what an exit asks for, given the exit and a hart; called for each hart.
+            compared: compare them so often at most, however little retires; None: without limit.
 
         Returns: the instructions that retired.
 
@@ -104,7 +107,8 @@ class Lockstep:
             Divergence: the two are not in the same state any more.
         """
         start = self.first.hart.retired
-        while self.first.hart.retired - start < budget:
+        while self.first.hart.retired - start < budget and compared != 0:
+            compared = compared - 1 if compared is not None else None
             pc = self.first.hart.pc
             word = self._word(pc)  # now: the instruction may write over itself
             if self.single:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import tempfile
 from typing import Final
 
 RESERVED: Final = 128 << 20
@@ -23,6 +22,8 @@ _MFD_EXEC: Final = 0x10  # memfd_create(2), Linux 6.3
 
 def _memory_file() -> int:
     if not hasattr(os, "memfd_create"):
+        import tempfile
+
         with tempfile.TemporaryFile() as file:
             return os.dup(file.fileno())
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -129,6 +128,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, content: bytes) -> None:
+    import tempfile  # which few starts need
+
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
     temporary = Path(name)
     try:

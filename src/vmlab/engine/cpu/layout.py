@@ -102,7 +102,7 @@ REASON = _field("reason")
 EXIT_ADDRESS = _field("exit_address")
 EXIT_PC = _field("exit_pc")  # of the instruction that accessed a device
 EXIT_SIZE = _field("exit_size")
-EXIT_DATA = _field("exit_data")
+EXIT_DATA = _field("exit_data")  # of CODE: 0 where protection differs within the page
 EXIT_REGISTER = _field("exit_register")  # index of the word that a loaded datum goes to
 EXIT_EXTENSION = _field("exit_extension")
 

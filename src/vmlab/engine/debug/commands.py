@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmlab.engine.accel.interpreter import InterpreterExecutor
 from vmlab.engine.accel.stopping import NO_POINTS, Points
-from vmlab.engine.control import Control, ExitCount
+from vmlab.engine.control import Control
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.mmu import MPRV, MXR, SUM
@@ -22,6 +22,7 @@ from vmlab.engine.debug.kallsyms import SymbolTable, symbols_in
 from vmlab.engine.harts import TRACER
 from vmlab.engine.monitor.commands import CommandError
 from vmlab.engine.monitor.server import Place
+from vmlab.engine.qapi import ExitCount
 from vmlab.machine.errors import VmlabError
 
 if TYPE_CHECKING:

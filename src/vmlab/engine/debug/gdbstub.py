@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Final
 
 from vmlab.engine.accel.stopping import NO_POINTS, Points, Watchpoint
-from vmlab.engine.control import Control, RunState
+from vmlab.engine.control import Control
 from vmlab.engine.cpu.exits import Reason
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.layout import WATCH_READS, WATCH_WRITES, WATCHPOINTS
@@ -32,6 +32,7 @@ from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.harts import Order, Stop
 from vmlab.engine.monitor.commands import CommandError
 from vmlab.engine.monitor.server import Place
+from vmlab.engine.qapi import RunState
 
 OK: Final = b"OK"
 _UNKNOWN: Final = b""

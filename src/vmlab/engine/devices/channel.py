@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
@@ -79,15 +80,23 @@ class SocketChannel:
         path: Where the socket is made.
         log: Where everything that the guest sends is written as well; it stays its owner's. When
             it cannot be written, `log_error` says why and the channel goes on without it.
+        heard: Called with everything that the guest sends.
 
     Raises:
         VmlabError: the socket cannot be made.
     """
 
-    def __init__(self, reactor: Reactor, path: Path, log: BinaryIO | None = None) -> None:
+    def __init__(
+        self,
+        reactor: Reactor,
+        path: Path,
+        log: BinaryIO | None = None,
+        heard: Callable[[bytes], None] = lambda data: None,
+    ) -> None:
         self.path = path
         self._reactor = reactor
         self._log = log
+        self._heard = heard
         self.log_error = ""
         self._lock = threading.RLock()
         self._listener: Listener | None = None
@@ -125,6 +134,7 @@ class SocketChannel:
                 except OSError as error:  # the guest must not feel that the host's disk is full
                     self._log = None
                     self.log_error = f"the log ends here: {error}"
+            self._heard(data[:taken])
             return taken
 
     def receive(self, size: int) -> bytes:

@@ -8,6 +8,7 @@ no such operation: vmlab.engine.isa.softfloat computes those.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 from vmlab.engine.isa.softfloat import DOUBLE, Format
@@ -35,14 +36,14 @@ def _bits(form: Format, name: str, emitter: Emitter) -> Value:
     return Value(emitter.operation(text), form.width, emitter)
 
 
-def _operation(form: Format, opcode: str, *operands: Value) -> Value:
+def _operation(opcode: str, form: Format, *operands: Value) -> Value:
     emitter = _emitter(*operands)
     names = ", ".join(_float(form, operand, emitter) for operand in operands)
     name = emitter.operation(f"{opcode} {_TYPES[form.width]} {names}")
     return _bits(form, name, emitter)
 
 
-def _intrinsic(form: Format, name: str, *operands: Value) -> Value:
+def _intrinsic(name: str, form: Format, *operands: Value) -> Value:
     emitter = _emitter(*operands)
     kind = _TYPES[form.width]
     values = ", ".join(f"{kind} {_float(form, operand, emitter)}" for operand in operands)
@@ -50,61 +51,31 @@ def _intrinsic(form: Format, name: str, *operands: Value) -> Value:
     return _bits(form, result, emitter)
 
 
-def add(form: Format, a: Value, b: Value) -> Value:
-    """a + b."""
-    return _operation(form, "fadd", a, b)
-
-
-def subtract(form: Format, a: Value, b: Value) -> Value:
-    """a - b."""
-    return _operation(form, "fsub", a, b)
-
-
-def multiply(form: Format, a: Value, b: Value) -> Value:
-    """a * b."""
-    return _operation(form, "fmul", a, b)
-
-
-def divide(form: Format, a: Value, b: Value) -> Value:
-    """a / b."""
-    return _operation(form, "fdiv", a, b)
-
-
-def square_root(form: Format, a: Value) -> Value:
-    """The square root of a."""
-    return _intrinsic(form, "sqrt", a)
-
-
-def fused(form: Format, a: Value, b: Value, c: Value) -> Value:
-    """a * b + c, rounded once; only for hosts that have it, others would call a library."""
-    return _intrinsic(form, "fma", a, b, c)
-
-
-def _compare(form: Format, predicate: str, a: Value, b: Value) -> Value:
+def _compare(predicate: str, form: Format, a: Value, b: Value) -> Value:
     emitter = _emitter(a, b)
     x, y = _float(form, a, emitter), _float(form, b, emitter)
     text = f"fcmp {predicate} {_TYPES[form.width]} {x}, {y}"
     return Value(emitter.operation(text), 1, emitter)
 
 
-def unordered(form: Format, a: Value, b: Value) -> Value:
-    """One bit: at least one is a NaN."""
-    return _compare(form, "uno", a, b)
+# Of a format and numbers of it.
 
+add: Final = partial(_operation, "fadd")
+subtract: Final = partial(_operation, "fsub")
+multiply: Final = partial(_operation, "fmul")
+divide: Final = partial(_operation, "fdiv")
+square_root: Final = partial(_intrinsic, "sqrt")
+fused: Final = partial(_intrinsic, "fma")
+"""a * b + c, rounded once; only for hosts that have it, others would call a library."""
 
-def equal(form: Format, a: Value, b: Value) -> Value:
-    """One bit: a == b, and neither is a NaN."""
-    return _compare(form, "oeq", a, b)
+# One bit each.
 
-
-def less(form: Format, a: Value, b: Value) -> Value:
-    """One bit: a < b, and neither is a NaN."""
-    return _compare(form, "olt", a, b)
-
-
-def less_or_equal(form: Format, a: Value, b: Value) -> Value:
-    """One bit: a <= b, and neither is a NaN."""
-    return _compare(form, "ole", a, b)
+unordered: Final = partial(_compare, "uno")
+"""At least one is a NaN."""
+equal: Final = partial(_compare, "oeq")
+"""a == b, and neither is a NaN; so with those that follow."""
+less: Final = partial(_compare, "olt")
+less_or_equal: Final = partial(_compare, "ole")
 
 
 def converted(source: Format, target: Format, a: Value) -> Value:

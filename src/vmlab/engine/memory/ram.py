@@ -86,10 +86,7 @@ class Ram:
     Attributes:
         host_address: Where the first byte lies in this process.
         flags_address: Where the flag byte of the first page lies in this process.
-        on_code_write: Called with (first page, pages) after pages flagged CODE were written.
         on_watched_write: Called with (address, bytes) after bytes in WATCHED pages were written.
-        on_protect: Called with (first page, pages) after flags were set; it returns only when no
-            hart can store to these pages without coming here.
     """
 
     def __init__(
@@ -123,9 +120,26 @@ class Ram:
         self._32 = whole.cast("I")
         self._64 = whole.cast("Q")
         whole.release()
-        self.on_code_write: Callable[[int, int], None] = _ignore
         self.on_watched_write: Callable[[int, int], None] = _ignore
-        self.on_protect: Callable[[int, int], None] = _ignore
+        self._code_written: Callable[[int, int], None] = _ignore
+        self._protected: Callable[[int, int], None] = _ignore
+
+    def tell_of_code(
+        self, written: Callable[[int, int], None], protected: Callable[[int, int], None]
+    ) -> None:
+        """Have somebody told of code, who decodes it for all harts that share this memory.
+
+        Args:
+            written: Called with (first page, pages) after pages flagged CODE were written.
+            protected: Called with (first page, pages) after flags were set; it returns only when
+                no hart can store to these pages without coming here.
+
+        Raises:
+            RuntimeError: somebody else is told already, whose decoded code would become stale.
+        """
+        if self._code_written is not _ignore:
+            raise RuntimeError("this memory's code is decoded by somebody else already")
+        self._code_written, self._protected = written, protected
 
     def make_private(self) -> None:
         """Let what is written from now on stay in this process, and in each fork of it.
@@ -318,7 +332,7 @@ class Ram:
         if flags & CODE:
             for page in range(first, last + 1):
                 if self._flags[page] & CODE and not self._flags[page] & ROM:
-                    self.on_code_write(page, 1)
+                    self._code_written(page, 1)
         if flags & WATCHED:
             self.on_watched_write(self.base + offset, size)
 
@@ -337,7 +351,7 @@ class Ram:
     def protect(self, first: int, count: int, flag: int) -> None:
         """Set `flag` on pages; on return no store to them goes unseen."""
         self._mark(first, count, bytes(value | flag for value in range(256)))
-        self.on_protect(first, count)
+        self._protected(first, count)
 
     def unprotect(self, first: int, count: int, flag: int) -> None:
         """Clear `flag` on pages."""
@@ -374,7 +388,7 @@ class Ram:
             stop = start + 1
             while stop < len(pages) and pages[stop] == pages[stop - 1] + 1:
                 stop += 1
-            self.on_protect(pages[start], stop - start)
+            self._protected(pages[start], stop - start)
             start = stop
         return pages
 

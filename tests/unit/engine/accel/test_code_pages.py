@@ -44,6 +44,7 @@ BREAK = bytes.fromhex("73001000")
 WFI = bytes.fromhex("73005010")
 BACK = bytes.fromhex("6ff0dfff")  # j .-4
 FENCE_I = bytes.fromhex("0f100000")
+PATIENCE = 60.0
 
 
 class Disk:
@@ -160,3 +161,69 @@ def test_records_are_used_again_only_when_every_hart_has_left_them(
     thread.join()
     counted = spinning.x(10)
     assert spinning.retired in (2 * counted, 2 * counted - 1, 2 * counted + 1)
+
+
+def test_code_is_decoded_once_for_all_who_share_memory(ram: Ram) -> None:
+    """A second one's records would hide writes from the first."""
+    first = CodePages(ram, native_code())
+    with pytest.raises(RuntimeError, match="decoded by somebody else"):
+        CodePages(ram, native_code())
+    with pytest.raises(RuntimeError, match="decoded by somebody else"):
+        InterpreterExecutor(Hart(ram))
+    hart = InterpreterExecutor(Hart(ram), first).hart
+    ram.write(BASE, ADD_1 + WFI)
+    first.decode(BASE)
+    ram.write(BASE, ADD_2 + WFI)
+    assert first._harts[0].run(10).reason is Reason.WAIT
+    assert hart.x(10) == 2
+
+
+class LateCondition(threading.Condition):
+    """Whoever is woken comes to look only once `again` is set; nobody waits twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited = threading.Event()
+        self.again = threading.Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert not self.waited.is_set(), "it waits on although native code was left"
+        self.waited.set()
+        woken = super().wait(timeout)
+        self.release()
+        assert self.again.wait(PATIENCE)
+        self.acquire()
+        return woken
+
+
+def test_who_waits_for_native_code_to_be_left_sees_that_it_was(
+    ram: Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the hart is inside again before the one who waits comes to look."""
+    executor = InterpreterExecutor(Hart(ram))
+    gate = LateCondition()
+    monkeypatch.setattr(executor, "_gate", gate)
+    inside, dropped = threading.Event(), threading.Event()
+
+    def first(state: int) -> None:
+        inside.set()
+        assert gate.waited.wait(PATIENCE)
+
+    def second(state: int) -> None:
+        gate.again.set()
+        assert dropped.wait(PATIENCE), "the one who waits has not seen it"
+
+    def run() -> None:
+        executor._enter(first)
+        executor._enter(second)
+
+    hart = threading.Thread(target=run)
+    hart.start()
+    try:
+        assert inside.wait(PATIENCE)
+        executor.drop_write_translations()
+        assert executor._active, "it is inside again"
+        assert not executor._drop_first, "and has dropped them on its way"
+    finally:
+        dropped.set()
+        hart.join()

@@ -176,6 +176,32 @@ def test_a_breakpoint_is_a_virtual_address(
     assert executor.hart.x(10) == 2
 
 
+def test_a_breakpoint_is_met_in_a_page_that_protection_divides(
+    executor: Executor, assemble: Assemble
+) -> None:
+    """Four bytes of the page are nobody's, not even M mode's."""
+    code = assemble("""
+        .option norvc
+        la t0, nobodys
+        srli t0, t0, 2
+        csrw pmpaddr0, t0
+        li t0, 0x90
+        csrw pmpcfg0, t0
+        li t1, 3
+    1:  addi a0, a0, 1
+        addi t1, t1, -1
+        bnez t1, 1b
+        wfi
+    nobodys:
+        .word 0
+    """)
+    load(executor, code)
+    place = BASE + code.index(ADD_ONE)
+    executor.stop_at(breakpoints(place, place + 8))
+    assert until_it_waits(executor) == [place, place + 8] * 3
+    assert executor.hart.x(10) == 3
+
+
 def test_a_page_that_only_looks_like_one_with_a_breakpoint_runs_on(
     executor: Executor, assemble: Assemble
 ) -> None:
@@ -185,6 +211,23 @@ def test_a_page_that_only_looks_like_one_with_a_breakpoint_runs_on(
     executor.stop_at(breakpoints(BASE + 0x2000))
     assert until_it_waits(executor) == []
     assert executor.hart.x(10) == 1
+
+
+def test_a_watchpoint_is_a_virtual_address(executor: Executor, assemble: Assemble) -> None:
+    """As a real hart's triggers are: what comes by another address is not seen."""
+    stores = f"""
+    addi a0, a0, 1
+    li t3, {DATA - BASE + ALIAS}
+    sw a0, 0(t3)
+    li t3, {DATA}
+    sw a0, 4(t3)
+"""
+    load(executor, assemble(PAGED.replace("    addi a0, a0, 1\n", stores)))
+    executor.stop_at(watch(DATA, 8, WATCH_WRITES))
+    for _ in range(2):
+        assert executor.run(BUDGET) == Exit(Reason.WATCHPOINT, DATA + 4, 4, WATCH_WRITES)
+    assert executor.run(BUDGET).reason is Reason.WAIT
+    assert executor.hart.ram.read(DATA, 8) == bytes((2, 0, 0, 0, 2, 0, 0, 0))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def board(harts: int = 2, memory: int = 256 * MIB, **options: object) -> Board:
 
 def qemu_tree(folder: Path, machine: str, harts: int) -> Tree:
     if shutil.which("qemu-system-riscv64") is None:
-        pytest.skip("there is no qemu-system-riscv64")
+        pytest.skip("needs Debian's qemu-system-misc")
     file = folder / "virt.dtb"
     subprocess.run(
         ["qemu-system-riscv64", "-M", f"{machine},dumpdtb={file}", "-smp", str(harts),
@@ -84,7 +84,7 @@ def test_the_device_tree_says_what_qemus_says(tmp_path: Path, machine: str, hart
 
 def test_dtc_has_nothing_to_say_about_the_device_tree() -> None:
     if shutil.which("dtc") is None:
-        pytest.skip("there is no dtc")
+        pytest.skip("needs Debian's device-tree-compiler")
     tree = board(4, slots=12).device_tree(
         Chosen("console=ttyS0 root=/dev/vda", (0x8400_0000, 0x8500_0000), bytes(32))
     )

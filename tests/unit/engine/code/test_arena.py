@@ -29,7 +29,7 @@ def test_a_full_arena_says_so() -> None:
     arena.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_MDWE is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's PR_SET_MDWE")
 def test_no_page_is_writable_and_executable() -> None:
     arena = Arena(1 << 20)
     rows = Path("/proc/self/maps").read_text().splitlines()
@@ -64,5 +64,5 @@ def test_a_guest_runs_where_memory_may_not_become_executable() -> None:
         [sys.executable, "-c", UNDER_MDWE], capture_output=True, text=True, check=False
     )
     if done.returncode == 77:
-        pytest.skip("this kernel has no PR_SET_MDWE")
+        pytest.skip("needs PR_SET_MDWE: Linux 6.3")
     assert (done.stdout, done.returncode) == ("ran\n", 0), done.stderr

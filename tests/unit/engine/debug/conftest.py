@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from vmlab.engine.configuration import Boot, Configuration, Execution
-from vmlab.engine.control import Cause, Control
+from vmlab.engine.control import Control
 from vmlab.engine.debug.commands import DebugCommands
 from vmlab.engine.debug.gdbstub import GdbServer
 from vmlab.engine.debug.packets import Mark, PacketReader, packet
 from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.machine import Machine
+from vmlab.engine.qapi import Cause
 
 MEMORY = 8 << 20
 PATIENCE = 60.0

@@ -30,7 +30,7 @@ def engine() -> Iterator[Engine]:
 def qemu(short_path: Path) -> Iterator[Callable[..., Qemu]]:
     """Starts QEMU's board with further arguments."""
     if not have_qemu():
-        pytest.skip("there is no qemu-system-riscv64")
+        pytest.skip("needs Debian's qemu-system-misc")
     machines: list[Qemu] = []
 
     def start(*arguments: str, harts: int = 1) -> Qemu:

@@ -23,7 +23,7 @@ SIZE = 40 * CLUSTER + 1024
 
 def qemu_img(*arguments: object) -> str:
     if shutil.which("qemu-img") is None:
-        pytest.skip("there is no qemu-img")
+        pytest.skip("needs Debian's qemu-utils")
     result = subprocess.run(
         ["qemu-img", *map(str, arguments)],
         capture_output=True,

@@ -60,7 +60,9 @@ def meaning(word: int) -> tuple[object, ...]:
     return (decoded.instruction.name, *operands, kept)
 
 
-@pytest.mark.skipif(shutil.which(PREFIX + "as") is None, reason=f"no {PREFIX}as here")
+@pytest.mark.skipif(
+    shutil.which(PREFIX + "as") is None, reason="needs Debian's gcc-riscv64-linux-gnu"
+)
 def test_the_assembler_reads_what_the_disassembler_writes(tmp_path: Path) -> None:
     every = words()
     # A target is an address to the reader; to the assembler it is a distance.

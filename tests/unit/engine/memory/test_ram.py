@@ -106,8 +106,9 @@ def test_scatter_and_gather_are_each_others_inverse(
 
 def test_code_pages_tell_of_every_write(ram: Ram) -> None:
     told: list[tuple[int, int, bytes]] = []
-    ram.on_code_write = lambda page, count: told.append(
-        (page, count, ram.read(RAM_BASE + PAGE_SIZE, 2))
+    ram.tell_of_code(
+        lambda page, count: told.append((page, count, ram.read(RAM_BASE + PAGE_SIZE, 2))),
+        lambda page, count: None,
     )
     ram.protect(1, 2, CODE)
     ram.write(RAM_BASE, b"x" * PAGE_SIZE)
@@ -151,7 +152,9 @@ def test_a_watched_page_tells_what_was_written(ram: Ram) -> None:
 
 def test_the_dirty_log_holds_what_was_written_since_it_was_collected(ram: Ram) -> None:
     protected: list[tuple[int, int]] = []
-    ram.on_protect = lambda first, count: protected.append((first, count))
+    ram.tell_of_code(
+        lambda first, count: None, lambda first, count: protected.append((first, count))
+    )
     ram.write(RAM_BASE, b"before")
     ram.start_dirty_log()
     assert protected == [(0, PAGES)]

@@ -31,7 +31,7 @@ _WRITE, _EXIT = 64, 93  # Linux's numbers of system calls
 FFLAGS, FRM, FCSR = 1, 2, 3
 
 QEMU = shutil.which("qemu-riscv64-static") or shutil.which("qemu-riscv64")
-needs_qemu = pytest.mark.skipif(QEMU is None, reason="no qemu-riscv64 here")
+needs_qemu = pytest.mark.skipif(QEMU is None, reason="needs Debian's qemu-user-static")
 
 
 class Code:

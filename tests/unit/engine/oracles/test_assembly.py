@@ -23,7 +23,7 @@ from vmlab.engine.machine import Happening, Machine
 
 pytestmark = pytest.mark.skipif(
     QEMU is None or shutil.which(PREFIX + "gcc") is None,
-    reason=f"qemu-system-riscv64 or {PREFIX}gcc is not installed",
+    reason="needs Debian's qemu-system-misc and gcc-riscv64-linux-gnu",
 )
 PATIENCE = 3600
 

@@ -38,7 +38,9 @@ def in_user_mode() -> Counter[str]:
     return count
 
 
-@pytest.mark.skipif(shutil.which(PREFIX + "gcc") is None, reason=f"no {PREFIX}gcc here")
+@pytest.mark.skipif(
+    shutil.which(PREFIX + "gcc") is None, reason="needs Debian's gcc-riscv64-linux-gnu"
+)
 def test_every_instruction_has_an_oracle(tmp_path: Path) -> None:
     oracles = {
         "unicorn": Counter(dict.fromkeys(names(), COUNT)) + Counter({"sc.w": 4, "sc.d": 4}),

@@ -56,6 +56,19 @@ def call(extension: int, function: int, *arguments: int) -> bytes:
     return code + word("ecall")
 
 
+def say_by_firmware(text: bytes) -> bytes:
+    """Print by the debug console of SBI, a byte at a time."""
+    return b"".join(call(0x4442_434E, 2, character) for character in text)
+
+
+def say_in_an_emergency(text: bytes) -> bytes:
+    """Print by the virtio console in the first slot, whose driver has not come up."""
+    code = number(T0, 0x1000_1100)
+    for character in text:
+        code += number(T1, character) + word("sw", rs1=T0, rs2=T1, imm=8)
+    return code
+
+
 SPIN = word("addi", rd=T0, rs1=T0, imm=1) + jump(-4)
 IDLE = word("wfi") + jump(-4)
 ECHO = (

@@ -14,7 +14,7 @@ from vmlab.engine import sequential_harts
 from vmlab.engine.configuration import Execution, Time, TimeMode
 from vmlab.engine.machine import Happening
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 
 
 @pytest.mark.parametrize("mode", list(TimeMode), ids=lambda mode: mode.value)
@@ -58,7 +58,7 @@ def machine(tmp_path: Path, code: bytes, how: str) -> str:
     command = [sys.executable, "-c", MACHINE, tmp_path / "kernel", how]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 77:
-        pytest.skip("this kernel has no PR_SET_MDWE")
+        pytest.skip("needs PR_SET_MDWE: Linux 6.3")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -116,16 +116,19 @@ PANIC = b"[    1.5] Kernel panic - not syncing: no init\r\n"
 
 
 @pytest.mark.parametrize(
-    "code",
-    [
-        programs.say(PANIC) + programs.end(programs.REBOOT),
-        programs.say(PANIC + b"[    1.6] ---[ end Kernel panic - not syncing: no init ]---\n")
-        + programs.SPIN,
-    ],
-    ids=["restarts", "stands"],
+    "say", [programs.say, programs.say_by_firmware, programs.say_in_an_emergency]
 )
-def test_a_kernel_that_panics_is_kept_to_be_looked_at(run: Run, code: bytes) -> None:
-    running = run(code)
+@pytest.mark.parametrize("stands", [False, True], ids=["restarts", "stands"])
+def test_a_kernel_that_panics_is_kept_to_be_looked_at(
+    run: Run, say: Callable[[bytes], bytes], stands: bool
+) -> None:
+    """Whichever console it tells that on."""
+    if stands:
+        code = say(PANIC + b"[    1.6] ---[ end Kernel panic - not syncing: no init ]---\n")
+        code += programs.SPIN
+    else:
+        code = say(PANIC) + programs.end(programs.REBOOT)
+    running = run(code, "[[consoles]]\nsocket = 'hvc.sock'")
     wire = running.connect()
     wire.socket.sendall(b'{"execute": "cont"}')
     assert until(wire, "GUEST_PANICKED")["info"] == "the guest's kernel panicked: no init"

@@ -46,7 +46,10 @@ class Endpoint(Protocol):
         """The port that this endpoint belongs to; called once."""
 
     def send(self, data: bytes) -> int:
-        """Bytes from the guest; how many were taken. If not all: call `port.resume` later."""
+        """Bytes from the guest; how many were taken. If not all: call `port.resume` later.
+
+        Nobody there: all are.
+        """
 
     def receive(self, size: int) -> bytes:
         """Up to `size` bytes for the guest; none if there are none now."""
@@ -252,8 +255,6 @@ class VirtioConsole(VirtioDevice):
     def _from_guest(self, port: Port, index: int) -> None:
         while (request := self.take(index)) is not None:
             while data := request.read(_PIECE):
-                if not port.endpoint.connected:
-                    break
                 taken = port.endpoint.send(data)
                 if taken < len(data):
                     self._wait_for_room(request, data[taken:])

@@ -181,7 +181,7 @@ class VirtioDevice:
         Raises:
             QueueBroken: the request is not one; the device will need a reset.
         """
-        raise NotImplementedError(f"{self.name} has requests, and nothing that serves them")
+        raise QueueBroken(f"{self.name} serves no requests")
 
     def process(self, index: int) -> None:
         """A queue was rung: take what there is. A device that fills buffers does it otherwise."""

@@ -7,17 +7,17 @@ datagram is a frame. So a machine here and one on QEMU can share a segment.
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import os
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from vmlab.engine.devices.channel import listen
-from vmlab.engine.devices.reactor import Reactor, Watch
+from vmlab.engine.devices.reactor import HasFileno, Reactor, Watch
 from vmlab.engine.devices.virtio.net import MAX_FRAME, VirtioNet
 from vmlab.machine.errors import ResourceNotFound, VmlabError
 
@@ -218,7 +218,59 @@ class StreamSegment:
                     Path(path).unlink()
 
 
-class DatagramSegment:
+class _MessageSegment(ABC):
+    """A segment on which each message is a frame, and nobody waits: what is too much is lost."""
+
+    def __init__(self) -> None:
+        self._device: VirtioNet | None = None
+        self._watch: Watch | None = None
+
+    def _open(self, reactor: Reactor, file: HasFileno) -> None:
+        """Take frames from now on."""
+        self._watch = reactor.watch(file, self._readable)
+
+    def attach(self, device: VirtioNet) -> None:
+        """The device on this end."""
+        self._device = device
+
+    def send(self, frame: bytes) -> bool:
+        """Put a frame on the wire; where nobody takes it, it is lost, as on a real one."""
+        with suppress(OSError):
+            self._put(frame)
+        return True
+
+    def _readable(self) -> None:
+        try:
+            frame = self._take()
+        except OSError:
+            return
+        if self._device is not None and frame is not None:
+            self._device.arrived(frame)
+
+    def resume(self) -> None:  # noqa: B027 -- there is nothing to do, for any of them
+        """Nothing has waited."""
+
+    def close(self) -> None:
+        """Leave the segment."""
+        self._device = None
+        if self._watch is not None:
+            self._watch.close()
+        self._leave()
+
+    @abstractmethod
+    def _put(self, frame: bytes) -> None:
+        """Put a frame on the wire; OSError: it does not take it."""
+
+    @abstractmethod
+    def _take(self) -> bytes | None:
+        """The frame that has come; None: it is this device's own. OSError: there is none."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Close what the frames went through."""
+
+
+class DatagramSegment(_MessageSegment):
     """A frame is a datagram from the socket at `local` to the one at `remote`.
 
     Raises:
@@ -226,9 +278,9 @@ class DatagramSegment:
     """
 
     def __init__(self, reactor: Reactor, local: Path, remote: Path) -> None:
+        super().__init__()
         self._local = local
         self._remote = str(remote)
-        self._device: VirtioNet | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             self._socket.setblocking(False)
@@ -240,39 +292,21 @@ class DatagramSegment:
                 f"the network socket {str(local)!r} cannot be opened: {error.strerror or error}",
                 hint="a socket's path is new, in a folder that can be written, below 108 bytes",
             ) from None
-        self._watch = reactor.watch(self._socket, self._readable)
+        self._open(reactor, self._socket)
 
-    def attach(self, device: VirtioNet) -> None:
-        """The device on this end."""
-        self._device = device
+    def _put(self, frame: bytes) -> None:
+        self._socket.sendto(frame, self._remote)
 
-    def send(self, frame: bytes) -> bool:
-        """Put a frame on the wire; a full or missing other end loses it, as on a real one."""
-        with suppress(OSError):
-            self._socket.sendto(frame, self._remote)
-        return True
+    def _take(self) -> bytes:
+        return self._socket.recv(MAX_FRAME + 1)
 
-    def _readable(self) -> None:
-        try:
-            frame = self._socket.recv(MAX_FRAME + 1)
-        except OSError:
-            return
-        if self._device is not None:
-            self._device.arrived(frame)
-
-    def resume(self) -> None:
-        """Datagrams do not wait: what was too much is lost."""
-
-    def close(self) -> None:
-        """Leave the segment and remove the socket."""
-        self._device = None
-        self._watch.close()
+    def _leave(self) -> None:
         self._socket.close()
         with suppress(FileNotFoundError):
             self._local.unlink()
 
 
-class MulticastSegment:
+class MulticastSegment(_MessageSegment):
     """A frame is a datagram to a multicast group on the loopback interface; all members get it.
 
     Args:
@@ -284,7 +318,7 @@ class MulticastSegment:
     """
 
     def __init__(self, reactor: Reactor, group: str) -> None:
-        self._device: VirtioNet | None = None
+        super().__init__()
         self._group = _multicast_group(group)
         loopback = socket.inet_aton("127.0.0.1")
         self._members = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -301,48 +335,32 @@ class MulticastSegment:
             self._own.bind(("127.0.0.1", 0))
             self._own.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, loopback)
         except OSError as error:
-            self._members.close()
-            self._own.close()
+            self._leave()
             raise VmlabError(
                 f"the network segment {group!r} cannot be joined: {error.strerror or error}",
                 hint="the loopback interface has to be up; is the port taken?",
             ) from None
         self._name = self._own.getsockname()
-        self._watch = reactor.watch(self._members, self._readable)
+        self._open(reactor, self._members)
 
-    def attach(self, device: VirtioNet) -> None:
-        """The device on this end."""
-        self._device = device
+    def _put(self, frame: bytes) -> None:
+        self._own.sendto(frame, self._group)
 
-    def send(self, frame: bytes) -> bool:
-        """Put a frame on the wire; members that are busy lose it, as on a real one."""
-        with suppress(OSError):
-            self._own.sendto(frame, self._group)
-        return True
+    def _take(self) -> bytes | None:
+        frame, sender = self._members.recvfrom(MAX_FRAME + 1)
+        return frame if sender != self._name else None
 
-    def _readable(self) -> None:
-        try:
-            frame, sender = self._members.recvfrom(MAX_FRAME + 1)
-        except OSError:
-            return
-        if self._device is not None and sender != self._name:
-            self._device.arrived(frame)
-
-    def resume(self) -> None:
-        """Datagrams do not wait: what was too much is lost."""
-
-    def close(self) -> None:
-        """Leave the segment."""
-        self._device = None
-        self._watch.close()
+    def _leave(self) -> None:
         self._members.close()
         self._own.close()
 
 
 def _multicast_group(group: str) -> tuple[str, int]:
+    from ipaddress import IPv4Address  # takes a while; few machines need it
+
     address, _, port = group.rpartition(":")
     try:
-        known = ipaddress.IPv4Address(address).is_multicast and 0 < int(port) < 1 << 16
+        known = IPv4Address(address).is_multicast and 0 < int(port) < 1 << 16
     except ValueError:
         known = False
     if not known:
@@ -360,7 +378,7 @@ class _Descriptor:
         return self._fd
 
 
-class TapSegment:
+class TapSegment(_MessageSegment):
     """A tap interface of the host's, which exists or which this user may make.
 
     Raises:
@@ -368,7 +386,7 @@ class TapSegment:
     """
 
     def __init__(self, reactor: Reactor, interface: str) -> None:
-        self._device: VirtioNet | None = None
+        super().__init__()
         name = interface.encode()
         if not 0 < len(name) < 16:
             raise VmlabError(
@@ -385,31 +403,13 @@ class TapSegment:
                 f"the tap interface {interface!r} cannot be opened: {error.strerror}",
                 hint=f"make it once as root: ip tuntap add {interface} mode tap user $USER",
             ) from None
-        self._watch = reactor.watch(_Descriptor(self._fd), self._readable)
+        self._open(reactor, _Descriptor(self._fd))
 
-    def attach(self, device: VirtioNet) -> None:
-        """The device on this end."""
-        self._device = device
+    def _put(self, frame: bytes) -> None:
+        os.write(self._fd, frame)
 
-    def send(self, frame: bytes) -> bool:
-        """Hand a frame to the host; if its queue is full, or it is down, it is lost."""
-        with suppress(OSError):
-            os.write(self._fd, frame)
-        return True
+    def _take(self) -> bytes:
+        return os.read(self._fd, MAX_FRAME + 1)
 
-    def _readable(self) -> None:
-        try:
-            frame = os.read(self._fd, MAX_FRAME + 1)
-        except OSError:
-            return
-        if self._device is not None:
-            self._device.arrived(frame)
-
-    def resume(self) -> None:
-        """A tap does not wait: what was too much is lost."""
-
-    def close(self) -> None:
-        """Let go of the interface."""
-        self._device = None
-        self._watch.close()
+    def _leave(self) -> None:
         os.close(self._fd)

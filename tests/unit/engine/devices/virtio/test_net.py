@@ -425,7 +425,7 @@ def test_a_tap_carries_frames(engine: Engine) -> None:
         segment = TapSegment(engine.reactor, "vmlabtest%d")
     except VmlabError as error:
         assert "ip tuntap add" in (error.hint or "")
-        pytest.skip("this host lets us make no tap")
+        pytest.skip("needs the right to make a tap (CAP_NET_ADMIN)")
     engine.plug(lambda e: VirtioNet("net", e.ram, e.workers, ADDRESS, segment))
     driver = up(Driver(engine, 0, Memory(0x8010_0000, 0x8080_0000)), MRG)
     driver.rings[1].add([bytes(12) + FRAME], [])

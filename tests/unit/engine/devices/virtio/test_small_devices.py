@@ -96,7 +96,7 @@ def test_inflated_pages_are_given_back_to_the_host(
     engine.poke(start, b"x" * 64 * PAGE_SIZE)
     used = os.fstat(engine.ram.fd).st_blocks
     told: list[int] = []
-    engine.ram.on_code_write = lambda page, count: told.append(page)
+    engine.ram.tell_of_code(lambda page, count: told.append(page), lambda page, count: None)
     page = (start - engine.ram.base) // PAGE_SIZE
     engine.ram.protect(page + 1, 1, CODE)
     numbers = [(start >> 12) + n for n in range(32)] + [0, 0xFFFF_FFFF, 0x7FFFF]
