@@ -27,10 +27,6 @@ _ECHO: Final = "conformance.echo"
 
 _IN_DRIVER: Final = "it would be this project's own driver that fails, not QEMU"
 _FAULTLESS: Final = {
-    FaultKind.DISK_SLOW: "QEMU's blkdebug filter only fails requests",
-    FaultKind.DISK_TORN_WRITE: "QEMU's blkdebug filter only fails requests",
-    FaultKind.DISK_CORRUPT: "QEMU's blkdebug filter only fails requests",
-    FaultKind.POWER_CUT: "QEMU keeps no writes back that could be lost",
     FaultKind.NET_LOSS: "a netdev of QEMU's passes all packets or none",
     FaultKind.NET_DELAY: "a netdev of QEMU's passes all packets or none",
     FaultKind.CLOCK_JUMP: "QEMU's clock is the host's",
@@ -109,6 +105,7 @@ def make_profile(architecture: Architecture) -> ConformanceProfile:
         settle=1.0,
         slack=300.0,
         lag=10.0,
+        triggers=frozenset({"time", "nth", "chance"}),
         faultless=_FAULTLESS,
         patience=3600.0,
         variant=for_options,

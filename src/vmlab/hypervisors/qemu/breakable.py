@@ -1,4 +1,4 @@
-"""Breakable disks: a process beside QEMU serves them, which can be told what befalls their requests.
+"""Breakable disks: a process beside QEMU serves them, and is told what befalls their requests.
 
 QEMU's own filters fail requests, and no more. Faults of single requests, torn writes and a loss of
 power need somebody who sees each request and flush.
