@@ -81,6 +81,7 @@ def make_profile() -> ConformanceProfile:
         slack=300.0,
         lag=10.0,
         patience=1800.0,
+        triggers=frozenset({"time", "nth", "chance"}),
         own_clock=False,
         drawn=drawn_at_boot,
     )
