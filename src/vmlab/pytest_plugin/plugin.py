@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     run = run_with_machines(metafunc.config)
     names = run.hypervisors_for(metafunc.definition)
-    metafunc.parametrize("vm_hypervisor", names, ids=names, indirect=True, scope="session")
+    metafunc.parametrize("vm_hypervisor", names, indirect=True, scope="session")
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
