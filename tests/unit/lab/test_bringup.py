@@ -18,7 +18,10 @@ from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import ChannelClosed, MachineCrashed, OperationFailed
 from vmlab.machine.spec import MachineSpec
 
-PANIC = b"[ 1.0] Kernel panic - not syncing: VFS: Unable to mount root fs\n[ 1.0] Call Trace:\n"
+PANIC = (
+    b"[    1.000000] Kernel panic - not syncing: VFS: Unable to mount root fs\n"
+    b"[    1.000100] Call Trace:\n"
+)
 
 
 class PrintingConsole:
@@ -80,7 +83,7 @@ def bring_up(machine: MuteMachine, started: Any = None) -> None:
 
 @pytest.mark.parametrize("cut", [1, 20, 40, len(PANIC)])
 def test_a_panic_ends_the_wait_with_its_lines_wherever_they_are_cut(cut: int) -> None:
-    machine = MuteMachine(b"booting\n" + PANIC[:cut], PANIC[cut:], b"---[ end Kernel panic ]---\n")
+    machine = MuteMachine(b"booting\n" + PANIC[:cut], PANIC[cut:], b"[    1.000200] ---[ end Kernel panic ]---\n")
     with pytest.raises(MachineCrashed, match="panicked while it booted") as caught:
         bring_up(machine)
     assert "Unable to mount root fs" in str(caught.value)
