@@ -254,6 +254,9 @@ class AgentChannel(CommandChannel):
     async def signal(self, process: int, number: int) -> None:
         await self.control("signal", str(int(number)), str(int(process)))
 
+    async def ping(self) -> None:
+        await self._agent_answers()
+
     async def control(self, *words: str) -> None:
         """Call something on the control port."""
         async with self._control_lock:

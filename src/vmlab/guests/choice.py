@@ -235,6 +235,9 @@ class ChosenChannel(CommandChannel):
     ) -> int:
         return await self._chosen().run(command, stdout=stdout, stderr=stderr, started=started)
 
+    async def ping(self) -> None:
+        await self._chosen().ping()
+
     async def signal(self, process: int, number: int) -> None:
         await self._chosen().signal(process, number)
 

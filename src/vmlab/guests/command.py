@@ -86,6 +86,10 @@ class CommandResult:
         return self.status == 0
 
 
+async def _drop(data: bytes) -> None:
+    """Takes output that nobody wants."""
+
+
 class CommandChannel(ABC):
     """A way to run commands in a guest."""
 
@@ -126,6 +130,16 @@ class CommandChannel(ABC):
     @abstractmethod
     async def signal(self, process: int, number: int) -> None:
         """Send a signal to the process group of a command that `started` told of."""
+
+    async def ping(self) -> None:
+        """Return when the guest has answered a question; may be cancelled at any time.
+
+        A channel on which a question is in the way of commands does not ask, and returns at once.
+
+        Raises:
+            ChannelClosed: the guest died.
+        """
+        await self.run(Command(":"), stdout=_drop, stderr=_drop)
 
     @abstractmethod
     async def close(self) -> None:

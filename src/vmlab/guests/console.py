@@ -254,6 +254,9 @@ class ConsoleChannel(CommandChannel):
         await console.write(_kill("TERM", "$p").encode() + b"\n")
         await self._until(f"e{running.token}")
 
+    async def ping(self) -> None:
+        """Return at once: the shell runs one command at a time, and shows what is typed."""
+
     async def signal(self, process: int, number: int) -> None:
         if self._console is None:
             raise ChannelClosed("the console is closed", operation="signal")

@@ -94,6 +94,14 @@ class Guest:
         """
         await self.channel.connect(timeout=timeout)
 
+    async def ping(self) -> None:
+        """Return when the guest has given a sign of life; may be cancelled at any time.
+
+        Raises:
+            ChannelClosed: it died.
+        """
+        await self.channel.ping()
+
     # Commands.
 
     async def execute(
