@@ -7,6 +7,7 @@ everything dies is seen to be the one.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ T = TypeVar("T")
 _ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a guest has to say that it lives."""
 
+_POWER_TIMEOUT: Final = 60.0
+"""Seconds in which a machine that lost its power is started again, if it is."""
+
 
 class Inhabited(Protocol):
     """What a plan needs of a machine: its inside, and the loop that it is talked to on."""
@@ -42,6 +46,10 @@ class Inhabited(Protocol):
     @property
     def guest(self) -> Guest | None:
         """Its inside; None before it has booted."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its guest runs or could go on running."""
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Wait for a coroutine on the machine's loop."""
@@ -315,11 +323,20 @@ class _PlanRun:
         """Wait for a guest that was lost on purpose: by a power cut, a reboot; a word on that."""
         patience = self.plan.machine.timeout or CONNECT_TIMEOUT
         try:
+            self.vm.run(self._power_returns())
             self.vm.run(self.vm.greeted(timeout=patience))
         except VmlabError as error:
             return f", and did not come back: {error}"
         self.lost = ""
         return ", and came back"
+
+    async def _power_returns(self) -> None:
+        """Wait until the machine runs again, if whoever has ended it starts it again."""
+        deadline = time.monotonic() + _POWER_TIMEOUT
+        while not self.vm.alive:
+            if time.monotonic() > deadline:
+                raise MachineCrashed("the machine is off", machine=self.vm.name)
+            await asyncio.sleep(0.1)
 
 
 def summary(results: Sequence[PhaseResult]) -> str:

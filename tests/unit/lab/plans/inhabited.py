@@ -23,6 +23,7 @@ class Host:
     """What `run_plan` needs of a machine."""
 
     name = "host"
+    alive = True
 
     def __init__(self, agent: HostedAgent, loop: LoopThread) -> None:
         self.agent = agent
