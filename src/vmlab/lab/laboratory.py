@@ -10,32 +10,41 @@ A lab owns a run, so whatever happens to its process its machines end with it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
+from vmlab.guests.guest import CONNECT_TIMEOUT
 from vmlab.hypervisors import registry
+from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Owner, Run
 from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab import boot
-from vmlab.lab.boot import Bootable, Wish
+from vmlab.lab.boot import Bootable, Wish, specification
 from vmlab.lab.loop import LoopThread
 from vmlab.lab.networks import LabNetwork, Networks
 from vmlab.lab.preference import EMBEDDED, Preference, preference
-from vmlab.lab.vm import VM, LabDisk, Plug, Venue, as_disk, hostname_of, made_machine_id, size_of
+from vmlab.lab.templates import Fork, Templates
+from vmlab.lab.timeline import Step
+from vmlab.lab.venue import Venue
+from vmlab.lab.vm import VM, LabDisk, Plug, as_disk, hostname_of, made_machine_id, size_of
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import InvalidSpec, OperationFailed, SpecProblem
 from vmlab.machine.fields import NAME_RULE, is_name
 from vmlab.machine.sizes import format_size
 from vmlab.machine.spec import Disk, Nic, Share
+from vmlab.machine.states import MachineState
 
 __all__ = ["Lab", "Observer"]
+
+_LOG: Final = logging.getLogger(__name__)
 
 DEFAULT_MEMORY: Final = "512M"
 
@@ -116,6 +125,7 @@ class Lab:
         self.networks = Networks()
         self._stack = ExitStack()
         self._venues: dict[str, Venue] = {}
+        self._templates: dict[str, Templates] = {}
         self._images: dict[str, Image] = {}
         self._machines: dict[str, VM] = {}
         self._made: dict[str, int] = {}
@@ -241,11 +251,12 @@ class Lab:
                     for plug in vm.plugs
                 ],
                 machine_id=self._machine_id(name),
+                origin=before,
             )
         )
         try:
-            if machine.state.value == "running":
-                child.run(self._awake(child, before))
+            if machine.state is MachineState.RUNNING:
+                child.run(child.booted(None))
         except BaseException:
             self.remove(child)
             raise
@@ -444,7 +455,9 @@ class Lab:
                     self._stack.callback(loop.close)
                 self._stack.callback(_closed, loop, opened.close)
                 capabilities = loop.run(opened.capabilities())
-                self._venues[hypervisor] = Venue(opened, capabilities, loop)
+                venue = Venue(opened, capabilities, loop)
+                self._venues[hypervisor] = venue
+                self._templates[hypervisor] = Templates(venue, self.shared)
             return self._venues[hypervisor]
 
     def _free_name(self, name: str | None, stem: str, taken: Iterable[str]) -> str:
@@ -471,7 +484,7 @@ class Lab:
         made: list[VM] = []
         try:
             for order in orders:
-                made.append(self._enlist(self._create(order)))
+                made.append(self._enlist(self._create(order, boot=boot)))
             if boot:
                 self._boot(made)
         except BaseException:
@@ -481,10 +494,9 @@ class Lab:
             raise
         return made
 
-    def _create(self, order: _Order) -> VM:
-        spec = boot.specification(order.wish, "") if order.wanted is None else order.wanted.spec
-        machine = order.venue.loop.run(order.venue.hypervisor.create(spec))
-        return VM(
+    def _create(self, order: _Order, *, boot: bool) -> VM:
+        machine, origin, steps = order.venue.loop.run(self._machine_of(order, boot=boot))
+        vm = VM(
             self,
             order.venue,
             machine,
@@ -493,13 +505,33 @@ class Lab:
             plugs=[Plug(nic, net, net.join(hostname_of(order.name))) for nic, net in order.plugs],
             machine_id=self._machine_id(order.name),
             patience=order.timeout,
+            origin=origin,
         )
+        vm.timeline.steps += steps
+        return vm
+
+    async def _machine_of(
+        self, order: _Order, *, boot: bool
+    ) -> tuple[Machine, Mapping[str, str] | None, tuple[Step, ...]]:
+        """The machine of an order, what it remembers if it is a fork, and what it took."""
+        wanted = order.wanted
+        if boot and order.template and wanted is not None:
+            templates = self._templates[order.venue.name]
+            patience = CONNECT_TIMEOUT if order.timeout is None else order.timeout
+            found = await templates.fork(wanted, patience=patience)
+            if isinstance(found, Fork):
+                return found.machine, found.macs, found.steps
+            _LOG.debug("machine %r is booted by itself: %s", order.name, found)
+        spec = specification(order.wish, "") if wanted is None else wanted.spec
+        return await order.venue.hypervisor.create(spec), None, ()
 
     def _enlist(self, vm: VM) -> VM:
         with self._lock:
             self._machines[vm.name] = vm
         for observer in tuple(self.observers):
             observer.machine_made(vm)
+        for step in vm.timeline.steps:
+            vm.mark(step.name, "", step.seconds)
         return vm
 
     def _boot(self, machines: Sequence[VM]) -> None:
@@ -509,12 +541,6 @@ class Lab:
             loop.run(_all(vm.booted(None) for vm in ours))
         for vm in machines:
             self.introduce(vm, but=machines)
-
-    async def _awake(self, child: VM, before: dict[str, str]) -> None:
-        """Have a fork that runs be somebody of its own."""
-        after = {nic.name: nic.mac for nic in (await child.machine.info()).nics}
-        macs = {before[nic]: mac for nic, mac in after.items()}
-        await child.greeted(step="connect", refresh=True, macs=macs)
 
     def introduce(self, vm: VM, but: Sequence[VM] = ()) -> None:
         """Tell all that are on a machine's networks its name, but for those that know it."""

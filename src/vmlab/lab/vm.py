@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
 from vmlab.guests.shares import unmount_shares
-from vmlab.hypervisors.base import Hypervisor, Machine, MachineInfo, Snapshot
+from vmlab.hypervisors.base import Machine, MachineInfo, Snapshot
 from vmlab.lab.bringup import reached, shared
 from vmlab.lab.inside import Inside
-from vmlab.lab.loop import LoopThread
 from vmlab.lab.networks import Address, LabNetwork, hosts_script, interface_script
 from vmlab.lab.timeline import Step, Timeline
-from vmlab.machine.capabilities import Capabilities
+from vmlab.lab.venue import Venue
 from vmlab.machine.errors import InvalidSpec, InvalidState, SpecProblem, UnsupportedOperation
 from vmlab.machine.faults import Fault, PowerCut
 from vmlab.machine.metrics import MachineMetrics
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from vmlab.images import Image
     from vmlab.lab.laboratory import Lab
 
-__all__ = ["VM", "Expecting", "LabDisk", "Recording", "Venue"]
+__all__ = ["VM", "Expecting", "LabDisk", "Plug", "Recording"]
 
 T = TypeVar("T")
 
@@ -53,25 +52,6 @@ class Expecting(Protocol):
 
     def expect(self, *kinds: str) -> AbstractContextManager[object]:
         """While it is entered, incidents of those kinds are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Venue:
-    """A hypervisor that a lab has opened, what it can do, and the loop that its calls run on."""
-
-    hypervisor: Hypervisor
-    capabilities: Capabilities
-    loop: LoopThread
-
-    @property
-    def name(self) -> str:
-        """The hypervisor's."""
-        return self.hypervisor.name
-
-    @property
-    def has_guests(self) -> bool:
-        """Whether its guests are real and take commands; simulated ones are not."""
-        return self.name != "simulated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +107,7 @@ class VM(Inside):
         plugs: Sequence[Plug] = (),
         machine_id: str,
         patience: float | None = None,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         self.lab = lab
         self.name = machine.name
@@ -142,7 +123,9 @@ class VM(Inside):
         self._shares = tuple(machine.spec.shares if shares is None else shares)
         self._copies = tuple(copies)
         self._patience = CONNECT_TIMEOUT if patience is None else patience
-        self._gone = False
+        # The MAC addresses that its guest remembers, by NIC, while it is a fork that has yet to
+        # become somebody.
+        self._origin = origin
 
     def __repr__(self) -> str:
         return f"<VM {self.name!r} on {self.hypervisor}: {self.state.value}>"
@@ -451,10 +434,19 @@ class VM(Inside):
     # On the loop.
 
     async def booted(self, timeout: float | None) -> None:
-        """Start it and connect to its guest."""
-        with self.timeline.step("start"):
-            await self.machine.start()
-        await self.greeted(timeout=timeout)
+        """Start it, or wake it where it is a fork, and connect to its guest."""
+        origin, self._origin = self._origin, None
+        if origin is None:
+            with self.timeline.step("start"):
+                await self.machine.start()
+            await self.greeted(timeout=timeout)
+            return
+        with self.timeline.step("resume"):
+            if self.machine.state is MachineState.PAUSED:
+                await self.machine.resume()
+        after = {nic.name: nic.mac for nic in (await self.machine.info()).nics}
+        macs = {origin[nic]: mac for nic, mac in after.items()}
+        await self.greeted(step="connect", timeout=timeout, refresh=True, macs=macs)
 
     async def greeted(
         self,
@@ -537,13 +529,11 @@ class VM(Inside):
 
     async def removed(self) -> None:
         """Delete the machine, whatever its state."""
-        self._gone = True
         await self._forsake()
         await self.machine.delete(force=True)
 
     async def left(self) -> None:
         """Let go of the guest; the machine stays as it is."""
-        self._gone = True
         await self._forsake()
 
     async def copied(self, name: str) -> Machine:
@@ -552,8 +542,15 @@ class VM(Inside):
             with self.timeline.step("fork"):
                 return await self.machine.fork(name)
 
-    def successor(self, machine: Machine, *, plugs: Sequence[Plug], machine_id: str) -> VM:
-        """The VM of a fork."""
+    def successor(
+        self,
+        machine: Machine,
+        *,
+        plugs: Sequence[Plug],
+        machine_id: str,
+        origin: Mapping[str, str],
+    ) -> VM:
+        """The VM of a fork, whose guest remembers those MAC addresses."""
         return VM(
             self.lab,
             self.venue,
@@ -564,6 +561,7 @@ class VM(Inside):
             plugs=plugs,
             machine_id=machine_id,
             patience=self._patience,
+            origin=origin,
         )
 
     # Telling.
