@@ -375,6 +375,8 @@ async def triggers(lab: Bench) -> None:
     if FaultKind.DISK_ERROR in kinds:
         disk = lab.scratch[0]
         third = DiskError(disk=disk, operation="read", when=Nth(n=3))
+        # The first to open a disk reads its partition table.
+        await guest.read_disk(disk, 0, 512)
         if await _armed(lab, machine, third):
             outcome = []
             for _request in range(5):
