@@ -37,6 +37,18 @@ SRST: Final = 0x5352_5354
 DBCN: Final = 0x4442_434E
 PMU: Final = 0x50_4D55
 
+NAMES: Final = {
+    BASE: "base",
+    TIME: "time",
+    IPI: "ipi",
+    RFENCE: "rfence",
+    HSM: "hsm",
+    SRST: "srst",
+    DBCN: "dbcn",
+    PMU: "pmu",
+}
+"""Of the extensions."""
+
 _WORD: Final = (1 << 64) - 1
 _SSIP: Final = 1
 

@@ -36,6 +36,7 @@ from vmlab.engine.isa.values import Value
 
 TRACER: Final = "tracer"
 """The owner of the breakpoints at which traces begin; nobody is told of them."""
+_FUNCTION, _EXTENSION = 16, 17  # registers that name a call of firmware (SBI 2.0, 3)
 _SUPERVISOR: Final = 1
 _MACHINE: Final = 3
 _SSIP: Final = 1
@@ -139,6 +140,7 @@ class Seat:
         self.stopped = True  # by firmware: it executes nothing until it is started
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
         self.accesses: dict[int, int] = {}  # of devices, by page of their addresses
+        self.calls: dict[tuple[int, int], int] = {}  # of firmware, by extension and function
         # For a debugger:
         self.tracer: Tracer | None = None
         self.order = Order.RUN
@@ -254,6 +256,10 @@ class Harts(ABC):
     def accesses(self, hart: int) -> dict[int, int]:
         """How often a hart accessed devices, by the pages of their addresses."""
         return dict(self._seats[hart].accesses)
+
+    def calls(self, hart: int) -> dict[tuple[int, int], int]:
+        """How often a hart left for a call of firmware, by extension and function."""
+        return dict(self._seats[hart].calls)
 
     def is_started(self, hart: int) -> bool:
         """Whether firmware has started it."""
@@ -432,6 +438,8 @@ class Harts(ABC):
                     self._refuse(seat, Cause.STORE_ACCESS)
             case Reason.FIRMWARE_CALL:
                 assert self.call is not None, "a machine without firmware has no firmware calls"
+                called = hart.x(_EXTENSION), hart.x(_FUNCTION)
+                seat.calls[called] = seat.calls.get(called, 0) + 1
                 self.call(seat.caller)
             case Reason.WAIT:
                 self._sleep(seat)

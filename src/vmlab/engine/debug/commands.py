@@ -19,6 +19,7 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.mmu import MPRV, MXR, SUM
 from vmlab.engine.debug.kallsyms import SymbolTable, symbols_in
+from vmlab.engine.firmware import NAMES
 from vmlab.engine.harts import TRACER
 from vmlab.engine.monitor.commands import CommandError
 from vmlab.engine.monitor.server import Place
@@ -112,6 +113,7 @@ class ExitsInfo:
         reasons: What was left to the machine, by reason.
         served: What its executor did itself: decoding code, telling of writes.
         devices: The loads and stores among them, by device.
+        calls: The calls of firmware among them, by SBI extension and function.
     """
 
     hart: int
@@ -119,6 +121,7 @@ class ExitsInfo:
     reasons: list[ExitCount]
     served: list[ExitCount]
     devices: list[ExitCount]
+    calls: list[ExitCount]
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,12 @@ class DebugCommands:
                     _counts(harts.exits(number)),
                     _counts({reason.name.lower(): count for reason, count in served.items()}),
                     _counts(devices),
+                    _counts(
+                        {
+                            f"{NAMES.get(extension, f'{extension:#x}')}.{function}": count
+                            for (extension, function), count in harts.calls(number).items()
+                        }
+                    ),
                 )
             )
         return found

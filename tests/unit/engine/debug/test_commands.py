@@ -81,6 +81,7 @@ def test_the_reference_executor_counts_no_hits(debug: Debug, execution: Executio
 
 def test_exits_are_told_by_reason_and_by_device(debug: Debug, execution: Execution) -> None:
     code = number(T0, 0x1000_0000) + word("lbu", rd=T1, rs1=T0, imm=2)
+    code += programs.call(0x10, 3, 0x10) + programs.call(0x999, 7)
     machine = debug(code + programs.end(programs.POWEROFF))
     run(machine)
     (told,) = ask(machine, "x-query-exits")
@@ -91,6 +92,7 @@ def test_exits_are_told_by_reason_and_by_device(debug: Debug, execution: Executi
 
     assert counts("reasons")["read"] == counts("reasons")["write"] == 1
     assert counts("devices") == {"uart": 1, "syscon": 1}
+    assert counts("calls") == {"base.3": 1, "0x999.7": 1}
     assert counts("served") == ({} if execution is Execution.REFERENCE else {"code": 1})
 
 
