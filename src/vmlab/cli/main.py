@@ -116,6 +116,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         _GUESTS,
     ),
     CommandEntry(
+        "test",
+        "vmlab.cli.test",
+        "app",
+        "Run tests with machines, in Python and in plan files, and report.",
+        _PROVE,
+    ),
+    CommandEntry(
         "conformance",
         "vmlab.cli.conformance",
         "conformance",

@@ -50,6 +50,11 @@ class Controller:
         self._directory: Path | None = None
         self._seed = 0
 
+    @property
+    def directory(self) -> Path | None:
+        """The run's directory; None until its report has begun."""
+        return self._directory if self._report is not None else None
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """Tell a worker, also one that replaces another, where the report will be."""
