@@ -185,7 +185,7 @@ class Faults:
         if isinstance(fault, PauseFault):
             return await self._freeze(emulator)
         if isinstance(fault, KillFault):
-            emulator.process.kill()
+            await uninterrupted(self._kill(emulator))
             return None
         if isinstance(fault, PowerCut):
             await uninterrupted(self._cut_power(emulator, identity, fault))
@@ -195,18 +195,23 @@ class Faults:
     async def _cut_power(self, emulator: Emulator, identity: str, fault: PowerCut) -> None:
         """Have the disks lose what was not flushed, and end the process."""
         await self._machine.break_device(emulator, identity, fault)
-        emulator.process.kill()
+        await self._kill(emulator)
         if fault.restart:
-            self._begin_again(emulator)
+            self._begin_again()
 
-    def _begin_again(self, emulator: Emulator) -> None:
-        """Start the machine as soon as its end was noticed."""
+    async def _kill(self, emulator: Emulator) -> None:
+        """End the process; the machine has failed when this returns."""
+        emulator.process.kill()
+        await emulator.process.wait()
+        await emulator.noticed()
+        await self._machine.ended()
+
+    def _begin_again(self) -> None:
+        """Start the machine when its turn comes."""
 
         async def begin() -> None:
-            await emulator.process.wait()
-            # What may have been done with it meanwhile is its owner's affair.
+            # What is done with it meanwhile is its owner's affair.
             with suppress(VmlabError):
-                await self._machine.status()
                 await self._machine.start()
 
         task = self._later(begin())

@@ -458,6 +458,10 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         """Wait for the end of what began by itself."""
         await self._until_done(self._tasks)
 
+    async def ended(self) -> None:
+        """Wait for what comes of the end of its process."""
+        await self._until_done(self._ends)
+
     async def _until_done(self, tasks: set[asyncio.Task[None]]) -> None:
         """Wait for tasks, but for the one that waits."""
         others = tasks - {asyncio.current_task()}
