@@ -1,8 +1,8 @@
 """Finds in a console what a test died of, so that a reader need not look for it.
 
-What a message of the attempt quotes counts most; without one, the lines with which Linux says that
+A line that a message of the attempt quotes counts most; then those with which Linux says that
 something is wrong with it (kernel/panic.c, lib/bug.c, mm/oom_kill.c, kernel/hung_task.c,
-kernel/watchdog.c) do.
+kernel/watchdog.c); then a line that a message repeats among other words.
 """
 
 from __future__ import annotations
@@ -70,20 +70,16 @@ def console_lines(text: str, quotes: Iterable[str] = ()) -> list[Line]:
     if lines and not lines[-1]:
         lines.pop()
     known = [quote for quote in quotes if quote]
-    found = {
-        position
-        for position, line in enumerate(lines)
-        if (bare := _bare(line)) and any(quote in bare or _within(bare, quote) for quote in known)
-    }
+    bare = [_bare(line) for line in lines]
+    found = {n for n, line in enumerate(bare) if any(quote in line for quote in known)}
     if not found:
         found = {n for n, line in enumerate(lines) if _SAID_BY_LINUX.search(line)}
+    if not found:  # a message may say more than the line it is about
+        long = [(n, line) for n, line in enumerate(bare) if len(line) >= _SHORTEST_QUOTE]
+        found = {n for n, line in long if any(line in quote for quote in known)}
     return [Line(line, position in found) for position, line in enumerate(lines)]
 
 
 def _bare(line: str) -> str:
     """A line without what differs between a console and a quotation of it."""
     return " ".join(escape_controls(line.strip()).split())
-
-
-def _within(line: str, quote: str) -> bool:
-    return len(line) >= _SHORTEST_QUOTE and line in quote

@@ -7,16 +7,16 @@ they follow light and dark.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Final
 from xml.etree import ElementTree
 
 from vmlab.report.escape import escape_controls, escape_xml
 from vmlab.report.model import Attempt, FaultRecord, Mark, Outcome, Phase
 
-__all__ = ["Sample", "chart", "number", "timeline"]
+__all__ = ["Sample", "chart", "middle_of", "number", "timeline"]
 
 _WIDTH: Final = 960
 _LEFT: Final = 120  # names of the rows stand left of it
@@ -42,6 +42,15 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e15:
         return str(int(value))
     return f"{value:.5g}"
+
+
+def middle_of(values: Sequence[float]) -> float:
+    """The median, also of figures whose sum no double holds."""
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    if len(ordered) % 2 or ordered[half - 1] == ordered[half]:
+        return ordered[half]
+    return ordered[half - 1] / 2 + ordered[half] / 2
 
 
 @dataclass(frozen=True)
@@ -221,17 +230,26 @@ def _label(event: _Event) -> str:
     return event.label if len(event.label) <= _LABEL else f"{event.label[: _LABEL - 1]}…"
 
 
-def _leftwards(event: _Event, x: _Scale) -> bool:
-    """Whether the label has to stand left of its mark, since there is no room on the right."""
-    return x(event.start) + 6 + _CHARACTER * len(_label(event)) > _WIDTH
+def _wide(event: _Event) -> float:
+    return 10 + _CHARACTER * len(_label(event))
+
+
+def _label_at(event: _Event, x: _Scale) -> tuple[float, str]:
+    """Where the label begins or ends: in its bar, beside it, or before it at the right edge."""
+    left, right = x(event.start), x(event.end if event.end is not None else event.start)
+    if right - left >= _wide(event):
+        return left + 6, "start"
+    if max(right, left + 3) + _wide(event) <= _WIDTH:
+        return max(right, left + 3) + 4, "start"
+    return left - 4, "end"
 
 
 def _extent(event: _Event, x: _Scale) -> tuple[float, float]:
     left, right = x(event.start), x(event.end if event.end is not None else event.start)
-    wide = 10 + _CHARACTER * len(_label(event))
-    if _leftwards(event, x):
-        return left - wide, right + 4
-    return left, max(right + 4, left + wide)
+    at, anchor = _label_at(event, x)
+    if anchor == "end":
+        return at - _wide(event), right + 4
+    return left, max(right + 4, at + _wide(event))
 
 
 def _draw(svg: ElementTree.Element, event: _Event, x: _Scale, y: float) -> None:
@@ -240,7 +258,7 @@ def _draw(svg: ElementTree.Element, event: _Event, x: _Scale, y: float) -> None:
     left = x(event.start)
     wide = 3.0 if event.end is None else max(3.0, x(event.end) - left)
     _element(group, "rect", x=left, y=y, width=wide, height=14.0, rx=2)
-    at, anchor = (left - 4, "end") if _leftwards(event, x) else (left + 6, "start")
+    at, anchor = _label_at(event, x)
     _element(group, "text", _label(event), x=at, y=y + 11, text_anchor=anchor)
 
 
@@ -255,8 +273,9 @@ def chart(name: str, samples: Sequence[Sample]) -> str:
         samples: At least one.
     """
     values = [sample.value for sample in samples]
-    low, high, middle = min(values), max(values), median(values)
-    words = f"{name}: {len(values)} samples, median {number(middle)}"
+    low, high, middle = min(values), max(values), middle_of(values)
+    counted = "1 sample" if len(values) == 1 else f"{len(values)} samples"
+    words = f"{name}: {counted}, median {number(middle)}"
     svg = _drawing(
         _CHART_WIDTH,
         _CHART_HEIGHT,
@@ -267,8 +286,9 @@ def chart(name: str, samples: Sequence[Sample]) -> str:
     across = (_CHART_WIDTH - _CHART_LEFT - _CHART_EDGE) / max(1, len(values) - 1)
 
     def y(value: float) -> float:
-        # Halves first: the difference of two doubles may be more than a double holds.
-        share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
+        # The difference of two doubles may be more than a double holds; that of halves is not.
+        part = 2 if math.isinf(high - low) else 1
+        share = (value / part - low / part) / (high / part - low / part) if high > low else 0.5
         return _CHART_EDGE + room * (1 - share)
 
     for value in sorted({low, middle, high}):

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.report.cause import Line, console_lines, quoted
-from vmlab.report.drawing import Sample, chart, number, timeline
+from vmlab.report.drawing import Sample, chart, middle_of, number, timeline
 from vmlab.report.escape import escape_controls
 from vmlab.report.model import Artifact, Attempt, Outcome, Run, Test, describe
 
@@ -207,6 +206,6 @@ def _charts(run: Run) -> Iterator[_Chart]:
             svg=_markup(chart(name, found)),
             samples=len(values),
             low=number(min(values)),
-            middle=number(median(values)),
+            middle=number(middle_of(values)),
             high=number(max(values)),
         )

@@ -30,6 +30,7 @@ from vmlab.report import (
     Suite,
     Test,
     ctrf,
+    html,
     junit,
     parse,
     results,
@@ -277,3 +278,15 @@ def test_the_sums_of_every_run_agree(run: Run) -> None:
     rate = document["success_rate"]
     assert (rate is None) == (ran == 0)
     assert (rate == 100) == (ran > 0 and counted["passed"] == ran)
+
+
+@thorough
+@given(runs())
+def test_every_run_has_a_page_that_holds_nothing_but_the_pages_own_markup(run: Run) -> None:
+    page = etree.HTML(html.render(run).decode())
+    assert len(page.findall(".//script")) == len(page.findall(".//style")) == 1
+    titles = page.xpath("//*[contains(@class, 'title')][parent::summary]")
+    assert len(titles) == run.totals.tests
+    shown = "".join(page.itertext())
+    controls = {c for c in shown if ord(c) < 32 or 127 <= ord(c) < 160}
+    assert controls <= {"\n", "\t"}

@@ -243,7 +243,10 @@ def test_a_broken_writer_says_what_is_wrong_when_it_is_asked_for(format: str, pr
         find_writer(Path("x"), format)
     with pytest.raises(VmlabError) as refused:
         find_writer(Path("x"), "none")
-    assert str(refused.value.hint) == "known are: json, junit, ctrf, html, results, text, missing, tap, wrong"
+    assert (
+        str(refused.value.hint)
+        == "known are: json, junit, ctrf, html, results, text, missing, tap, wrong"
+    )
 
 
 def test_all_outcomes_have_a_colour() -> None:

@@ -79,7 +79,8 @@
     });
   }
 
-  const wrong = tests.find((test) => ["error", "fail", "pending"].includes(test.dataset.outcome));
+  const first = (...outcomes) => tests.find((test) => outcomes.includes(test.dataset.outcome));
+  const wrong = first("error", "fail") ?? first("pending");
   if (location.hash.length > 1) reveal();
   else if (wrong) wrong.querySelector("details").open = true;
   filter(); // a browser may have kept what was typed before the page was loaded again
