@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.unit.guests.ports import HostedAgent
 
 from vmlab.guests import agent as agent_module
-from vmlab.guests.agent import CHANNELS, AgentChannel, shell_line
+from vmlab.guests.agent import CHANNELS, SLOTS, AgentChannel, shell_line
 from vmlab.guests.command import AgentRestarted, Command, CommandResult
 from vmlab.hypervisors.base import Channel
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, OperationFailed
@@ -492,3 +492,20 @@ def test_five_hundred_hosts_in_turn_are_answered_under_load_and_while_the_agent_
             await host(number)
 
     asyncio.run(main())
+
+
+def test_a_ping_is_answered_while_every_slot_has_a_command(hosted: HostedAgent) -> None:
+    async def body(channel: AgentChannel) -> None:
+        busy = [asyncio.ensure_future(run(channel, "sleep 1000")) for _ in range(2 * SLOTS)]
+        await channel.ping()
+        cut = asyncio.ensure_future(channel.ping())
+        await asyncio.sleep(0)
+        cut.cancel()
+        await channel.ping()
+        for command in busy:
+            assert not command.done()
+            command.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+        assert (await run(channel, "echo on")).stdout == "on\n"
+
+    with_agent(hosted, body)

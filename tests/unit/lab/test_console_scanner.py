@@ -1,4 +1,4 @@
-"""Reports of the kernel's are found on a console, wherever the bytes are cut, and a user's are not."""
+"""Reports of the kernel's are found on a console, wherever it is cut; what users print is none."""
 
 from __future__ import annotations
 
