@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.lab.faulting import FaultEvent, FaultRun
-from vmlab.machine.faults import FaultKind, FaultSchedule
+from vmlab.machine.faults import FaultSchedule
 
 if TYPE_CHECKING:
     from vmlab.lab.vm import VM
     from vmlab.pytest_plugin.trial import Trial
 
-_ENDINGS: Final = frozenset({FaultKind.POWER_CUT, FaultKind.KILL, FaultKind.HYPERVISOR_CRASH})
-"""Faults that end a machine, which is then no incident."""
 _COMMON: Final = frozenset({"id", "kind", "machine"})
 
 
@@ -38,18 +35,8 @@ class Armed:
         self._vm = machines[0]
         self._trial = trial
         self._parameters = {fault.id: parameters_of(fault) for fault in schedule.faults}
-        self._stack = ExitStack()
         self._run = FaultRun([vm.machine for vm in machines], schedule, on_fault=self._happened)
-        if any(fault.kind in _ENDINGS for fault in schedule.faults):
-            for vm in machines:
-                if vm.watchdog is not None:
-                    ending = vm.watchdog.expect("unexpected-exit", "unexpected-reboot")
-                    self._stack.enter_context(ending)
-        try:
-            self._vm.run(self._run.arm())
-        except BaseException:
-            self._stack.close()
-            raise
+        self._vm.run(self._run.arm())
 
     def _happened(self, event: FaultEvent) -> None:
         if self._trial is not None:
@@ -57,8 +44,7 @@ class Armed:
 
     def disarm(self) -> None:
         """End everything that is in effect or still to come."""
-        with self._stack:
-            self._vm.run(self._run.disarm())
+        self._vm.run(self._run.disarm())
 
 
 def parameters_of(fault: Any) -> dict[str, Any]:

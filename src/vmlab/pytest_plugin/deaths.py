@@ -64,6 +64,16 @@ def shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def passes_through(error: BaseException, test: Path) -> bool:
+    """Whether an error was raised by the code of a test, or by what that called."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(test):
+            return True
+        trace = trace.tb_next
+    return False
+
+
 def without_inner_frames(
     trace: TracebackType | None, test: Path, inside: Path
 ) -> TracebackType | None:

@@ -35,7 +35,8 @@ def open_lab(run: MachineRun) -> Lab:
     shared = run.worker.shared() if run.worker is not None else None
     terminal = run.settings.sit or run.settings.keep is not None
     lab = Lab(seed=run.seed, owner=owner, shared=shared, terminal=terminal)
-    lab.observers.append(Supervision(run))
+    run.supervision = Supervision(run)
+    lab.observers.append(run.supervision)
     return lab
 
 

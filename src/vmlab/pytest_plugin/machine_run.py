@@ -7,7 +7,7 @@ joins the run of the controller (`workers`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,7 +17,7 @@ import pytest
 import vmlab
 from vmlab.machine.errors import VmlabError
 from vmlab.pytest_plugin import report_place
-from vmlab.pytest_plugin.deaths import TestEnded, shown, without_inner_frames
+from vmlab.pytest_plugin.deaths import TestEnded, passes_through, shown, without_inner_frames
 from vmlab.pytest_plugin.interruption import Interruption
 from vmlab.pytest_plugin.marks import VmMark, mark_of
 from vmlab.pytest_plugin.options import settings_of
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vmlab.lab.laboratory import Lab
     from vmlab.lab.vm import VM
     from vmlab.pytest_plugin.factories import VmFactory
+    from vmlab.pytest_plugin.supervision import Supervision
 
 NAME: Final = "vmlab-run"
 _OURS: Final = Path(vmlab.__file__).parent
@@ -51,6 +52,7 @@ class MachineRun:
         self.interruption = Interruption()
         self.report: RunReport | None = None
         self._recorder: Recorder | None = None
+        self.supervision: Supervision | None = None
         self._lab: Lab | None = None
         self._usable: dict[str, str] = {}
 
@@ -81,6 +83,11 @@ class MachineRun:
         """Records this process's results, from when its tests have been collected on."""
         assert self._recorder is not None, "nothing is recorded while tests are collected"
         return self._recorder
+
+    @property
+    def directory(self) -> Path | None:
+        """The run's directory; None until its report has begun, and in a worker."""
+        return self.report.recorder.directory if self.report is not None else None
 
     @property
     def default_hypervisor(self) -> str:
@@ -152,10 +159,17 @@ class MachineRun:
 
     def keep(self, vm: VM) -> None:
         """Leave a machine when this process ends, and tell who it is."""
+        if self.supervision is not None:
+            self.supervision.leave(vm)
         vm.lab.leave(vm)
         state = "runs on" if vm.alive else f"stays, {vm.state.value}"
         if self._recorder is not None:
             self._recorder.message(f"{vm.name} {state}: `vmlab shell {vm.name}`", source=KEPT)
+
+    def settle(self, machines: Iterable[VM]) -> None:
+        """Wait until all that has happened to machines until now has been told."""
+        if self.supervision is not None:
+            self.supervision.settle(machines)
 
     def concerned(self, vm: VM) -> Trial | None:
         """Whose business it is what befalls a machine."""
@@ -198,7 +212,7 @@ class MachineRun:
         timeout = None
         if uses_machines(item):
             timeout = self.mark_of(item).timeout or self.settings.timeout
-        trial = Trial(attempt, self.interruption, timeout)
+        trial = Trial(attempt, self.interruption, self.settle, timeout)
         item.stash[_TRIAL] = self.current = trial
         for factory in self.factories:
             if factory.name in getattr(item, "fixturenames", ()):
@@ -232,7 +246,9 @@ class MachineRun:
             if died_of(error):
                 # Plain data of a report gets from a worker to the controller.
                 vars(report)["vm_died"] = True
-            if report.when != "call" and isinstance(error, VmlabError):
+            if isinstance(error, VmlabError | TestEnded) and (
+                report.when != "call" or not passes_through(error, item.path)
+            ):
                 # Wrong values and things that are not there: the code around is of no interest.
                 report.longrepr = shown(error)
         trial.heard(report)

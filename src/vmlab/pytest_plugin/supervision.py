@@ -1,17 +1,22 @@
 """Between a lab and the test that is under way: who is told of what befalls a machine.
 
-The lab tells of machines made, marks and ends; a machine that ends well says what it has used.
+The lab tells of machines made, marks and ends; watchdogs tell of incidents; a machine that ends
+well says what it has used.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from vmlab.lab.watchdog import Watchdog
 from vmlab.machine.errors import VmlabError
 from vmlab.report import Direction
 
 if TYPE_CHECKING:
+    from vmlab.lab.incident import Incident
     from vmlab.lab.vm import VM
     from vmlab.machine.metrics import MachineMetrics
     from vmlab.pytest_plugin.machine_run import MachineRun
@@ -25,11 +30,37 @@ class Supervision:
 
     def __init__(self, run: MachineRun) -> None:
         self._run = run
+        self._watchdogs: dict[str, Watchdog] = {}
+        self._lock = threading.Lock()
 
     def machine_made(self, vm: VM) -> None:
-        """It belongs to the test that is under way, ."""
+        """It belongs to the test that is under way, and is watched."""
         if self._run.current is not None:
             self._run.current.adopt(vm)
+
+        def on_incident(incident: Incident) -> None:
+            trial = self._run.concerned(vm)
+            if trial is not None:
+                trial.incident(vm, incident)
+
+        async def heartbeat() -> None:
+            # Whoever waits for it to boot has a limit for that.
+            if vm.guest is not None:
+                await vm.guest.ping()
+
+        watchdog = Watchdog(vm.machine, on_incident=on_incident, heartbeat=heartbeat)
+        vm.run(watchdog.__aenter__())
+        vm.watchdog = watchdog
+        with self._lock:
+            self._watchdogs[vm.name] = watchdog
+
+    def settle(self, machines: Iterable[VM]) -> None:
+        """Wait until all that has happened to machines until now has been told."""
+        for vm in machines:
+            with self._lock:
+                watchdog = self._watchdogs.get(vm.name)
+            if watchdog is not None:
+                vm.run(watchdog.settle())
 
     def marked(self, vm: VM, kind: str, text: str, duration_s: float | None) -> None:
         """It goes onto the timeline."""
@@ -38,11 +69,19 @@ class Supervision:
             trial.marked(vm, kind, text, duration_s)
 
     def machine_gone(self, vm: VM) -> None:
-        """What it used is a metric."""
+        """What it used is a metric; from now on nobody watches it."""
         trial = self._run.concerned(vm)
         if trial is not None and vm.alive and not trial.attempt.finished:
             with suppress(VmlabError):
                 record_use(vm, vm.run(vm.machine.metrics(), timeout=_SECONDS))
+        self.leave(vm)
+
+    def leave(self, vm: VM) -> None:
+        """Nobody watches a machine any more; again does nothing."""
+        with self._lock:
+            watchdog = self._watchdogs.pop(vm.name, None)
+        if watchdog is not None:
+            vm.run(watchdog.__aexit__(None, None, None))
 
 
 def record_use(vm: VM, used: MachineMetrics) -> None:

@@ -6,13 +6,13 @@ Knows pytest by its reports alone; who decides when it begins and ends is `machi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from vmlab.machine.errors import MachineCrashed, VmlabError
+from vmlab.machine.errors import ChannelClosed, MachineCrashed, VmlabError
 from vmlab.pytest_plugin.deaths import MachineDied, OutOfTime, TestEnded, shown
 from vmlab.report import AttemptRecorder, Direction, Outcome, Severity
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from vmlab.lab.vm import VM
     from vmlab.pytest_plugin.interruption import Interruption
 
+
 _LAST_WORDS: Final = 10.0
-"""Seconds in which it is told why a machine is gone, once a call into it has found that it is."""
+"""Seconds in which it is told why a machine is gone, once it has been found to be."""
 
 
 class Trial:
@@ -32,6 +33,7 @@ class Trial:
     Args:
         attempt: Records it.
         interruption: Ends what the test does.
+        settle: Waits until all that has happened to machines has been told to `incident`.
         timeout: Seconds that it has; None is no limit.
     """
 
@@ -39,20 +41,21 @@ class Trial:
         self,
         attempt: AttemptRecorder,
         interruption: Interruption,
+        settle: Callable[[Iterable[VM]], None],
         timeout: float | None = None,
     ) -> None:
         self.attempt = attempt
         self.machines: dict[str, VM] = {}
         self.failed = False
         self._interruption = interruption
+        self._settle = settle
         self._timeout = timeout
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
-        self._died = threading.Event()
         self._death: TestEnded | None = None
+        self._died = threading.Event()
         self._told = False
         self._verdict: tuple[Outcome, str, str] = (Outcome.PASS, "", "")
-        self._parameters: dict[str, dict[str, Any]] = {}
 
     # Machines. These are called from the test's thread and from the lab's.
 
@@ -136,24 +139,35 @@ class Trial:
             raise
         except BaseException as error:
             # A call into a machine that is gone fails before it is known why that is so.
-            if isinstance(error, VmlabError) and self._gone():
-                self._died.wait(_LAST_WORDS)
+            if isinstance(error, VmlabError):
+                self._look_after_machines(suspected=isinstance(error, ChannelClosed))
             if self._death is not None and not self._told:
                 self._told = True
-                raise self._death.with_traceback(error.__traceback__) from error
+                raise self._death.with_traceback(error.__traceback__) from None
             raise
-        if self._gone():
+        self._look_after_machines()
+        self._raise_if_ended()
+
+    def _look_after_machines(self, *, suspected: bool = False) -> None:
+        """Wait until it is told what has happened to the machines until now.
+
+        Args:
+            suspected: Whether there is reason to think that one has died.
+        """
+        machines = [vm for vm in list(self.machines.values()) if vm.guest is not None]
+        for vm in machines:
+            with suppress(VmlabError):
+                vm.run(vm.machine.status(), timeout=_LAST_WORDS)
+        self._settle(machines)
+        # Whoever ends a machine on purpose lets go of its guest first.
+        gone = any(vm.guest is not None and not vm.alive for vm in machines)
+        if gone or suspected:
             self._died.wait(_LAST_WORDS)
-            self._raise_if_ended()
 
     def _raise_if_ended(self) -> None:
         if self._death is not None and not self._told:
             self._told = True
             raise self._death
-
-    def _gone(self) -> bool:
-        """Whether a machine has crashed."""
-        return any(str(vm.state) == "crashed" for vm in list(self.machines.values()))
 
     # What pytest says of it.
 
