@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
 from vmlab.guests.shares import unmount_shares
 from vmlab.hypervisors.base import Machine, MachineInfo, Snapshot
+from vmlab.lab.armed import Armed, OnFault
 from vmlab.lab.bringup import reached, shared
+from vmlab.lab.faulting import Action, FaultEvent
 from vmlab.lab.inside import Inside
 from vmlab.lab.networks import Address, LabNetwork, hosts_script, interface_script
 from vmlab.lab.timeline import Step, Timeline
 from vmlab.lab.venue import Venue
 from vmlab.machine.errors import InvalidSpec, InvalidState, SpecProblem, UnsupportedOperation
-from vmlab.machine.faults import Fault, PowerCut
+from vmlab.machine.faults import Fault, FaultSchedule, PowerCut
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.sizes import parse_size
 from vmlab.machine.spec import Disk, MachineSpec, Nic, Share
@@ -93,6 +95,7 @@ class VM(Inside):
         timeline: Where the time went.
         recorder: Who takes what `record` is given, if anybody.
         watchdog: Who watches it, if anybody; is told what is meant to happen.
+        on_fault: Told what becomes of each fault that is injected, if anybody is.
     """
 
     def __init__(
@@ -116,6 +119,8 @@ class VM(Inside):
         self.guest: Guest | None = None
         self.recorder: Recording | None = None
         self.watchdog: Expecting | None = None
+        self.on_fault: OnFault | None = None
+        self._injected: dict[str, Fault] = {}
         self.timeline = Timeline(told=self._told)
         self.machine_id = machine_id
         self.plugs = list(plugs)
@@ -279,14 +284,21 @@ class VM(Inside):
             UnsupportedOperation: its hypervisor cannot.
         """
 
+        fault = PowerCut()
+
         async def work() -> None:
-            await self.machine.inject(PowerCut())
+            id_ = await self.machine.inject(fault)
+            self._faulted(id_, fault, "injected")
             await self._forsake()
             if restart:
                 await self.booted(None)
 
         with self._expecting(*_ENDS), self._marking("power-cut"):
-            self.run(work())
+            try:
+                self.run(work())
+            except UnsupportedOperation as error:
+                self._faulted(fault.kind.value, fault, "refused", str(error))
+                raise
 
     def delete(self) -> None:
         """Remove it with its disks and snapshots; again does nothing."""
@@ -397,12 +409,35 @@ class VM(Inside):
         """
         expected = _ENDS if isinstance(fault, PowerCut) or fault.kind.value == "kill" else ()
         with self._expecting(*expected), self._marking("fault", fault.kind.value):
-            return self.run(self.machine.inject(fault))
+            try:
+                id_ = self.run(self.machine.inject(fault))
+            except UnsupportedOperation as error:
+                self._faulted(fault.id or fault.kind.value, fault, "refused", str(error))
+                raise
+        self._faulted(id_, fault, "injected")
+        self._injected[id_] = fault
+        return id_
 
     def clear_fault(self, id_: str) -> None:
         """End a fault by its id."""
         with self._marking("fault-cleared", id_):
             self.run(self.machine.clear_fault(id_))
+        if (fault := self._injected.pop(id_, None)) is not None:
+            self._faulted(id_, fault, "cleared")
+
+    def arm(self, schedule: FaultSchedule) -> Armed:
+        """Break things as a schedule says, from now on; its `disarm` ends that.
+
+        Raises:
+            UnsupportedOperation: naming each fault that the hypervisor cannot inject.
+            InvalidSpec: a fault names something that is not there.
+        """
+        return Armed([self], schedule)
+
+    def _faulted(self, id_: str, fault: Fault, action: Action, reason: str = "") -> None:
+        if self.on_fault is not None:
+            event = FaultEvent(id_, fault.kind.value, self.name, action, 0.0, reason)
+            self.on_fault(event, fault)
 
     # Looking at it.
 

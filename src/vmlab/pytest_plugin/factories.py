@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from vmlab.lab.armed import Armed
 from vmlab.lab.laboratory import Lab
-from vmlab.pytest_plugin.arming import Armed
 from vmlab.pytest_plugin.marks import VmMark, mark_of
 from vmlab.pytest_plugin.supervision import Supervision
 
@@ -183,7 +183,7 @@ class VmFactory:
             return
         if not self._mark.seeded:
             schedule = schedule.model_copy(update={"seed": self._seed})
-        self._armed.append(Armed(machines, schedule, self._run.current))
+        self._armed.append(Armed(machines, schedule))
 
     def close(self) -> None:
         """The machines go, unless they are to be kept."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 if TYPE_CHECKING:
+    from vmlab.lab.armed import Armed
     from vmlab.lab.plans import Cell, Plan, PlanResult
     from vmlab.lab.plans.guest_tests import GuestTest
     from vmlab.lab.vm import VM
     from vmlab.machine.architecture import Architecture
-    from vmlab.pytest_plugin.arming import Armed
     from vmlab.pytest_plugin.machine_run import MachineRun
     from vmlab.pytest_plugin.trial import Trial
 
@@ -61,7 +61,9 @@ class PlanFile(pytest.File):
             hint = f"\nhint: {error.hint}" if error.hint else ""
             raise self.CollectError(f"{error}{hint}") from None
         for cell, why_not in cells:
-            item: PlanItem = PlanItem.from_parent(self, name=_name(cell), plan=plan, cell=cell)
+            item: PlanItem = PlanItem.from_parent(
+                self, name=_name(plan, cell), plan=plan, cell=cell
+            )
             if why_not:
                 item.add_marker(pytest.mark.skip(reason=why_not))
             yield item
@@ -108,9 +110,9 @@ class PlanItem(pytest.Item):
         )
         schedule = self.plan.schedule(run.seed_of(self))
         if schedule is not None and schedule.faults:
-            from vmlab.pytest_plugin.arming import Armed
+            from vmlab.lab.armed import Armed
 
-            self._armed = Armed([vm], schedule, self._trial)
+            self._armed = Armed([vm], schedule)
 
     def runtest(self) -> None:
         """Run the plan's phases, and tell of the tests that ran in the guest.
@@ -151,9 +153,9 @@ class PlanItem(pytest.Item):
         from vmlab.report import Outcome, Severity
 
         suite, name = split(self.nodeid)
-        attempt = self._run.recorder.start(
-            suite, f"{name}::{test.name}", hypervisor=self.vm_hypervisor
-        )
+        cell, bracket, hypervisor = name.rpartition("[")
+        named = f"{cell}::{test.name}{bracket}{hypervisor}"
+        attempt = self._run.recorder.start(suite, named, hypervisor=self.vm_hypervisor)
         if test.output:
             attempt.output("stdout", test.output)
         if test.details and test.outcome is not Outcome.SKIP:
@@ -180,7 +182,7 @@ class PlanItem(pytest.Item):
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
         """Where the test stands, and what it is called."""
-        return self.path, None, f"{self.path.name}: {self.name}"
+        return self.path, 0, f"{self.path.name}: {self.name}"
 
 
 def _report_of(item: PlanItem, test: GuestTest) -> pytest.TestReport:
@@ -218,8 +220,14 @@ def _told(result: PlanResult) -> str:
     return f"{result.message}\nphases: {summary(result.phases)}"
 
 
-def _name(cell: Cell) -> str:
-    return _NOT_IN_NAMES.sub("_", cell.id) or "plan"
+def _name(plan: Plan, cell: Cell) -> str:
+    """What tells a cell from the others of its plan, as tests with parameters are told."""
+    called = "plan"
+    if plan.matrix.images and cell.image is not None:
+        called = cell.image
+    elif plan.matrix.architectures and cell.architecture is not None:
+        called = cell.architecture.value
+    return f"{_NOT_IN_NAMES.sub('_', called)}[{cell.hypervisor}]"
 
 
 def _remove(place: Path) -> None:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.lab.watchdog import Watchdog
 from vmlab.machine.errors import VmlabError
 from vmlab.report import Direction
 
 if TYPE_CHECKING:
+    from vmlab.lab.faulting import FaultEvent
     from vmlab.lab.incident import Incident
     from vmlab.lab.vm import VM
+    from vmlab.machine.faults import Fault
     from vmlab.machine.metrics import MachineMetrics
     from vmlab.pytest_plugin.machine_run import MachineRun
 
+_COMMON: Final = frozenset({"id", "kind", "machine"})
+"""Fields of a fault that a report has beside its own."""
 _SECONDS: Final = 5.0
 """Seconds that a machine has to say what it used."""
 
@@ -37,6 +41,13 @@ class Supervision:
         """It belongs to the test that is under way, and is watched."""
         if self._run.current is not None:
             self._run.current.adopt(vm)
+
+        def on_fault(event: FaultEvent, fault: Fault) -> None:
+            trial = self._run.concerned(vm)
+            if trial is not None:
+                trial.fault(event, parameters_of(fault))
+
+        vm.on_fault = on_fault
 
         def on_incident(incident: Incident) -> None:
             trial = self._run.concerned(vm)
@@ -92,3 +103,9 @@ def record_use(vm: VM, used: MachineMetrics) -> None:
         vm.record("memory_bytes", used.memory.resident_bytes, "bytes", lower)
     vm.record("disk_read_bytes", sum(disk.read_bytes for disk in used.disks), "bytes")
     vm.record("disk_written_bytes", sum(disk.written_bytes for disk in used.disks), "bytes")
+
+
+def parameters_of(fault: Fault) -> dict[str, Any]:
+    """A fault's own fields, and when it is to happen."""
+    fields: dict[str, Any] = fault.model_dump(mode="json", exclude_none=True)
+    return {name: value for name, value in fields.items() if name not in _COMMON}

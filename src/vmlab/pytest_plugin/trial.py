@@ -155,12 +155,13 @@ class Trial:
             suspected: Whether there is reason to think that one has died.
         """
         machines = [vm for vm in list(self.machines.values()) if vm.guest is not None]
+        gone = False
         for vm in machines:
             with suppress(VmlabError):
-                vm.run(vm.machine.status(), timeout=_LAST_WORDS)
+                status = vm.run(vm.machine.status(), timeout=_LAST_WORDS)
+                # Whoever ends it on purpose lets go of its guest; a fault says that it was one.
+                gone |= not status.state.is_live and "fault" not in (status.reason or "")
         self._settle(machines)
-        # Whoever ends a machine on purpose lets go of its guest first.
-        gone = any(vm.guest is not None and not vm.alive for vm in machines)
         if gone or suspected:
             self._died.wait(_LAST_WORDS)
 

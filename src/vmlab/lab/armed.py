@@ -1,0 +1,61 @@
+"""A schedule of faults at work on machines of a lab, for people who call without `await`.
+
+What becomes of each fault is told to its machine's `on_fault`; the schedule itself is applied by
+`vmlab.lab.faulting`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from vmlab.lab.faulting import FaultEvent, FaultRun
+from vmlab.machine.faults import Fault, FaultSchedule
+
+if TYPE_CHECKING:
+    from vmlab.lab.vm import VM
+
+OnFault = Callable[[FaultEvent, Fault], None]
+"""Takes what became of a fault, in any thread; must not wait for the lab."""
+
+
+class Armed:
+    """Faults at work on machines, until `disarm` or the end of a `with` block.
+
+    Args:
+        machines: Those that it is for: of one hypervisor, and made already.
+        schedule: What is broken, and when.
+
+    Raises:
+        UnsupportedOperation: naming each fault that a machine's hypervisor cannot inject;
+            nothing was injected.
+        InvalidSpec: a fault names something that is not there.
+    """
+
+    def __init__(self, machines: Sequence[VM], schedule: FaultSchedule) -> None:
+        self._machines = {vm.name: vm for vm in machines}
+        self._first = machines[0]
+        self._faults = {fault.id: fault for fault in schedule.faults}
+        self._run = FaultRun([vm.machine for vm in machines], schedule, on_fault=self._happened)
+        self._first.run(self._run.arm())
+
+    def _happened(self, event: FaultEvent) -> None:
+        vm = self._machines.get(event.machine, self._first)
+        if vm.on_fault is not None:
+            vm.on_fault(event, self._faults[event.id])
+
+    def disarm(self) -> None:
+        """End everything that is in effect or still to come; again does nothing."""
+        self._first.run(self._run.disarm())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.disarm()
