@@ -62,17 +62,19 @@ class _Chart:
     high: str
 
 
-def render(run: Run, *, directory: Path | None = None) -> bytes:
+def render(run: Run, directory: Path | None = None, links: str = "") -> bytes:
     """`run` as an HTML page in UTF-8.
 
     Args:
         run: What to show.
         directory: The run's directory: small pictures and the consoles of tests that are not ok
             are taken from there into the page. Without it the page links to them.
+        links: What stands before the paths of the run's files, as "../run/".
     """
     style, script = _asset("page.css"), _asset("page.js")
     text = _template().render(
         run=run,
+        links=links,
         style=_markup(style),
         script=_markup(script),
         style_hash=_integrity(style),

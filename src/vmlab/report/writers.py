@@ -8,6 +8,7 @@ broken one harms nobody else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -26,12 +27,34 @@ GROUP: Final = "vmlab.report_writers"
 
 @dataclass(frozen=True)
 class Writer:
-    """A format. `suffixes` are in lower case with their dot; a longer one wins (".ctrf.json")."""
+    """A format. `suffixes` are in lower case with their dot; a longer one wins (".ctrf.json").
+
+    `render_beside` is for a format that can show the run's files: it is given the run's directory
+    too, and how that is reached from where the document will be ("" or "../run/").
+    """
 
     name: str
     description: str
     suffixes: tuple[str, ...]
     render: Callable[[Run], bytes]
+    render_beside: Callable[[Run, Path, str], bytes] | None = None
+
+    def document(self, run: Run, path: Path | None = None, directory: Path | None = None) -> bytes:
+        """The document of `run` that will be at `path` (None: nobody knows).
+
+        Args:
+            run: What to write.
+            path: Where to; its directory is taken for the run's, where that is not given.
+            directory: The run's directory, with its artifacts.
+        """
+        if directory is None and path is not None:
+            directory = path.parent
+        if self.render_beside is None or directory is None:
+            return self.render(run)
+        to = ""
+        if path is not None and path.parent.resolve() != directory.resolve():
+            to = Path(os.path.relpath(directory.resolve(), path.parent.resolve())).as_posix() + "/"
+        return self.render_beside(run, directory, to)
 
 
 _BUILT_IN: Final = {
@@ -40,7 +63,9 @@ _BUILT_IN: Final = {
         Writer("json", "the document of record, vmlab.report/1", (".json",), json_report.render),
         Writer("junit", "JUnit XML for CI systems", (".xml",), junit.render),
         Writer("ctrf", "Common Test Report Format", (".ctrf.json",), ctrf.render),
-        Writer("html", "one page to read in a browser", (".html", ".htm"), html.render),
+        Writer(
+            "html", "one page to read in a browser", (".html", ".htm"), html.render, html.render
+        ),
         Writer("results", "sums per suite for dashboards", (".results.json",), results.render),
         Writer("text", "a summary for people", (".txt", ".log"), text.render),
     )
@@ -111,13 +136,16 @@ def find_writer(path: Path, format: str | None = None) -> Writer:
     )
 
 
-def write(run: Run, path: Path | str, format: str | None = None) -> Writer:
+def write(
+    run: Run, path: Path | str, format: str | None = None, *, directory: Path | None = None
+) -> Writer:
     """Write `run` to `path`, replacing it whole; directories are made.
 
     Args:
         run: What to write.
         path: Where to.
         format: A name that `writers` knows; by the suffix of `path` if None.
+        directory: The run's directory, for formats that show its files; that of `path` if None.
 
     Returns:
         The writer that was used.
@@ -127,5 +155,5 @@ def write(run: Run, path: Path | str, format: str | None = None) -> Writer:
     """
     path = Path(path)
     writer = find_writer(path, format)
-    write_atomically(path, writer.render(run))
+    write_atomically(path, writer.document(run, path, directory))
     return writer
