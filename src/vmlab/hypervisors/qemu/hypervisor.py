@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import shutil
 import subprocess
 from collections import OrderedDict
@@ -15,16 +16,17 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 from vmlab.hypervisors import accelerators
 from vmlab.hypervisors.accelerators import QEMU_BINARIES
-from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem
+from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem, Snapshot
 from vmlab.hypervisors.monitored.debugger import debugger_socket
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
-from vmlab.hypervisors.qemu import breakable, memory, timers, virtiofs
+from vmlab.hypervisors.qemu import breakable, memory, parcels, timers, virtiofs
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.host_ticks import host_ticks_khz
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
 from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
 from vmlab.hypervisors.remembered import facts_of, remembered
+from vmlab.hypervisors.threads import in_thread
 from vmlab.machine.architecture import Architecture, parse_architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
 from vmlab.machine.errors import (
@@ -235,6 +237,21 @@ class QemuHypervisor(MonitoredHypervisor):
 
     def new_machine(self, id_: str, spec: MachineSpec, state: MachineState) -> QemuMachine:
         return QemuMachine(self, id_, spec, state)
+
+    async def import_snapshot(self, parcel: Path, name: str) -> Snapshot:
+        """Take in a snapshot that `QemuMachine.export_snapshot` packed, for `create_from`.
+
+        It belongs to no machine of this owner's, and goes with the owner.
+
+        Raises:
+            CorruptSnapshot: it is none.
+            OSError: it cannot be read, or there is no room for it.
+        """
+        place = self.records.directory(f"imported-{secrets.token_hex(6)}")
+        directory = place / "snapshots" / name
+        found = await in_thread(lambda check: parcels.unpack(parcel, directory, check))
+        # Its files are found by the machine that it is said to be of.
+        return found.model_copy(update={"machine": place.name, "name": name})
 
     async def frozen(self, saved: Saved) -> memory.Frozen:
         """The memory of a snapshot, to be mapped by any number of machines that are made of it.

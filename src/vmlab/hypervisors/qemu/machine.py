@@ -21,6 +21,7 @@ from vmlab.hypervisors.qemu import (
     hotplug,
     memory,
     migration,
+    parcels,
     snapshots,
     timers,
     virtiofs,
@@ -169,6 +170,16 @@ class QemuMachine(LiveMachine):
         gone = self.snapshot_directory / f".{snapshot.name}.gone"
         await done_in_thread((self.snapshot_directory / snapshot.name).rename, gone)
         await operation.conclude(done_in_thread(snapshots.remove, gone), grace=UNDO_TIMEOUT)
+
+    async def export_snapshot(self, name: str, target: Path) -> None:
+        """Pack a snapshot into one file, which outlives the machine and its owner.
+
+        Raises:
+            SnapshotNotFound: there is none of that name.
+            OSError: `target` exists or cannot be written.
+        """
+        saved = await done_in_thread(snapshots.load, self.snapshot_directory / name)
+        await in_thread(lambda check: parcels.pack(saved.directory, target, check))
 
     async def _verified(self, directory: Path) -> snapshots.Saved:
         """The snapshot in `directory`, all of it as it was written."""
@@ -602,9 +613,7 @@ class QemuMachine(LiveMachine):
         if not isinstance(fault, DiskError) or not isinstance(fault.when, At):
             breakable.check(self._spec, self.disks.values(), fault)
         if disk is None or disk.breakable:
-            return await breakable.break_disk(
-                emulator.directory, self._spec, disk, identity, fault
-            )
+            return await breakable.break_disk(emulator.directory, self._spec, disk, identity, fault)
         assert isinstance(fault, DiskError), "others were refused"
         return await faults.fail_disk(emulator, disk, self.layout.buses[fault.disk], fault)
 
