@@ -101,7 +101,7 @@ class LivePicture:
         head = Table.grid(padding=(0, 1))
         words = [f"{story.done}/{story.planned or '?'} tests"]
         words += [f"{story.outcomes[kind]} {kind}" for kind in _ENDINGS if story.outcomes[kind]]
-        words.append(f"{story.boots} boot{'' if story.boots == 1 else 's'}")
+        words += [_count(story.machines, "machine"), _count(story.boots, "boot")]
         words.append(f"{time.monotonic() - self._began:.0f} s")
         bar = ProgressBar(total=max(story.planned, 1), completed=story.done, width=24)
         head.add_row(bar, Text(", ".join(words)))
@@ -120,6 +120,10 @@ class LivePicture:
             )
         more = len(running) - _MOST_SHOWN
         return Group(head, rows, *([Text(f"and {more} more")] if more > 0 else []))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 _PYTEST_S: Final = {"setup", "call", "teardown"}
 """Phases of every test of pytest's, which are no news."""
+_BOOTS: Final = {"boot", "template"}
+"""Marks of a machine that has booted: a test's own, and one that machines are forked from."""
 _MOST_READ: Final = 1 << 20
 
 
@@ -68,6 +70,7 @@ class Story:
         self.wrong: list[str] = []
         self.directory: Path | None = None
         self.boots = 0
+        self.machines = 0
         self._tell = tell
         self._clock = clock
         self._follower: Follower | None = None
@@ -126,6 +129,7 @@ class Story:
         test = self.running.get(id_)
         match entry.get("event"):
             case "machine":
+                self.machines += 1
                 facts = entry["machine"]
                 machine = MachineNow(facts["name"], facts["hypervisor"], facts.get("image") or "")
                 if test is not None:
@@ -146,8 +150,7 @@ class Story:
         kind, seconds = mark["kind"], mark.get("duration_s")
         if test is not None and machine in test.machines:
             test.machines[machine].doing = kind
-        if kind == "boot":
-            self.boots += 1
+        self.boots += kind in _BOOTS
         took = f" {seconds:.1f} s" if seconds is not None else ""
         about = f": {mark['text']}" if mark.get("text") else ""
         self._tell(News("mark", id_, f"{machine} {kind}{took}{about}"))
