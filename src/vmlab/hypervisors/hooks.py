@@ -37,6 +37,16 @@ if TYPE_CHECKING:
 class MachineHooks(Machine):
     """The hooks of a machine; `OperatedMachine` calls them."""
 
+    async def _enter(self, operation: Operation) -> None:
+        """It is the turn of `operation` in this process: wait until no other one has its own.
+
+        What other processes have done with the machine meanwhile is known when it returns; the
+        operation was not allowed yet.
+        """
+
+    def _leave(self) -> None:
+        """An operation is over; called once for each call of `_enter`, also for one that failed."""
+
     @abstractmethod
     async def _observe(self) -> MachineState:
         """What the machine is doing now: running, paused, stopped or failed (it died)."""

@@ -131,6 +131,7 @@ class OperatedMachine(SerialisedMachine):
                 via=MachineState.STOPPING,
                 to=MachineState.STOPPED,
                 ending=True,
+                forced=True,
                 already=_AT_REST,
             )
 
@@ -201,6 +202,7 @@ class OperatedMachine(SerialisedMachine):
                 timeout=timeout,
                 to=MachineState.DELETED,
                 ending=True,
+                forced=force,
                 already=frozenset({MachineState.DELETED}),
                 allowed=OPERATIONS["delete"] | OPERATIONS["kill"] if force else None,
             )

@@ -131,11 +131,13 @@ class Operation:
     __slots__ = (
         "_failure",
         "aborted_by",
+        "awaiting",
         "before",
         "begun",
         "committed",
         "disturbs",
         "ending",
+        "forced",
         "holds",
         "hypervisor",
         "id",
@@ -167,6 +169,9 @@ class Operation:
         # Whether the machine's end is wanted; whether anything that happens to it is.
         self.ending = False
         self.disturbs = False
+        # Whether it ends what other processes do with the machine; what it waits for, for errors.
+        self.forced = False
+        self.awaiting: str | None = None
         # Whether undoing it pauses the machine again: it was resumed only for the operation.
         self.repause = False
         self.aborted_by: VmlabError | None = None
@@ -303,5 +308,9 @@ class Operation:
 
     def _late(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            self.name, seconds=self.timeout, machine=self.machine, hypervisor=self.hypervisor
+            self.name,
+            seconds=self.timeout,
+            machine=self.machine,
+            hypervisor=self.hypervisor,
+            hint=self.awaiting,
         )

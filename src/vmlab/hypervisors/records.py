@@ -6,19 +6,15 @@ hypervisor's own affair.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vmlab.hypervisors.locks import POLL_S, FileLock, busy
 from vmlab.machine.errors import MachineNotFound, OperationFailed
 from vmlab.report import write_atomically
 
@@ -124,12 +120,7 @@ class MachineRecords:
         try:
             return read_document(path)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise MachineNotFound(
-                f"{self.owner} has no machine with the id {machine!r}",
-                hint="it was deleted meanwhile, or never finished",
-                machine=machine,
-                hypervisor=self.hypervisor,
-            ) from error
+            raise self.gone(machine) from error
         except (OSError, ValueError) as error:
             raise OperationFailed(
                 f"the record {path} cannot be read: {error}",
@@ -137,6 +128,15 @@ class MachineRecords:
                 machine=machine,
                 hypervisor=self.hypervisor,
             ) from error
+
+    def gone(self, machine: str) -> MachineNotFound:
+        """The error for a machine that has no directory or no record."""
+        return MachineNotFound(
+            f"{self.owner} has no machine with the id {machine!r}",
+            hint="it was deleted meanwhile, or never finished",
+            machine=machine,
+            hypervisor=self.hypervisor,
+        )
 
     def ids(self) -> list[str]:
         """The ids of the machines that have a record."""
@@ -156,34 +156,3 @@ class MachineRecords:
             (directory / "machine.json").unlink()
         with suppress(FileNotFoundError):
             shutil.rmtree(directory)
-
-    @asynccontextmanager
-    async def locked(self, machine: str, timeout: float = 30.0) -> AsyncIterator[None]:
-        """Be the only process that changes the machine, for a while.
-
-        Raises:
-            OperationFailed: another process holds it for longer than `timeout` seconds.
-            MachineNotFound: the machine has no directory, or none any more.
-        """
-        path = self.directory(machine) / LOCK
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                lock = FileLock.take(path)
-            except FileNotFoundError as error:
-                raise MachineNotFound(
-                    f"{self.owner} has no machine with the id {machine!r}",
-                    hint="it was deleted meanwhile",
-                    machine=machine,
-                    hypervisor=self.hypervisor,
-                ) from error
-            if lock is not None:
-                break
-            if time.monotonic() >= deadline:
-                raise busy(path, f"machine {machine!r}", timeout)
-            await asyncio.sleep(POLL_S)
-        try:
-            lock.write(str(os.getpid()))
-            yield
-        finally:
-            lock.release()

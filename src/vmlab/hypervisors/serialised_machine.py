@@ -143,6 +143,7 @@ class SerialisedMachine(MachineHooks):
         event: tuple[EventType, Callable[[T], dict[str, Any]]] | None = None,
         ending: bool = False,
         disturbs: bool = False,
+        forced: bool = False,
         already: frozenset[MachineState] = frozenset(),
         allowed: frozenset[MachineState] | None = None,
     ) -> T:
@@ -159,6 +160,7 @@ class SerialisedMachine(MachineHooks):
             event: What is announced with data made of the result.
             ending: Whether it wants the machine to end, so that its end does not spoil it.
             disturbs: Whether whatever happens to the machine meanwhile is its doing.
+            forced: Whether it ends what other processes do with the machine.
             already: States in which there is nothing left to do.
             allowed: The states it may begin in, where OPERATIONS does not say that.
 
@@ -168,12 +170,14 @@ class SerialisedMachine(MachineHooks):
         operation = Operation(name, self._hypervisor.next_operation(), timeout)
         operation.ending = ending
         operation.disturbs = disturbs
+        operation.forced = forced
         operation.target = to if isinstance(to, MachineState) else None
 
         async def work() -> T:
             await self._lock.acquire()
             # From here on `_recover` finds the lock held and releases it.
             operation.holds = True
+            await self._enter(operation)
             if self.state in already:
                 raise NothingToDo
             act = await self._admitted(operation, action, plan, needs, allowed)
@@ -266,6 +270,7 @@ class SerialisedMachine(MachineHooks):
 
     def _release(self) -> None:
         self._current = None
+        self._leave()
         self._lock.release()
 
     async def _restore_order(self, operation: Operation, failure: BaseException) -> None:

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import asyncio
-import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from vmlab.hypervisors.locks import FileLock
 from vmlab.hypervisors.ownership import Owner
-from vmlab.hypervisors.records import LOCK, MachineRecords, read_document
+from vmlab.hypervisors.records import MachineRecords, read_document
 from vmlab.machine.errors import MachineNotFound, OperationFailed
 
 
@@ -65,62 +62,6 @@ def test_removing_takes_everything_and_can_be_repeated(records: MachineRecords) 
     assert not directory.exists()
     assert records.ids() == []
     records.remove("m1")
-
-
-async def _hold(records: MachineRecords, order: list[str], name: str, seconds: float) -> None:
-    async with records.locked("m1"):
-        order.append(f"+{name}")
-        await asyncio.sleep(seconds)
-        order.append(f"-{name}")
-
-
-def test_changes_of_one_machine_wait_for_each_other(records: MachineRecords) -> None:
-    records.create("m1")
-    order: list[str] = []
-
-    async def both() -> None:
-        await asyncio.gather(*(_hold(records, order, name, 0.05) for name in "abc"))
-
-    asyncio.run(both())
-    assert len(order) == 6
-    assert all(order[i][1] == order[i + 1][1] for i in (0, 2, 4)), order
-
-
-def test_a_machine_in_use_is_refused_after_a_while(records: MachineRecords) -> None:
-    directory = records.create("m1")
-    lock = FileLock.take(directory / LOCK)
-    assert lock is not None
-    lock.write(str(os.getpid()))
-
-    async def wait() -> None:
-        async with records.locked("m1", timeout=0.05):
-            pytest.fail("it was locked twice")
-
-    with pytest.raises(OperationFailed, match=f"in use by process {os.getpid()}"):
-        asyncio.run(wait())
-    lock.release()
-
-
-def test_a_machine_that_was_deleted_cannot_be_locked(records: MachineRecords) -> None:
-    async def wait() -> None:
-        async with records.locked("m1"):
-            pytest.fail("there is none")
-
-    with pytest.raises(MachineNotFound, match="has no machine"):
-        asyncio.run(wait())
-
-
-def test_a_lock_is_free_after_the_machine_was_removed_under_it(records: MachineRecords) -> None:
-    records.create("m1")
-
-    async def delete() -> None:
-        async with records.locked("m1"):
-            records.remove("m1")
-        records.create("m1")
-        async with records.locked("m1", timeout=0.1):
-            pass
-
-    asyncio.run(delete())
 
 
 def test_a_document_has_to_be_an_object(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Emulator:
                 on_event=on_event,
             )
         except BaseException as error:
-            await uninterrupted(_put_away(process))
+            await uninterrupted(put_away(process))
             if isinstance(error, QmpLost):
                 raise OperationFailed(
                     f"{cls.program} did not start: {cls._last_words(directory, process)}",
@@ -205,12 +205,23 @@ class Emulator:
         except QmpLost as error:
             raise await self.crashed(command, error) from error
 
+    @property
+    def exited(self) -> bool:
+        """Whether the process has ended well: by itself, or when it was asked to."""
+        return self.process.returncode == 0
+
+    @classmethod
+    def exited_in(cls, directory: Path) -> bool:
+        """Whether one that ran in `directory` has ended well, as far as what it left can tell."""
+        return False
+
     async def ended_well(self) -> bool:
-        """Whether the process ends now, or has ended, with status 0: by itself or when asked to."""
+        """Whether the process ends now, or has ended, and well."""
         try:
-            return await self.process.wait(1.0) == 0
+            await self.process.wait(1.0)
         except TimeoutError:
             return False
+        return self.exited
 
     async def crashed(self, operation: str, error: QmpLost) -> MachineCrashed:
         """What the loss of the conversation means."""
@@ -234,7 +245,7 @@ class Emulator:
 
     async def _end(self) -> None:
         try:
-            await _put_away(self.process)
+            await put_away(self.process)
         finally:
             await self.qmp.close()
             if self._watch is not None:
@@ -291,7 +302,7 @@ def _prepare(directory: Path, argv: Sequence[str], files: Mapping[str, str]) -> 
         (directory / name).write_text(text, "utf-8")
 
 
-async def _put_away(process: OwnedProcess) -> None:
+async def put_away(process: OwnedProcess) -> None:
     """End a process and wait for that.
 
     Raises:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from vmlab.hypervisors.monitored.machine import MonitoredMachine
 from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
 from vmlab.hypervisors.qmp import QmpTimeout
 from vmlab.hypervisors.records import MachineRecords
-from vmlab.machine.errors import OperationFailed, VmlabError
+from vmlab.machine.errors import MachineNotFound, OperationFailed, VmlabError
 from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
 
@@ -62,27 +64,31 @@ class MonitoredHypervisor(OperatedHypervisor):
         Raises:
             OperationFailed: its record is damaged, or its process talks to another one.
         """
-        record = self.records.load(id_)
+        with suppress(MachineNotFound):
+            # Otherwise another process has deleted it just now.
+            record = self.records.load(id_)
+            with self.reading(id_):
+                spec = MachineSpec.model_validate(record["spec"])
+                machine = self.new_machine(id_, spec, MachineState(record["state"]))
+                machine.from_record(record)
+            await machine.find_again()
+            self.adopt(machine)
+
+    @contextmanager
+    def reading(self, id_: str) -> Iterator[None]:
+        """What cannot be made of the record of that machine is told as a damaged record.
+
+        Raises:
+            OperationFailed: it is damaged.
+        """
         try:
-            spec = MachineSpec.model_validate(record["spec"])
-            kept = MachineState(record["state"])
-            machine = self.new_machine(id_, spec, kept)
-            machine.from_record(record)
+            yield
         except (ValidationError, LookupError, ValueError, TypeError) as error:
             raise OperationFailed(
                 f"the record of machine {id_!r} is damaged: {error}",
                 hint=f"move {self.records.directory(id_)} away",
                 hypervisor=self.name,
             ) from error
-        try:
-            state = await machine.find_process()
-        except VmlabError as error:
-            state = MachineState.UNKNOWN
-            machine.found(state, self._unanswered(error))
-        else:
-            reason = "found again" if state is kept else "it changed while nobody watched"
-            machine.found(state, reason)
-        self.adopt(machine)
 
     async def close(self) -> None:
         """Let go of it; a run's machines are deleted, a store's live on."""
@@ -92,7 +98,7 @@ class MonitoredHypervisor(OperatedHypervisor):
                 await machine.release()
         await super().close()
 
-    def _unanswered(self, error: VmlabError) -> str:
+    def unanswered(self, error: VmlabError) -> str:
         """Why a machine that was found is unknown."""
         if isinstance(error, QmpTimeout):
             return (

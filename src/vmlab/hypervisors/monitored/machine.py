@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.base import Channel, Console
 from vmlab.hypervisors.monitored.disks import DiskFile
-from vmlab.hypervisors.monitored.emulator import Emulator
+from vmlab.hypervisors.monitored.emulator import Emulator, put_away
 from vmlab.hypervisors.monitored.faults import Faults
 from vmlab.hypervisors.monitored.streams import (
     ConsoleLine,
@@ -25,12 +25,14 @@ from vmlab.hypervisors.monitored.streams import (
     console_log,
     console_socket,
 )
+from vmlab.hypervisors.monitored.turns import Turns
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.qmp import QmpEvent, QmpLost, QmpTimeout
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.errors import (
     MachineCrashed,
+    MachineNotFound,
     OperationFailed,
     ResourceNotFound,
     VmlabError,
@@ -38,7 +40,7 @@ from vmlab.machine.errors import (
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import Fault
 from vmlab.machine.spec import Disk, MachineSpec
-from vmlab.machine.states import MachineState
+from vmlab.machine.states import OFF, TRANSITIONS, MachineState
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
@@ -48,6 +50,8 @@ E = TypeVar("E", bound=Emulator)
 _ASK_AGAIN_S: Final = 2.0
 """Seconds after which a guest that has not begun to power down is asked again: it was booting."""
 _LAUNCHES_KEPT: Final = 4
+
+_DELETED_ELSEWHERE: Final = "another process deleted it"
 
 _STATES: Final[Mapping[str, MachineState]] = {
     "running": MachineState.RUNNING,
@@ -64,6 +68,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
     Attributes:
         recorded: Whether the machine has a record, which is kept true.
         disks: Its disks, by name.
+        revision: The number of its record, as it was written or read last.
         launches: How many processes it has had.
         active: The number of the one that it has, or had last.
         cut: NICs whose cable a fault has pulled out.
@@ -83,6 +88,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         # Set first: the record that a change of state writes is made of these.
         self.monitored = hypervisor
         self.recorded = False
+        self.revision = 0
         self.disks: dict[str, DiskFile] = {}
         self.launches = 0
         self.active = 0
@@ -94,8 +100,12 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         self._steps: list[Callable[[], Awaitable[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         # Those of them at whose end the machine has another state.
-        self._ends: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
         self._powering_down = False
+        # The process whose end was told, which is told once.
+        self._end_told: E | None = None
+        self._turns = Turns(hypervisor.records, id_, self._catch_up)
+        self._entered = False
         super().__init__(hypervisor, id_, spec, state)
         self.faults = Faults(self)
 
@@ -146,6 +156,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
             "launches": self.launches,
             "active": self.active,
             "cut": sorted(self.cut),
+            "revision": self.revision,
         }
 
     def from_record(self, record: Mapping[str, Any]) -> None:
@@ -155,26 +166,106 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         self.launches = record["launches"]
         self.active = record["active"]
         self.cut = set(record["cut"])
+        # Records of vmlab 0.1 had no number.
+        self.revision = record.get("revision", 0)
         self.recorded = True
-        self.open_lines()
+        if not self._lines:
+            self.open_lines()
 
     def save(self) -> None:
         """Write the record, once the machine has one."""
         if self.recorded:
-            self.monitored.records.save(self.id, self.to_record())
-
-    def found(self, state: MachineState, reason: str) -> None:
-        """The machine was found again, in that state."""
-        self._settle(state, reason)
+            revision = self.revision + 1
+            self.monitored.records.save(self.id, {**self.to_record(), "revision": revision})
+            self.revision = revision
 
     def _state_changed(self, old: MachineState, new: MachineState, reason: str) -> None:
         super()._state_changed(old, new, reason)
-        if new.is_stable and new is not MachineState.DELETED:
+        # What was only seen is seen again by the next process, and may be older than the record.
+        if new.is_stable and new is not MachineState.DELETED and self._turns.ours:
             self.save()
 
     def _complete(self, operation: Operation, target: MachineState | None) -> None:
         super()._complete(operation, target)
         self.save()
+
+    # Other processes.
+
+    async def _enter(self, operation: Operation) -> None:
+        if not self.recorded:
+            return
+
+        def busy() -> None:
+            operation.awaiting = (
+                "another process was at work on the machine: wait for its end, or kill the machine"
+            )
+            if operation.forced:
+                # What it does with the machine ends with the machine's process.
+                for process in processes.adopt(self.monitored.owner, self.id):
+                    process.kill()
+
+        try:
+            await self._turns.begin(busy)
+        except MachineNotFound:
+            await self._deleted_elsewhere()
+        else:
+            self._entered = True
+        operation.awaiting = None
+
+    def _leave(self) -> None:
+        if self._entered:
+            self._entered = False
+            self._turns.end()
+
+    async def _catch_up(self) -> None:
+        """Be what another process has made of the machine meanwhile, if one has.
+
+        Raises:
+            MachineNotFound: it has deleted the machine.
+            OperationFailed: the record is damaged.
+        """
+        if not self.recorded:
+            return
+        record = await done_in_thread(self.monitored.records.load, self.id)
+        before = self.active
+        with self.monitored.reading(self.id):
+            if record.get("revision", 0) == self.revision:
+                return
+            kept, reason = MachineState(record["state"]), str(record["reason"])
+            self._spec = MachineSpec.model_validate(record["spec"])
+            self.from_record(record)
+        if self.active != before or kept in OFF:
+            await self._let_go()
+        if self.emulator is None and kept not in OFF:
+            await self._find(kept, alone=True)
+        else:
+            self._settle(kept, reason)
+
+    async def _let_go(self) -> None:
+        """Forget the machine's process, to whose end another process has seen."""
+        emulator = self.emulator
+        if emulator is None:
+            return
+        await emulator.release()
+        if emulator.running:
+            for line in self._lines.values():
+                await line.disconnect()
+        await self.detach()
+
+    async def _deleted_elsewhere(self) -> None:
+        """Another process has deleted the machine."""
+        if self._deleted:
+            return
+        self.recorded = False
+        await self._let_go()
+        for line in self._lines.values():
+            line.end()
+        if MachineState.DELETING not in TRANSITIONS[self.state]:
+            self._lifecycle.move(MachineState.UNKNOWN, _DELETED_ELSEWHERE)
+        self._lifecycle.move(MachineState.DELETING, _DELETED_ELSEWHERE)
+        self._emit(EventType.DELETED)
+        self._lifecycle.move(MachineState.DELETED, _DELETED_ELSEWHERE)
+        self._hypervisor.forget(self)
 
     # Undoing.
 
@@ -305,11 +396,12 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
             return
         if event.name == "SHUTDOWN" and not self._powering_down:
             reason = str(event.data.get("reason", "guest-shutdown"))
-            self._ends_by(self._shut_down_by_itself(emulator, reason))
+            event_type = EventType.GUEST_SHUTDOWN
+            self._ends(emulator, MachineState.STOPPED, event_type, reason, heard=True)
         elif event.name == "GUEST_PANICKED":
             told = event.data.get("info")
             reason = told if isinstance(told, str) else "the guest panicked"
-            self._ends_by(self._panicked(emulator, reason))
+            self._ends(emulator, MachineState.FAILED, EventType.GUEST_PANIC, reason, heard=True)
         elif event.name == "RESET":
             self._was_reset()
             if event.data.get("guest"):
@@ -326,37 +418,65 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _ends_by(self, work: Coroutine[Any, Any, None]) -> None:
-        """The machine ends, by itself: `work` is what follows from that."""
-        task = self._in_background(work)
-        self._ends.add(task)
-        task.add_done_callback(self._ends.discard)
-
-    async def _shut_down_by_itself(self, emulator: E, reason: str) -> None:
-        if emulator.ending:
-            # Its event was heard as well.
-            return
-        await emulator.quit()
-        await self._gone(emulator)
-        self._happened(MachineState.STOPPED, EventType.GUEST_SHUTDOWN, reason)
-
-    async def _panicked(self, emulator: E, reason: str) -> None:
-        await emulator.end()
-        await self._gone(emulator)
-        self._happened(MachineState.FAILED, EventType.GUEST_PANIC, reason)
-
     def _on_end(self, emulator: E, reason: str) -> None:
-        if emulator.process.returncode == 0:
+        if emulator.exited:
             # Some end with their guest's power-off and say nothing, as QEMU's riscv board does
             # (hw/misc/sifive_test.c before 8.2).
-            self._in_background(self._shut_down_by_itself(emulator, "guest-shutdown"))
+            self._ends(emulator, MachineState.STOPPED, EventType.GUEST_SHUTDOWN, "guest-shutdown")
         else:
-            self._ends_by(self._crashed(emulator, reason))
+            self._ends(emulator, MachineState.FAILED, EventType.CRASHED, reason)
 
-    async def _crashed(self, emulator: E, reason: str) -> None:
-        await emulator.end()
+    def _ends(
+        self,
+        emulator: E,
+        state: MachineState,
+        event: EventType,
+        reason: str,
+        *,
+        heard: bool = False,
+    ) -> None:
+        """The machine's process ends, and not by this one's doing; the first news of it counts.
+
+        `heard` says that it told so itself.
+        """
+        if self._end_told is emulator:
+            return
+        self._end_told = emulator
+        task = self._in_background(self._see_to_end(emulator, state, event, reason, heard))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _see_to_end(
+        self, emulator: E, state: MachineState, event: EventType, reason: str, heard: bool
+    ) -> None:
+        """Settle what the end of the process means, unless another process has done that.
+
+        It may be that process's doing. Its turn is waited for, but for an operation of this
+        process's, which has the turn itself and may wait for this.
+        """
+        if not self.recorded:
+            return await self._settle_end(emulator, state, event, reason)
+        try:
+            async with self._turns.shared() as begun:
+                if begun and self.emulator is emulator:
+                    await self._settle_end(emulator, state, event, reason)
+                elif heard:
+                    # What became of the machine is known; what its guest did is not told yet.
+                    self._emit(event, reason=reason)
+        except MachineNotFound:
+            await self._deleted_elsewhere()
+
+    async def _settle_end(
+        self, emulator: E, state: MachineState, event: EventType, reason: str
+    ) -> None:
+        if state is MachineState.STOPPED:
+            if emulator.ending:
+                return
+            await emulator.quit()
+        else:
+            await emulator.end()
         await self._gone(emulator)
-        self._happened(MachineState.FAILED, EventType.CRASHED, reason)
+        self._happened(state, event, reason)
 
     async def _gone(self, emulator: E) -> None:
         if self.emulator is emulator:
@@ -368,17 +488,17 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
             await self.status()
 
     async def _observe(self) -> MachineState:
-        emulator = self.emulator
-        if emulator is not None and not emulator.ending and emulator.running:
-            # One that ends just now is seen to on its own.
-            with suppress(MachineCrashed):
-                status = (await emulator.execute("query-status"))["status"]
-                return _STATES.get(status, MachineState.PAUSED)
-        if emulator is not None:
-            await emulator.noticed()
-        # Wait for what comes of its end: who is told of it may start the machine at once.
-        await self._until_done(self._ends)
-        failed = self.state is MachineState.FAILED or self.emulator is not None
+        while True:
+            emulator = self.emulator
+            if emulator is not None:
+                if (state := await _asked(emulator)) is not None:
+                    return state
+                await emulator.noticed()
+            # Wait for what comes of its end: who is told of it may start the machine at once.
+            await self._until_done(self._ending)
+            if self.emulator is emulator:
+                break
+        failed = self.state is MachineState.FAILED or emulator is not None
         return MachineState.FAILED if failed else MachineState.STOPPED
 
     # Life.
@@ -386,19 +506,23 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
     async def let_run(self, emulator: E) -> None:
         """Let the vCPUs run.
 
+        A guest that ends at once spoils the operation under way, as it does later.
+
         Raises:
-            OperationFailed: they do not.
+            OperationFailed: they do not run.
         """
-        await emulator.execute("cont")
         try:
+            await emulator.execute("cont")
             status = (await emulator.execute("query-status"))["status"]
         except MachineCrashed:
-            if emulator.ending:
-                # The guest ended at once; its event was heard, and what follows from it is done.
-                return
-            raise
-        # A guest may be off again by now; that is told by its event.
-        if status not in {"running", "shutdown", "guest-panicked", "internal-error"}:
+            await emulator.noticed()
+            if self._end_told is not emulator:
+                raise
+            status = "shutdown"
+        if status in {"shutdown", "guest-panicked", "internal-error"}:
+            # What the operation comes to is decided where its end is told.
+            await self._until_done(self._ending)
+        elif status != "running":
             raise OperationFailed(
                 f"the vCPUs do not run: {emulator.program} is in the state {status!r}",
                 machine=self.name,
@@ -450,9 +574,16 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
 
     async def _do_kill(self, operation: Operation) -> None:
         self.begin()
+        await self._end_process(operation)
+        await self._settle_background()
+
+    async def _end_process(self, operation: Operation) -> None:
         if self.emulator is not None:
             await self.discard(self.emulator)
-        await self._settle_background()
+        elif operation.before is MachineState.UNKNOWN:
+            # One with which there was no talking.
+            for process in await done_in_thread(processes.adopt, self.monitored.owner, self.id):
+                await put_away(process)
 
     async def _settle_background(self) -> None:
         """Wait for the end of what began by itself."""
@@ -460,7 +591,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
 
     async def ended(self) -> None:
         """Wait for what comes of the end of its process."""
-        await self._until_done(self._ends)
+        await self._until_done(self._ending)
 
     async def _until_done(self, tasks: set[asyncio.Task[None]]) -> None:
         """Wait for tasks, but for the one that waits."""
@@ -488,8 +619,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
 
     async def _do_delete(self, operation: Operation) -> None:
         self.begin()
-        if self.emulator is not None:
-            await self.discard(self.emulator)
+        await self._end_process(operation)
         await self._settle_background()
         for line in self._lines.values():
             line.end()
@@ -497,6 +627,7 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
 
     async def release(self) -> None:
         """Let go of the machine and leave it running."""
+        self._turns.close()
         await self._settle_background()
         for line in self._lines.values():
             await line.disconnect()
@@ -515,19 +646,57 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
     async def adopt_emulator(self, process: processes.OwnedProcess, number: int) -> E:
         """Talk to a process of the machine's that somebody else started."""
 
-    async def find_process(self) -> MachineState:
-        """Find the machine's process again, of which the record tells; the state it is in."""
-        kept = self.state
+    async def find_again(self) -> None:
+        """Be in the state in which the machine of the record is found.
+
+        Raises:
+            MachineNotFound: it was deleted just now.
+            OperationFailed: its record is damaged.
+        """
+        async with self._turns.at_once() as alone:
+            if self.emulator is None:
+                await self._find(self.state, alone=alone)
+
+    async def _find(self, kept: MachineState, *, alone: bool) -> None:
+        try:
+            state = await self.find_process(kept, alone=alone)
+        except VmlabError as error:
+            self._settle(MachineState.UNKNOWN, self.monitored.unanswered(error))
+        else:
+            reason = "found again" if state is kept else "it changed while nobody watched"
+            self._settle(state, reason)
+
+    async def find_process(self, kept: MachineState, *, alone: bool) -> MachineState:
+        """Find the machine's process again, of which the record tells; the state it is in.
+
+        Args:
+            kept: The state that the record tells.
+            alone: Whether no other process is at work on the machine, so that a guest that went
+                off may be seen to.
+
+        Raises:
+            QmpTimeout: it does not answer.
+            QmpLost: it is gone.
+        """
+        number = self.active
         found = await done_in_thread(processes.adopt, self.monitored.owner, self.id)
         programs = [process for process in found if self.is_machine(process.argv)]
         if not programs:
-            return MachineState.FAILED if kept.is_live else kept
-        emulator = await self.adopt_emulator(programs[-1], self.active)
+            if not kept.is_live:
+                return kept
+            well = await done_in_thread(
+                self.emulator_class.exited_in, self.launch_directory(number)
+            )
+            return MachineState.STOPPED if well else MachineState.FAILED
+        emulator = await self.adopt_emulator(programs[-1], number)
         await self.attach(emulator)
-        state = await self._observe()
+        state = await _asked(emulator) or MachineState.FAILED
         if state in {MachineState.STOPPED, MachineState.FAILED}:
             # The guest went off while nobody was there to see it.
-            await self.discard(emulator)
+            if alone:
+                await self.discard(emulator)
+            else:
+                await self._let_go()
         return state
 
     # Streams.
@@ -586,3 +755,15 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         """The fault that stopped the vCPUs has ended."""
         if self.state is MachineState.PAUSED:
             self._settle(MachineState.RUNNING, "a fault that paused it ended")
+
+
+async def _asked(emulator: Emulator) -> MachineState | None:
+    """What the process says that its guest is doing; None from one that ends, or has ended."""
+    if emulator.ending or not emulator.running:
+        return None
+    try:
+        status = (await emulator.execute("query-status"))["status"]
+    except MachineCrashed:
+        # It ends just now, which is seen to on its own.
+        return None
+    return _STATES.get(status, MachineState.PAUSED)

@@ -32,6 +32,8 @@ _MODULES: Final = 16
 SECOND_QMP_SOCKET: Final = "qmp-2.sock"
 """For another process that finds the machine while the first one talks to it: QEMU serves one
 client of a socket at a time."""
+PID_FILE: Final = "qemu.pid"
+"""Which QEMU takes away when it exits, and leaves when it is killed."""
 _FIRST_PORT_SLOT: Final = 0x10
 """Slot of the first root ports on pcie.0; what lies below is for the devices of the board."""
 
@@ -102,6 +104,7 @@ def arguments(launch: Launch) -> list[str]:
         *("-msg", "timestamp=on"),
         *("-qmp", f"unix:{QMP_SOCKET},server=on,wait=off"),
         *("-qmp", f"unix:{SECOND_QMP_SOCKET},server=on,wait=off"),
+        *("-pidfile", PID_FILE),
         # Nothing of the guest runs before everything watches it.
         "-S",
         *_debugger(launch.debugger),

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from vmlab.hypervisors.monitored import emulator
-from vmlab.hypervisors.monitored.emulator import QMP_SOCKET
+from vmlab.hypervisors.monitored.emulator import COMMAND_LINE, QMP_SOCKET
 from vmlab.hypervisors.operation import uninterrupted
-from vmlab.hypervisors.qemu.command_line import SECOND_QMP_SOCKET
+from vmlab.hypervisors.qemu.command_line import PID_FILE, SECOND_QMP_SOCKET
 from vmlab.hypervisors.qemu.virtiofs import Daemons
 from vmlab.hypervisors.qmp import QmpConnection, QmpError, QmpLost
 from vmlab.machine.errors import MachineCrashed, OperationFailed
@@ -29,7 +29,7 @@ class Emulator(emulator.Emulator):
     hypervisor: ClassVar[str] = "qemu"
     messages: ClassVar[str] = "qemu.log"
     sockets: ClassVar[tuple[str, ...]] = (QMP_SOCKET, SECOND_QMP_SOCKET)
-    transient: ClassVar[tuple[str, ...]] = ("*.sock", "*.pcap")
+    transient: ClassVar[tuple[str, ...]] = ("*.sock", "*.pcap", PID_FILE)
 
     def __init__(
         self, machine: str, directory: Path, process: OwnedProcess, qmp: QmpConnection
@@ -50,6 +50,26 @@ class Emulator(emulator.Emulator):
                 task.cancel()
         if not self.ending:
             on_end(self.daemons.last_words() if self.running else self.last_words())
+
+    @property
+    def exited(self) -> bool:
+        """Whether the process has ended well: by itself, or when it was asked to."""
+        if self.process.returncode is not None:
+            return super().exited
+        # Somebody else's child, of whose status nothing is heard here.
+        return not self.running and self.exited_in(self.directory)
+
+    @classmethod
+    def exited_in(cls, directory: Path) -> bool:
+        """Whether QEMU has taken its PID file away, as it does when it calls exit(3).
+
+        One that is killed or that aborts leaves the file (softmmu/vl.c, qemu_unlink_pidfile).
+        """
+        try:
+            told = PID_FILE in (directory / COMMAND_LINE).read_text("utf-8").split()
+        except OSError:
+            return False
+        return told and not (directory / PID_FILE).exists()
 
     async def _end(self) -> None:
         await super()._end()

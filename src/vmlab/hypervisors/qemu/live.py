@@ -78,6 +78,8 @@ class LiveMachine(MonitoredMachine[Emulator]):
 
     def from_record(self, record: Mapping[str, Any]) -> None:
         """Be the machine that `to_record` described."""
+        self.drop_template()
+        self.blocks = None
         self.layout = Layout.from_record(record["layout"])
         super().from_record(record)
 
@@ -315,9 +317,8 @@ class LiveMachine(MonitoredMachine[Emulator]):
 
     async def release(self) -> None:
         """Let go of the machine and leave it running."""
-        await self._settle_background()
-        self.drop_template()
         await super().release()
+        self.drop_template()
 
     def is_machine(self, argv: tuple[str, ...]) -> bool:
         """Whether a process of the machine's with that command line is the machine itself."""
@@ -344,11 +345,15 @@ class LiveMachine(MonitoredMachine[Emulator]):
         served = any(disk.breakable for disk in self.disks.values())
         return len(self.layout.virtiofs) + served
 
-    async def find_process(self) -> MachineState:
+    async def find_process(self, kept: MachineState, *, alone: bool) -> MachineState:
         """Find the machine's process again; one that lost a share's daemon meanwhile has failed."""
-        state = await super().find_process()
+        state = await super().find_process(kept, alone=alone)
         emulator = self.emulator
-        if emulator is None or len(emulator.daemons.processes) >= self._helpers:
+        if (
+            emulator is None
+            or not alone
+            or len(emulator.daemons.processes) >= self._helpers
+        ):
             return state
         await self.discard(emulator)
         return MachineState.FAILED

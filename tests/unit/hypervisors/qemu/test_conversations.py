@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from vmlab.hypervisors.monitored.disks import DiskFile
+from vmlab.hypervisors.monitored.emulator import COMMAND_LINE
 from vmlab.hypervisors.qemu import hotplug, migration
+from vmlab.hypervisors.qemu.command_line import PID_FILE
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
 from vmlab.machine.errors import MachineCrashed, MigrationFailed, OperationFailed
@@ -250,14 +252,38 @@ def test_a_job_that_failed_says_why_and_one_that_is_left_is_dismissed(
     assert script.said == ["query-jobs"]
 
 
-@pytest.mark.parametrize(("status", "well"), [(0, True), (1, False), (-9, False), (None, False)])
-def test_only_status_0_is_a_good_end(status: int | None, well: bool) -> None:
+@pytest.mark.parametrize(
+    ("status", "file", "well"),
+    [
+        (0, True, True),
+        (1, False, False),
+        (-9, True, False),
+        # Another process's child: QEMU takes its PID file away when it exits.
+        (None, False, True),
+        (None, True, False),
+    ],
+)
+def test_only_an_exit_with_status_0_is_a_good_end(
+    tmp_path: Path, status: int | None, file: bool, well: bool
+) -> None:
     async def wait(timeout: float) -> int | None:
         return status
 
+    (tmp_path / COMMAND_LINE).write_text("qemu-system-riscv64\n-pidfile qemu.pid\n")
+    if file:
+        (tmp_path / PID_FILE).write_text("7\n")
     made = emulator(Script({}))
-    made.__dict__.update(process=SimpleNamespace(wait=wait))
+    process = SimpleNamespace(wait=wait, returncode=status, running=False)
+    made.__dict__.update(process=process, directory=tmp_path)
     assert asyncio.run(made.ended_well()) is well
+    process.running = True
+    assert made.exited is (status == 0)
+
+
+def test_of_a_qemu_that_had_no_pid_file_nothing_is_known(tmp_path: Path) -> None:
+    assert not Emulator.exited_in(tmp_path)
+    (tmp_path / COMMAND_LINE).write_text("qemu-system-riscv64\n-S\n")
+    assert not Emulator.exited_in(tmp_path)
 
 
 def test_a_process_that_still_runs_has_not_ended_well() -> None:

@@ -40,7 +40,7 @@ def test_a_process_is_killed_until_it_has_ended(
 ) -> None:
     monkeypatch.setattr(emulator, "_KILL_AGAIN", 0.01)
     process: Any = Stubborn(lives)
-    asyncio.run(asyncio.wait_for(emulator._put_away(process), 60))
+    asyncio.run(asyncio.wait_for(emulator.put_away(process), 60))
     assert process.kills == lives
 
 
@@ -50,11 +50,11 @@ def test_a_process_that_cannot_be_killed_is_given_up_with_what_it_waits_for(
     monkeypatch.setattr(emulator, "_KILL_AGAIN", 0.001)
     process: Any = Stubborn(1000)
     with pytest.raises(OperationFailed, match=r"lives on after SIGKILL \(status: [A-Z] .*wchan: "):
-        asyncio.run(asyncio.wait_for(emulator._put_away(process), 60))
+        asyncio.run(asyncio.wait_for(emulator.put_away(process), 60))
     assert process.kills == emulator._KILLS
     process.pid = 0
     with pytest.raises(OperationFailed, match="No such file"):
-        asyncio.run(asyncio.wait_for(emulator._put_away(process), 60))
+        asyncio.run(asyncio.wait_for(emulator.put_away(process), 60))
 
 
 @pytest.mark.parametrize("lives", [1, 1000])
