@@ -22,6 +22,9 @@ from vmlab.machine.spec import Disk, MachineSpec, Nic, Share, ShareKind
 
 TERMINAL: Final = "terminal"
 """The console of the kind virtio that commands get as their terminal."""
+AUDIBLE: Final = "loglevel=5"
+"""Has the kernel print its warnings on the console, which "quiet" would not: watchdogs read them
+there (KERN_WARNING is 4, and what is below the console's level is printed)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,9 @@ def specification(wish: Wish, cmdline: str, image: Image | None = None) -> Machi
             disks.append({"name": "root", "source": image.disk, "format": image.disk_format})
         if "qga" in image.channels:
             channels.append("org.qemu.guest_agent.0")
-    words = [cmdline, f"vmlab.hostname={wish.name}" if image is not None else ""]
+    words = [cmdline]
+    if image is not None:
+        words += [AUDIBLE, f"vmlab.hostname={wish.name}"]
     if wish.network:
         words.append("vmlab.net=dhcp")
     if wish.gdb:

@@ -29,7 +29,7 @@ def test_a_debugged_kernel_is_told_to_stay_where_its_symbols_say(tmp_path: Path)
     made = boot.booted_by(wish, image(tmp_path))
     assert made.debugged and made.symbols == kernel
     assert made.spec.boot.cmdline.split() == [
-        "quiet", f"vmlab.hostname={wish.name}", "nokaslr"
+        "quiet", "loglevel=5", f"vmlab.hostname={wish.name}", "nokaslr"
     ]  # fmt: skip
     plain = boot.booted_by(Wish(kernel=kernel), image(tmp_path))
     assert not plain.debugged and plain.symbols is None
