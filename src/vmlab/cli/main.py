@@ -123,6 +123,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         _PROVE,
     ),
     CommandEntry(
+        "report",
+        "vmlab.cli.report",
+        "app",
+        "Show a run's results, write them as HTML, JUnit or CTRF, compare two runs.",
+        _PROVE,
+    ),
+    CommandEntry(
         "conformance",
         "vmlab.cli.conformance",
         "conformance",

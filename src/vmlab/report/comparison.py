@@ -115,14 +115,15 @@ def compare(
     )
     differences = sorted(y - x for y in b for x in a)
     shift = _median(differences)
-    if shift is None or known.medians[0] is None:
+    before = known.medians[0]
+    if shift is None or before is None:
         return known
     limits = _limits(differences, len(a), len(b), alpha)
     known = replace(known, shift=shift, limits=limits)
     if limits is None:
         why = f"{len(a)} and {len(b)} samples are too few for any difference to show"
         return replace(known, reason=why)
-    slack = tolerance * abs(known.medians[0])
+    slack = tolerance * abs(before)
     if known.p < alpha and abs(known.effect) >= NEGLIGIBLE and abs(shift) > slack:
         return replace(known, verdict=_towards(direction, shift), reason="")
     if -slack <= limits[0] and limits[1] <= slack:

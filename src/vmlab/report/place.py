@@ -1,0 +1,46 @@
+"""Where reports are, when nobody says which: each run's in a directory of its own, and the last.
+
+`reports/RUN/report.json` in the user's state directory; `latest` beside the
+runs leads to the one that ended last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from vmlab.machine.errors import VmlabError
+from vmlab.report.journal import REPORT, has_journal
+
+__all__ = ["LATEST", "find_report", "reports_directory"]
+
+LATEST: Final = "latest"
+
+
+def reports_directory() -> Path:
+    """The directory that runs' directories are in."""
+    from platformdirs import user_state_path
+
+    return user_state_path("vmlab", appauthor=False) / "reports"
+
+
+def find_report(path: Path | None = None) -> Path:
+    """The run that `path` means, as `read_run` takes it.
+
+    Args:
+        path: A report, a run's directory, or a directory of runs, whose last is meant; the user's
+            own directory of runs, if None.
+
+    Raises:
+        VmlabError: Nothing is said, and there has been no run.
+    """
+    if path is None:
+        latest = reports_directory() / LATEST
+        if not latest.exists():
+            raise VmlabError(
+                f"there is no report yet in {latest.parent}",
+                hint="name a run's directory or its report.json; `vmlab test` makes one",
+            )
+        return latest
+    is_run = (path / REPORT).exists() or has_journal(path)
+    return path / LATEST if not is_run and (path / LATEST).exists() else path
