@@ -33,10 +33,12 @@ from vmlab.machine.faults import (
     NetLoss,
     NetPartition,
     Nth,
+    PowerCut,
 )
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.base import Console, Machine
+    from vmlab.machine.spec import MachineSpec
 
 Action = Literal["injected", "cleared", "refused"]
 
@@ -90,8 +92,16 @@ class Refusal:
         return f"{self.id}: {self.reason}"
 
 
-def refusals(capabilities: Capabilities, schedule: FaultSchedule) -> list[Refusal]:
-    """The faults of a schedule that a hypervisor cannot inject, in their order."""
+def refusals(
+    capabilities: Capabilities, schedule: FaultSchedule, spec: MachineSpec | None = None
+) -> list[Refusal]:
+    """The faults of a schedule that a hypervisor cannot inject, in their order.
+
+    Args:
+        capabilities: What it can do.
+        schedule: What is to be broken.
+        spec: The machine, if it is known: some faults strike only disks that are breakable.
+    """
     found = []
     able = capabilities.faults if Capability.FAULTS in capabilities else frozenset[FaultKind]()
     for fault in schedule.faults:
@@ -102,19 +112,48 @@ def refusals(capabilities: Capabilities, schedule: FaultSchedule) -> list[Refusa
                 f"{capabilities.hypervisor} cannot trigger the fault {fault.kind.value} "
                 f"by {fault.when.on}: it does not count its occasions"
             )
+        elif spec is not None and (kept := _unbreakable(capabilities, fault, spec)):
+            reason = (
+                f"{capabilities.hypervisor} can inject the fault {fault.kind.value} only where "
+                f"disks are `breakable`: {', '.join(kept)} is not"
+            )
         else:
             continue
         found.append(Refusal(fault.id, fault.kind, reason))
     return found
 
 
-def refuse(capabilities: Capabilities, schedule: FaultSchedule) -> None:
+def _unbreakable(capabilities: Capabilities, fault: Fault, spec: MachineSpec) -> list[str]:
+    """The disks that a fault would have to strike and cannot."""
+    counted = isinstance(fault, DiskError) and isinstance(fault.when, COUNTED)
+    if not (fault.kind in capabilities.breakable or (counted and capabilities.breakable)):
+        return []
+    struck = [
+        disk
+        for disk in spec.disks
+        if (not disk.readonly if isinstance(fault, PowerCut) else disk.name == _disk_of(fault))
+    ]
+    return [disk.name for disk in struck if not disk.breakable]
+
+
+def _disk_of(fault: Fault) -> str | None:
+    return fault.disk if isinstance(fault, _ONE_DISK) else None
+
+
+def refuse(
+    capabilities: Capabilities, schedule: FaultSchedule, spec: MachineSpec | None = None
+) -> None:
     """Refuse a schedule of which a hypervisor cannot do all.
+
+    Args:
+        capabilities: What it can do.
+        schedule: What is to be broken.
+        spec: The machine, if it is known.
 
     Raises:
         UnsupportedOperation: naming every fault that it cannot inject.
     """
-    found = refusals(capabilities, schedule)
+    found = refusals(capabilities, schedule, spec)
     if found:
         raise _unsupported(capabilities.hypervisor, found)
 
@@ -275,7 +314,8 @@ class FaultRun:
         found: dict[str, list[Refusal]] = {}
         for target in targets:
             capabilities = await target.machine.hypervisor.capabilities()
-            for refusal in refusals(capabilities, FaultSchedule(faults=(target.fault,))):
+            schedule = FaultSchedule(faults=(target.fault,))
+            for refusal in refusals(capabilities, schedule, target.machine.spec):
                 found.setdefault(capabilities.hypervisor, []).append(refusal)
                 self._tell(target, "refused", refusal.reason)
         for hypervisor, reasons in found.items():

@@ -113,7 +113,9 @@ class Capabilities(BaseModel):
         frozenset(), description="those of them that can strike at the nth occasion or by chance"
     )
     breakable: frozenset[FaultKind] = Field(
-        frozenset(), description="those of them that strike only disks which are `breakable`"
+        frozenset(),
+        description="those of them that strike only disks which are `breakable`; where there are "
+        "some, the occasions of the others are counted there only",
     )
     limits: Limits = Field(default_factory=Limits)
 

@@ -357,6 +357,24 @@ def test_each_fault_that_cannot_be_injected_is_named() -> None:
     assert len(refusals(without, faults)) == 4
 
 
+def test_what_strikes_only_breakable_disks_is_refused_for_others() -> None:
+    disks = [{"name": "d", "size": "1M"}, {"name": "iso", "size": "1M", "readonly": True}]
+    breakable = [{**disk, "breakable": True} for disk in disks]
+    some = capable(breakable=frozenset({FaultKind.POWER_CUT, FaultKind.DISK_SLOW}))
+    nics = [{"name": "n", "network": "none"}]
+    plain, broken = (make_spec(disks=each, nics=nics) for each in (disks, breakable))
+    assert refusals(capable(), schedule(ALL), plain) == []
+    assert refusals(some, schedule(ALL), broken) == []
+    assert refusals(some, schedule(ALL)) == []
+    found = refusals(some, schedule(ALL), plain)
+    assert [refusal.id for refusal in found] == ["cut", "second write"]
+    assert found[0].reason == (
+        "some can inject the fault power-cut only where disks are `breakable`: d is not"
+    )
+    with pytest.raises(UnsupportedOperation, match="power-cut, disk-error"):
+        refuse(some, schedule(ALL), plain)
+
+
 def test_a_schedule_that_cannot_be_done_changes_nothing_and_is_told() -> None:
     profile = make_profile(without=["faults"])
     hypervisor = open_simulated(profile)
