@@ -130,6 +130,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         _PROVE,
     ),
     CommandEntry(
+        "debug",
+        "vmlab.cli.debug",
+        "debug",
+        "Open the machine of a failed test as it was: a shell, its console, or gdb.",
+        _PROVE,
+    ),
+    CommandEntry(
         "conformance",
         "vmlab.cli.conformance",
         "conformance",

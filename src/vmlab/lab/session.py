@@ -129,7 +129,7 @@ def run_session(
             started = partial(_tell_of_gdb, tell, wanted.spec.name, command)
 
         opened = _opened(provider, owner.owner, options)
-        return _drive(
+        return drive(
             opened,
             lambda interrupts: _with_machine(
                 opened,
@@ -180,7 +180,7 @@ def with_kept(
     async def found(interrupts: Interrupts) -> T:
         return await body(await opened.get(name))
 
-    return _drive(opened, found)
+    return drive(opened, found)
 
 
 def attach_session(
@@ -210,10 +210,10 @@ def attach_session(
         finally:
             await guest.close()
 
-    return _drive(opened, attached)
+    return drive(opened, attached)
 
 
-def _drive(opened: Hypervisor, work: Callable[[Interrupts], Awaitable[T]]) -> T:
+def drive(opened: Hypervisor, work: Callable[[Interrupts], Awaitable[T]]) -> T:
     """Run `work` on the hypervisor's loop; signals become `Interrupted`."""
     interrupts = Interrupts()
 

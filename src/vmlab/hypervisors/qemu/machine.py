@@ -171,6 +171,21 @@ class QemuMachine(LiveMachine):
         await done_in_thread((self.snapshot_directory / snapshot.name).rename, gone)
         await operation.conclude(done_in_thread(snapshots.remove, gone), grace=UNDO_TIMEOUT)
 
+    async def serve_debugger(self, socket: Path) -> None:
+        """Let a debugger connect to the machine at a Unix socket, while it lives.
+
+        Raises:
+            OperationFailed: QEMU does not listen there.
+        """
+        line = f"gdbserver unix:{socket},server=on,wait=off"
+        said = await self.need().execute("human-monitor-command", {"command-line": line})
+        if not await done_in_thread(socket.exists):
+            raise OperationFailed(
+                f"no debugger can connect at {socket}: {str(said).strip()}",
+                machine=self.name,
+                hypervisor="qemu",
+            )
+
     async def export_snapshot(self, name: str, target: Path) -> None:
         """Pack a snapshot into one file, which outlives the machine and its owner.
 
