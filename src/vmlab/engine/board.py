@@ -110,7 +110,7 @@ class Board:
         if not QEMU_SLOTS <= slots <= MAX_SLOTS:
             raise VmlabError(
                 f"a board with {slots} virtio slots cannot be made",
-                hint=f"it has {QEMU_SLOTS} to {MAX_SLOTS}",
+                hint=f"it has {QEMU_SLOTS} to {MAX_SLOTS}; a SCSI host needs one for all its disks",
             )
         self.ram = ram
         self.harts = harts

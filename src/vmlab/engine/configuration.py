@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final
 
-from vmlab.engine.structures import WrongData, as_json, structure
+from vmlab.engine.structures import WrongData, as_json, described, structure
 from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
 
-D = TypeVar("D")
+_HINT: Final = "`python -m vmlab.engine --fields` prints every field with its type"
+_SERIAL_BYTES: Final = {"virtio": 20, "scsi": 36}
+"""What GET_ID (virtio 1.2, 5.2.6) and a SCSI disk's vital product data have room for."""
 
 
 class ImageFormat(Enum):
@@ -218,30 +221,78 @@ def load(path: Path) -> Configuration:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         made = structure(Configuration, data)
     except (OSError, UnicodeDecodeError) as error:
-        problem = SpecProblem("file", str(path), f"a file that can be read ({error})")
+        problem = SpecProblem("file", str(path), f"a text file that can be read ({error})")
         raise InvalidSpec([problem], source=str(path), hint="check the path") from None
     except tomllib.TOMLDecodeError as error:
         problem = SpecProblem("document", str(path), f"valid TOML ({error})")
         raise InvalidSpec([problem], source=str(path), hint="mend the TOML") from None
     except WrongData as error:
-        problem = SpecProblem("machine", str(path), str(error))
-        raise InvalidSpec([problem], source=str(path), hint="see the engine's reference") from None
+        problem = SpecProblem(error.path, error.value, error.expected)
+        raise InvalidSpec([problem], source=str(path), hint=_HINT) from None
+    if problems := list(problems_of(made)):
+        raise InvalidSpec(problems, source=str(path), hint=_HINT)
+    return _seen_from(path.absolute().parent, made)
+
+
+def problems_of(made: Configuration) -> Iterator[SpecProblem]:
+    """What cannot work in a configuration whose types are right."""
     for name, value, least in (("memory", made.memory, 1 << 20), ("harts", made.harts, 1)):
         if value < least:
-            problem = SpecProblem(name, value, f"at least {least}")
-            raise InvalidSpec([problem], source=str(path))
+            yield SpecProblem(name, value, f"at least {least}")
     if made.memory % 4096:
-        problem = SpecProblem("memory", made.memory, "a multiple of 4096 bytes")
-        raise InvalidSpec([problem], source=str(path))
+        yield SpecProblem("memory", made.memory, "a multiple of 4096 bytes")
     for name, value, least, limit in (
         ("time.instructions-per-tick", made.time.instructions_per_tick, 1, 1 << 20),
         ("time.epoch", made.time.epoch, 0, 1 << 33),
         ("seed", made.seed or 0, 0, 1 << 64),
     ):
         if not least <= value < limit:
-            problem = SpecProblem(name, value, f"from {least} to {limit - 1}")
-            raise InvalidSpec([problem], source=str(path))
-    return _seen_from(path.absolute().parent, made)
+            yield SpecProblem(name, value, f"from {least} to {limit - 1}")
+    if not made.qmp:
+        yield SpecProblem("qmp", made.qmp, "the path of a socket")
+    for kind, names in (
+        ("disks", [disk.name for disk in made.disks]),
+        ("nics", [nic.name for nic in made.nics]),
+        ("channels", [channel.name for channel in made.channels]),
+    ):
+        yield from _wrong_names(kind, names)
+    for index, disk in enumerate(made.disks):
+        room = _SERIAL_BYTES[disk.bus.value]
+        if len(disk.serial.encode()) > room:
+            yield SpecProblem(f"disks[{index}].serial", disk.serial, f"at most {room} bytes")
+    for index, nic in enumerate(made.nics):
+        yield from _wrong_with(nic, f"nics[{index}].")
+
+
+def _wrong_names(kind: str, names: Iterable[str]) -> Iterator[SpecProblem]:
+    for name, count in Counter(names).items():
+        if not name:
+            yield SpecProblem(f"{kind}.name", name, "a name")
+        elif count > 1:
+            yield SpecProblem(
+                f"{kind}.name", name, f"a name of its own for each; {count} have this one"
+            )
+
+
+def _wrong_with(nic: Nic, place: str) -> Iterator[SpecProblem]:
+    """What a NIC lacks, or has without a use for it."""
+    kind = nic.segment
+    if kind not in (SegmentKind.NONE, SegmentKind.USER) and not nic.path:
+        yield SpecProblem(
+            f"{place}path",
+            nic.path,
+            f"what a {kind.value} segment is found by: a path, a group or a tap",
+        )
+    if kind is SegmentKind.DATAGRAM and not nic.peer:
+        yield SpecProblem(f"{place}peer", nic.peer, "the socket of a datagram segment's other end")
+    if nic.forwards and kind is not SegmentKind.USER:
+        ports = [forward.guest for forward in nic.forwards]
+        yield SpecProblem(f"{place}forwards", ports, "none: only a user network has forwards")
+
+
+def fields_text() -> str:
+    """Every field of a machine file with its type, one a line."""
+    return "\n".join(described(Configuration))
 
 
 def text_of(made: Configuration) -> str:

@@ -6,6 +6,7 @@ both.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 
@@ -366,11 +367,15 @@ class Control:
     def block_resize(self, node_name: str, size: int) -> None:
         """Give a disk another size, in bytes."""
         self._known(node_name)
+        if size < 0:
+            raise CommandError("Parameter 'size' expects a size of 0 or more bytes")
         self._do(lambda: self.machine.resize_disk(node_name, size))
 
     def block_fail(self, node_name: str, failures: list[DiskFailure]) -> None:
         """Have operations of a disk fail from now on, each with an errno, and no others."""
         disk = self.machine.disks[self._known(node_name)]
+        if unknown := [one.errno for one in failures if one.errno not in errno.errorcode]:
+            raise CommandError(f"Parameter 'failures' expects numbers of errno, not {unknown[0]}")
         disk.failing = {one.operation: one.errno for one in failures}
 
     def _known(self, node_name: str) -> str:

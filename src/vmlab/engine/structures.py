@@ -21,7 +21,20 @@ _KEY: Final = "key"
 
 
 class WrongData(Exception):
-    """Something in the data is missing, unexpected or of the wrong type; the message names it."""
+    """Something in the data is missing, unexpected or of the wrong type; the message names it.
+
+    Args:
+        message: As QEMU says it.
+        path: Where it is.
+        value: What stands there; None for nothing.
+        expected: What would be right.
+    """
+
+    def __init__(self, message: str, path: str, value: object, expected: str) -> None:
+        super().__init__(message)
+        self.path = path
+        self.value = value
+        self.expected = expected
 
 
 @dataclass(frozen=True)
@@ -79,14 +92,16 @@ def taken_from(members: tuple[Member, ...], given: Mapping[str, Any], path: str)
     known = {member.name for member in members}
     for name in given:
         if name not in known:
-            raise WrongData(f"Parameter '{path}{name}' is unexpected")
+            right = f"none of that name; there are {', '.join(sorted(known)) or 'none'}"
+            raise WrongData(f"Parameter '{path}{name}' is unexpected", path + name, None, right)
     taken: dict[str, Any] = {}
     for member in members:
         if member.name in given:
             hint = without_none(member.hint)
             taken[member.key] = _checked(hint, given[member.name], f"{path}{member.name}")
         elif not member.optional:
-            raise WrongData(f"Parameter '{path}{member.name}' is missing")
+            place = path + member.name
+            raise WrongData(f"Parameter '{place}' is missing", place, None, "it is needed")
     return taken
 
 
@@ -96,30 +111,44 @@ def _checked(hint: Any, value: Any, path: str) -> Any:
         return value
     if typing.get_origin(hint) is list:
         if not isinstance(value, list):
-            raise _wrong(path, "array")
+            raise _wrong(path, value, "array")
         (element,) = typing.get_args(hint)
         return [_checked(element, each, f"{path}[{at}]") for at, each in enumerate(value)]
     if isinstance(hint, type) and issubclass(hint, Enum):
         if not isinstance(value, str):
-            raise _wrong(path, "string")
-        if value not in [each.value for each in hint]:
-            raise WrongData(f"Parameter '{path}' does not accept value '{value}'")
+            raise _wrong(path, value, "string")
+        values = [each.value for each in hint]
+        if value not in values:
+            message = f"Parameter '{path}' does not accept value '{value}'"
+            raise WrongData(message, path, value, f"one of {', '.join(values)}")
         return hint(value)
     if is_dataclass(hint):
         if not isinstance(value, dict):
-            raise _wrong(path, "object")
+            raise _wrong(path, value, "object")
         assert isinstance(hint, type), "annotations are types"
         return hint(**taken_from(members_of(hint), value, f"{path}."))
     expected = _EXPECTED[hint]
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint or (hint is int and not -_LARGEST <= value < 2 * _LARGEST):
-        raise _wrong(path, expected)
+        raise _wrong(path, value, expected)
+    if hint is str and not _is_text(value):
+        message = f"Parameter '{path}' is no text that a file could be named by"
+        raise WrongData(message, path, value, "text without NUL and lone surrogates")
     return value
 
 
-def _wrong(path: str, expected: str) -> WrongData:
-    return WrongData(f"Invalid parameter type for '{path}', expected: {expected}")
+def _is_text(value: str) -> bool:
+    """Whether a file system, a socket or a kernel would take it."""
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _wrong(path: str, value: object, expected: str) -> WrongData:
+    message = f"Invalid parameter type for '{path}', expected: {expected}"
+    return WrongData(message, path, value, f"a value of the type {expected}")
 
 
 def as_json(value: Any) -> Any:
@@ -141,3 +170,23 @@ def structure(kind: type[S], data: Mapping[str, Any]) -> S:
         WrongData: something in it is missing, unexpected or of the wrong type.
     """
     return kind(**taken_from(members_of(kind), data, ""))
+
+
+def described(structure: type, place: str = "") -> list[str]:
+    """Every member of a dataclass, and of those in it, with its type; a line for each."""
+    lines = []
+    for member in members_of(structure):
+        hint, name = without_none(member.hint), f"{place}{member.name}"
+        if is_list := typing.get_origin(hint) is list:
+            (hint,) = typing.get_args(hint)
+            name += "[]"
+        needed = "" if member.optional else ", needed"
+        if is_dataclass(hint):
+            assert isinstance(hint, type), "annotations are types"
+            what = "any number of tables" if is_list else "table"
+            lines += [f"{name}: {what}{needed}", *described(hint, f"{name}.")]
+        elif isinstance(hint, type) and issubclass(hint, Enum):
+            lines.append(f"{name}: one of {', '.join(each.value for each in hint)}{needed}")
+        else:
+            lines.append(f"{name}: {_EXPECTED[hint]}{needed}")
+    return lines

@@ -283,6 +283,8 @@ class DebugCommands:
             raise CommandError(f"Parameter 'hart' expects a hart: there is no {hart}")
         if hart in self._traces:
             raise CommandError(f"Hart {hart} is traced already")
+        if count < 0:
+            raise CommandError("Parameter 'count' expects instructions, 0 for any number of them")
         with self._standing():
             table = symbols_in(self._machine.ram) if symbols else SymbolTable([])
             span = Span(count, _address(start, table), _address(stop, table))

@@ -57,16 +57,13 @@ def _ignore(first: int, count: int) -> None:
     """Nobody has asked to be told."""
 
 
-def _memory_file(size: int) -> int:
+def _memory_file() -> int:
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("vmlab-ram", os.MFD_CLOEXEC)
-    else:  # macOS: an unlinked file
-        import tempfile
+        return os.memfd_create("vmlab-ram", os.MFD_CLOEXEC)
+    import tempfile  # macOS: an unlinked file
 
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.ftruncate(fd, size)
-    return fd
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _address_of(region: mmap.mmap) -> int:
@@ -82,6 +79,9 @@ class Ram:
         base: The first physical address; a multiple of 4096.
         fd: A memory file that holds the content already; it is duplicated, not taken.
         private: Map that file copy-on-write: what is written here stays here (a fork).
+
+    Raises:
+        VmlabError: the host has no room for it.
 
     Attributes:
         host_address: Where the first byte lies in this process.
@@ -103,12 +103,21 @@ class Ram:
         self.end = base + size
         self.pages = size >> PAGE_SHIFT
         self.private = private
-        self.fd = _memory_file(size) if fd is None else os.dup(fd)
         sharing = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-        self._map = mmap.mmap(
-            self.fd, size, flags=sharing | getattr(mmap, "MAP_NORESERVE", 0),
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )  # fmt: skip
+        self.fd = _memory_file() if fd is None else os.dup(fd)
+        try:
+            if fd is None:
+                os.ftruncate(self.fd, size)
+            self._map = mmap.mmap(
+                self.fd, size, flags=sharing | getattr(mmap, "MAP_NORESERVE", 0),
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )  # fmt: skip
+        except (OSError, OverflowError) as error:
+            os.close(self.fd)
+            raise VmlabError(
+                f"this host has no room for {size} bytes of guest memory: {error}",
+                hint="give the machine less memory",
+            ) from None
         self._flags = own_memory(self.pages)
         self._dirty = bytearray(self.pages)
         self._logging = False
