@@ -250,11 +250,22 @@ def _remove_tree(directory: Path) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno == errno.ENOTEMPTY and lock.exists():
-            # Without its lock it looked like another dead run to the next reaper, who has it now.
+        if error.errno == errno.ENOTEMPTY and _is_next_ones(directory):
             return None
         return f"{error.strerror}: {error.filename}"
     return None
+
+
+def _is_next_ones(directory: Path) -> bool:
+    """Whether a directory that was emptied here has at most a lock in it.
+
+    Without its lock it looked like another dead run to the next reaper, who made the lock anew to
+    have it, and removes the directory; by now that may be done, or half done.
+    """
+    try:
+        return {entry.name for entry in directory.iterdir()} <= {LOCK}
+    except FileNotFoundError:
+        return True
 
 
 def clear_run(directory: Path, *, dry_run: bool = False) -> list[ReapItem]:

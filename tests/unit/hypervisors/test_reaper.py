@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -189,6 +189,48 @@ def test_three_reapers_at_once_do_not_disturb_each_other(home: Home) -> None:
     assert [item for report in reports for item in report.failed] == []
     cleared = [run for report in reports for run in report.dead]
     assert set(cleared) == {f"r{number:02}" for number in range(40)}
+
+
+def _leave_alone(directory: Path) -> None:
+    """The other reaper has got no further."""
+
+
+def _unlock(directory: Path) -> None:
+    (directory / "lock").unlink()
+
+
+def _finish(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def _fill(directory: Path) -> None:
+    (directory / "machines").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("further", "error"),
+    [(_leave_alone, None), (_unlock, None), (_finish, None), (_fill, "not empty")],
+    ids=["it has the lock", "it removed the lock", "it removed all", "it is no reaper"],
+)
+def test_a_reaper_that_comes_between_unlocking_and_removing_is_left_to_it(
+    dead: Path, monkeypatch: pytest.MonkeyPatch, further: Callable[[Path], None], error: str | None
+) -> None:
+    own = Path.rmdir
+
+    def rmdir(path: Path) -> None:
+        if path != dead:
+            return own(path)
+        other = FileLock.take(dead / "lock")
+        assert other is not None
+        try:
+            own(path)
+        finally:
+            further(dead)
+            other.release()
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    said = leftovers._remove_tree(dead)
+    assert said is None if error is None else said is not None and error in said
 
 
 # ------------------------------------------------------------------- processes
