@@ -6,11 +6,20 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+# What pytest.fail.Exception is, by the name that a type checker knows.
+from _pytest.outcomes import Failed
+
 from vmlab.machine.errors import VmlabError
 
 
-class TestEnded(BaseException):
-    """Raised inside a test from outside; no `except Exception` of the test's holds it up."""
+class TestEnded(Failed):
+    """Raised inside a test from outside; no `except Exception` of the test's holds it up.
+
+    One of pytest's own outcomes: fixtures that it ends are remembered as failed.
+    """
+
+    # As pytest's own: its short summary has room for what happened, not for where this stands.
+    __module__ = "builtins"
 
     __test__ = False  # not a class of tests, whatever pytest thinks of its name
 
@@ -33,6 +42,8 @@ class MachineDied(TestEnded):
         fatal: Whether the machine cannot go on.
     """
 
+    __module__ = "builtins"
+
     def __init__(
         self, machine: str, kind: str, message: str, excerpt: str = "", *, fatal: bool = True
     ) -> None:
@@ -46,6 +57,8 @@ class MachineDied(TestEnded):
 
 class OutOfTime(TestEnded):
     """A test with machines took longer than its time."""
+
+    __module__ = "builtins"
 
     def __init__(self, seconds: float) -> None:
         super().__init__(

@@ -251,7 +251,8 @@ class MachineRun:
             ):
                 # Wrong values and things that are not there: the code around is of no interest.
                 report.longrepr = shown(error)
-        trial.heard(report)
+        plainly = isinstance(error, VmlabError | TestEnded)
+        trial.heard(report, shown(error) if error is not None and plainly else None)
         if report.when != "teardown":
             if report.failed:
                 from vmlab.pytest_plugin.evidence import gather

@@ -172,11 +172,17 @@ class Trial:
 
     # What pytest says of it.
 
-    def heard(self, report: pytest.TestReport) -> None:
-        """One of pytest's three phases has ended."""
+    def heard(self, report: pytest.TestReport, reason: str | None = None) -> None:
+        """One of pytest's three phases has ended.
+
+        Args:
+            report: How.
+            reason: Why it failed, where that is known better than pytest says it.
+        """
         if self.attempt.finished:
             return
-        outcome, reason = self._outcome_of(report)
+        outcome, said = self._outcome_of(report)
+        reason = said if reason is None or outcome.ok else reason
         self.attempt.phase(
             str(report.when), outcome, duration_s=max(0.0, report.duration), message=reason
         )
