@@ -23,10 +23,11 @@ from typing import Any, Final, Protocol, Self
 from vmlab.guests.guest import CONNECT_TIMEOUT
 from vmlab.hypervisors import registry
 from vmlab.hypervisors.base import Machine
-from vmlab.hypervisors.ownership import Owner, Run
+from vmlab.hypervisors.ownership import Home, Owner, Run
 from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab import boot
+from vmlab.lab.admission import OVERHEAD, Admission, Claim, Reservation
 from vmlab.lab.boot import Bootable, Wish, specification
 from vmlab.lab.loop import LoopThread
 from vmlab.lab.networks import LabNetwork, Networks
@@ -81,6 +82,11 @@ class _Order:
     def name(self) -> str:
         return self.wish.name
 
+    @property
+    def memory(self) -> int:
+        """Bytes that its guest may come to use."""
+        return size_of("memory", self.wish.memory)
+
 
 class Lab:
     """A place for machines, which ends with its process or when it is closed.
@@ -100,6 +106,7 @@ class Lab:
         seed: The seed.
         owner: The owner.
         progress: Told how far images are that have to be fetched or built.
+        tell: Told, in a sentence, which machine waits for what.
     """
 
     def __init__(
@@ -119,8 +126,8 @@ class Lab:
         self.image = image
         self.seed = secrets.randbits(32) if seed is None else seed
         self.shared = shared
-        self.admission = admission
         self.progress = progress
+        self.tell: Callable[[str], None] = _LOG.warning
         self.terminal = terminal
         self.networks = Networks()
         self._stack = ExitStack()
@@ -137,6 +144,14 @@ class Lab:
             self._stack.enter_context(self.lease)
             owner = self.lease.owner
         self.owner = owner
+        # Of its own: the loop gives back while a caller who has the other one may wait for it.
+        self._reserving = threading.Lock()
+        self._reserved: dict[str, Reservation] = {}
+        self._admission: Admission | None = None
+        if admission:
+            home = self.lease.home.directory if self.lease is not None else Home.path()
+            self._admission = Admission(home / "admission", tell=self._say)
+            self._stack.callback(self._admission.close)
 
     def __repr__(self) -> str:
         return f"<Lab {self.owner}: {', '.join(self._machines) or 'no machines'}>"
@@ -241,8 +256,14 @@ class Lab:
         """See `VM.fork`."""
         name = self._free_name(name, f"{vm.name}-fork", ())
         vm.venue.capabilities.require(Capability.FORK, machine=vm.name, operation="fork")
-        before = {nic.name: nic.mac for nic in vm.info().nics}
-        machine = vm.run(vm.copied(name))
+        if vm.venue.has_guests:
+            self._admit({name: Claim(name, vm.spec.memory.size + OVERHEAD)})
+        try:
+            before = {nic.name: nic.mac for nic in vm.info().nics}
+            machine = vm.run(vm.copied(name))
+        except BaseException:
+            self._give_back(name)
+            raise
         child = self._enlist(
             vm.successor(
                 machine,
@@ -255,11 +276,12 @@ class Lab:
             )
         )
         try:
-            if machine.state is MachineState.RUNNING:
+            if vm.state is MachineState.RUNNING:
                 child.run(child.booted(None))
         except BaseException:
             self.remove(child)
             raise
+        self._began(child, forked=True)
         self.introduce(child)
         return child
 
@@ -275,6 +297,7 @@ class Lab:
         finally:
             with self._lock:
                 self._machines.pop(vm.name, None)
+            self._give_back(vm.name)
             for plug in vm.plugs:
                 plug.network.leave(vm.hostname)
                 self.networks.release(plug.network)
@@ -457,7 +480,7 @@ class Lab:
                 capabilities = loop.run(opened.capabilities())
                 venue = Venue(opened, capabilities, loop)
                 self._venues[hypervisor] = venue
-                self._templates[hypervisor] = Templates(venue, self.shared)
+                self._templates[hypervisor] = Templates(venue, self.shared, gone=self._give_back)
             return self._venues[hypervisor]
 
     def _free_name(self, name: str | None, stem: str, taken: Iterable[str]) -> str:
@@ -482,6 +505,7 @@ class Lab:
     def _made_of(self, orders: Sequence[_Order], *, boot: bool) -> list[VM]:
         """The machines that were ordered: all of them, or nothing is left of any."""
         made: list[VM] = []
+        self._admit(self._claims(orders, boot=boot))
         try:
             for order in orders:
                 made.append(self._enlist(self._create(order, boot=boot)))
@@ -489,10 +513,55 @@ class Lab:
                 self._boot(made)
         except BaseException:
             with ExitStack() as clearing:
+                clearing.callback(self._give_back, *(order.name for order in orders))
                 for vm in made:
                     clearing.callback(self.remove, vm)
             raise
         return made
+
+    # Memory.
+
+    def _say(self, text: str) -> None:
+        self.tell(text)
+
+    def _claims(self, orders: Sequence[_Order], *, boot: bool) -> dict[str, Claim]:
+        """What the host has to have for orders, by what it is given back under."""
+        claims: dict[str, Claim] = {}
+        for order in orders:
+            size = order.memory + OVERHEAD
+            if not order.venue.has_guests:
+                continue
+            claims[order.name] = Claim(order.name, size)
+            if boot and order.template and order.wanted is not None:
+                key = self._templates[order.venue.name].lacks(order.wanted)
+                if key is not None:
+                    claims[key] = Claim(f"a template for {order.name}", size)
+        return claims
+
+    def _admit(self, claims: Mapping[str, Claim]) -> None:
+        """Wait for memory; idle templates are given up for it."""
+        if self._admission is None:
+            return
+        wanted = {key: claim for key, claim in claims.items() if key not in self._reserved}
+        found = self._admission.reserve(list(wanted.values()), free_up=self._discard_templates)
+        with self._reserving:
+            self._reserved |= dict(zip(wanted, found, strict=True))
+
+    def _discard_templates(self) -> None:
+        for venue in tuple(self._venues.values()):
+            venue.loop.run(self._templates[venue.name].discard())
+
+    def _give_back(self, *keys: str) -> None:
+        with self._reserving:
+            found = [self._reserved.pop(key) for key in keys if key in self._reserved]
+        if self._admission is not None:
+            self._admission.release(*found)
+
+    def _began(self, vm: VM, *, forked: bool) -> None:
+        """Note which process has a machine's memory, now that it runs."""
+        if self._admission is not None and vm.name in self._reserved:
+            pid = vm.info().pid
+            self._admission.began(self._reserved[vm.name], pid, forked=forked)
 
     def _create(self, order: _Order, *, boot: bool) -> VM:
         machine, origin, steps = order.venue.loop.run(self._machine_of(order, boot=boot))
@@ -540,6 +609,7 @@ class Lab:
             ours = [vm for vm in machines if vm.venue.loop is loop]
             loop.run(_all(vm.booted(None) for vm in ours))
         for vm in machines:
+            self._began(vm, forked=vm.forked)
             self.introduce(vm, but=machines)
 
     def introduce(self, vm: VM, but: Sequence[VM] = ()) -> None:

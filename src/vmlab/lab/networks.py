@@ -17,7 +17,7 @@ from vmlab.guests.command import quote
 from vmlab.machine.errors import InvalidSpec, ResourceExhausted, SpecProblem
 from vmlab.machine.fields import NAME_RULE, is_name
 
-__all__ = ["Address", "LabNetwork", "Networks", "hosts_script", "interface_script"]
+__all__ = ["Address", "LabNetwork", "Networks", "hosts_script", "interface_script", "link_script"]
 
 _RANGE: Final = ipaddress.IPv4Network("10.213.0.0/16")
 """Where networks get theirs from: of RFC 1918's private addresses, few are less used; 10.0.2.0/24
@@ -161,10 +161,25 @@ def _wrong(field: str, value: object, expected: str) -> InvalidSpec:
 def interface_script(mac: str, address: Address) -> str:
     """Shell text that gives the interface with that MAC address its address, and raises it."""
     return (
+        f'{_named(mac)}; ip addr flush dev "$n" && ip addr add {address} dev "$n" && '
+        'ip link set dev "$n" up || exit'
+    )
+
+
+def link_script(mac: str) -> str:
+    """Shell text that waits until the interface with that MAC address has its link."""
+    return (
+        f'{_named(mac)}; until read -r c <"/sys/class/net/$n/carrier" && [ "$c" = 1 ]; '
+        "do sleep 0.05; done"
+    )
+
+
+def _named(mac: str) -> str:
+    """Shell text that finds the interface with that MAC address: $n."""
+    return (
         f'n=; for i in /sys/class/net/*; do read -r a <"$i/address" && [ "$a" = {quote(mac)} ] '
         f'&& n=${{i##*/}}; done; [ -n "$n" ] || {{ echo "no interface has the address {mac}" >&2; '
-        f'exit 1; }}; ip addr flush dev "$n" && ip addr add {address} dev "$n" && '
-        'ip link set dev "$n" up || exit'
+        "exit 1; }"
     )
 
 

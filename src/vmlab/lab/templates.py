@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -126,12 +126,28 @@ class Templates:
     Args:
         venue: The hypervisor.
         shared: Directory that other processes of the same tests have as well; None is none.
+        gone: Told the key of a template that is no more.
     """
 
-    def __init__(self, venue: Venue, shared: Path | None = None) -> None:
+    def __init__(
+        self,
+        venue: Venue,
+        shared: Path | None = None,
+        *,
+        gone: Callable[[str], None] = lambda key: None,
+    ) -> None:
         self._venue = venue
         self._shared = shared
+        self._gone = gone
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
+
+    def lacks(self, wanted: Bootable) -> str | None:
+        """The key of the template that a machine's fork would have to have made first, if any."""
+        if why_no_template(self._venue, wanted.spec):
+            return None
+        key = key_of(template_spec(wanted), wanted.image.digest, self._venue)
+        slot = self._slots.get(key)
+        return key if slot is None or (slot.template is None and not slot.why_not) else None
 
     async def fork(self, wanted: Bootable, *, patience: float) -> Fork | str:
         """A fork of the template of a machine, or why there can be none.
@@ -153,7 +169,11 @@ class Templates:
         async with slot.lock:
             if slot.template is None and not slot.why_not:
                 with timeline.step("template"):
-                    slot.template = await self._made(key, spec, patience)
+                    try:
+                        slot.template = await self._made(key, spec, patience)
+                    except BaseException:
+                        self._gone(key)
+                        raise
             template = slot.template
             if template is None:
                 return slot.why_not
@@ -164,6 +184,7 @@ class Templates:
         except UnsupportedOperation as error:
             slot.why_not, slot.template = error.hint or error.message, None
             await template.machine.delete(force=True)
+            self._gone(key)
             return slot.why_not
         finally:
             template.users -= 1
@@ -187,6 +208,7 @@ class Templates:
         template = self._slots.pop(key).template
         assert template is not None
         await template.machine.delete(force=True)
+        self._gone(key)
 
     async def _made(self, key: str, spec: MachineSpec, patience: float) -> _Template:
         """The template of this process, from what another one left or booted here."""

@@ -20,11 +20,17 @@ from vmlab.lab.armed import Armed, OnFault
 from vmlab.lab.bringup import reached, shared
 from vmlab.lab.faulting import Action, FaultEvent
 from vmlab.lab.inside import Inside
-from vmlab.lab.networks import Address, LabNetwork, hosts_script, interface_script
+from vmlab.lab.networks import (
+    Address,
+    LabNetwork,
+    hosts_script,
+    interface_script,
+    link_script,
+)
 from vmlab.lab.timeline import Step, Timeline
 from vmlab.lab.venue import Venue
 from vmlab.machine.errors import InvalidSpec, InvalidState, SpecProblem, UnsupportedOperation
-from vmlab.machine.faults import Fault, FaultSchedule, PowerCut
+from vmlab.machine.faults import Fault, FaultKind, FaultSchedule, NetPartition, PowerCut
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.sizes import parse_size
 from vmlab.machine.spec import Disk, MachineSpec, Nic, Share
@@ -95,6 +101,7 @@ class VM(Inside):
         timeline: Where the time went.
         recorder: Who takes what `record` is given, if anybody.
         watchdog: Who watches it, if anybody; is told what is meant to happen.
+        forked: Whether it is a fork of another machine, or of a template.
         on_fault: Told what becomes of each fault that is injected, if anybody is.
     """
 
@@ -131,6 +138,7 @@ class VM(Inside):
         # The MAC addresses that its guest remembers, by NIC, while it is a fork that has yet to
         # become somebody.
         self._origin = origin
+        self.forked = origin is not None
 
     def __repr__(self) -> str:
         return f"<VM {self.name!r} on {self.hypervisor}: {self.state.value}>"
@@ -244,7 +252,8 @@ class VM(Inside):
     def resume(self) -> None:
         """Let its vCPUs run on."""
         with self._marking("resume"):
-            self.run(self.machine.resume())
+            # A fork of a machine that stood still has yet to become somebody.
+            self.run(self.machine.resume() if self._origin is None else self.booted(None))
 
     def restart(self, *, graceful: bool = True, timeout: float | None = None) -> None:
         """Boot it again, by the button unless `graceful`, and connect to its guest."""
@@ -476,12 +485,25 @@ class VM(Inside):
                 await self.machine.start()
             await self.greeted(timeout=timeout)
             return
-        with self.timeline.step("resume"):
-            if self.machine.state is MachineState.PAUSED:
-                await self.machine.resume()
         after = {nic.name: nic.mac for nic in (await self.machine.info()).nics}
+        cut = await self._cut_off()
+        with self.timeline.step("resume"):
+            await self.machine.resume()
         macs = {origin[nic]: mac for nic, mac in after.items()}
         await self.greeted(step="connect", timeout=timeout, refresh=True, macs=macs)
+        if cut:
+            with self.timeline.step("link"):
+                for fault in cut:
+                    await self.machine.clear_fault(fault)
+                if self.guest is not None:
+                    links = [link_script(after[plug.nic]) for plug in self.plugs]
+                    await self.guest.succeed("\n".join(links), timeout=self._patience)
+
+    async def _cut_off(self) -> list[str]:
+        """Take it off its networks, where it would have its origin's addresses for a moment."""
+        if FaultKind.NET_PARTITION not in self.venue.capabilities.faults:
+            return []
+        return [await self.machine.inject(NetPartition(nic=plug.nic)) for plug in self.plugs]
 
     async def greeted(
         self,
@@ -572,10 +594,16 @@ class VM(Inside):
         await self._forsake()
 
     async def copied(self, name: str) -> Machine:
-        """A fork of the machine, as the contract has it."""
+        """A fork of the machine, as the contract has it, which stands still."""
         async with self._without_shares():
             with self.timeline.step("fork"):
-                return await self.machine.fork(name)
+                if self.machine.state is not MachineState.RUNNING:
+                    return await self.machine.fork(name)
+                await self.machine.pause()
+                try:
+                    return await self.machine.fork(name)
+                finally:
+                    await self.machine.resume()
 
     def successor(
         self,
