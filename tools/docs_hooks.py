@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,8 +247,9 @@ def faults_page() -> str:
     parts = [
         "# Faults\n",
         "What can be broken, as data: the same fault goes to the simulator, to the engine's "
-        "devices and to a real QEMU. Which kinds a hypervisor can inject stands in its "
-        "capabilities.\n",
+        "devices and to a real QEMU.\n",
+        "## Where\n",
+        _who_injects_what(),
         "## When\n",
         "The field `when` of every fault; without it the fault strikes at once.\n",
     ]
@@ -264,6 +265,36 @@ def faults_page() -> str:
         parts.append(f"### {kind.model_fields['kind'].default.value}\n\n{_first_paragraph(kind)}\n")
         parts.append(_fields(kind.model_json_schema(), leave_out=shared))
     return "\n".join(parts)
+
+
+def _who_injects_what() -> str:
+    """Which hypervisor can inject which fault, as each declares it."""
+    from vmlab.hypervisors.embedded import faults as embedded
+    from vmlab.hypervisors.qemu import breakable
+    from vmlab.hypervisors.qemu import hypervisor as qemu
+    from vmlab.hypervisors.simulated.faults import ALL_KINDS
+    from vmlab.machine.faults import FaultKind
+
+    def cell(kind: FaultKind, able: Set[FaultKind], counted: Set[FaultKind]) -> str:
+        words = ["yes" if kind not in breakable.KINDS or able is not qemu.FAULTS else "breakable"]
+        return " ".join(words + ["(counted)"] * (kind in counted)) if kind in able else "no"
+
+    rows = [
+        (
+            f"`{kind.value}`",
+            cell(kind, ALL_KINDS, ALL_KINDS),
+            cell(kind, embedded.FAULTS, embedded.COUNTED),
+            cell(kind, qemu.FAULTS, breakable.COUNTED),
+        )
+        for kind in FaultKind
+    ]
+    told = (
+        "Counted ones can strike at the nth occasion and by chance; the others at a time, and when "
+        "a text is printed. On QEMU a disk has to be `breakable` for the faults that say so, and "
+        "for occasions to be counted: a process of its own serves it then. There, and on the "
+        "embedded engine, what says no is refused by its name.\n"
+    )
+    return _table(("fault", "simulated", "embedded", "qemu"), rows) + "\n" + told
 
 
 def events_page() -> str:
