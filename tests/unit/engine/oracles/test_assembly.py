@@ -72,17 +72,23 @@ def test_it_finds_what_it_finds_on_qemu(program: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(PATIENCE)
-def test_the_reference_translates_so_as_well(tmp_path: Path) -> None:
-    made = build("translation", tmp_path, quick=True)
+@pytest.mark.parametrize("program", ["translation", "interrupts"])
+def test_the_reference_finds_it_as_well(program: str, tmp_path: Path) -> None:
+    made = build(program, tmp_path, quick=True)
     ours = on_engine(made, tmp_path, Execution.REFERENCE)
-    found, _ = unexplained("translation", ours, in_qemu("translation", made))
+    found, _ = unexplained(program, ours, in_qemu(program, made))
     assert not found, "\n".join(found[:40])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_reference_finds_it_as_well(program: str, tmp_path: Path) -> None:
-    made = build(program, tmp_path, quick=True)
-    ours = on_engine(made, tmp_path, Execution.REFERENCE)
+def test_the_reference_finds_the_same_to_the_letter(program: str, tmp_path: Path) -> None:
+    """The whole of it, as native code and QEMU run it."""
+    made = build(program, tmp_path)
+    first, second = tmp_path / "reference", tmp_path / "interpreter"
+    first.mkdir()
+    second.mkdir()
+    ours = on_engine(made, first, Execution.REFERENCE)
+    assert ours == on_engine(made, second, Execution.INTERPRETER)
     found, _ = unexplained(program, ours, in_qemu(program, made))
     assert not found, "\n".join(found[:40])

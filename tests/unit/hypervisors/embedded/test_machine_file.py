@@ -132,8 +132,8 @@ def test_disks_behind_the_scsi_host_need_no_slot() -> None:
     check(spec_of(disks=many))
 
 
-_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-_PATH = _TEXT.map(lambda text: "/x" + text.replace("/", "").replace("\0", ""))
+_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+_PATH = _TEXT.map(lambda text: "/x" + text.replace("/", ""))
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -151,9 +151,11 @@ def test_the_engine_reads_what_was_written(
         qmp="/q",
         boot=Boot(path, cmdline=cmdline),
         serial=SocketPort(path, log=path) if flags[0] else None,
-        channels=[SocketPort(path, name)] * count,
-        disks=[DiskFile(name, path, read_only=flags[1])] * count,
-        nics=[Nic(name, "52:54:00:00:00:01", SegmentKind.USER, forwards=[Forward(1)] * count)],
+        channels=[SocketPort(path, f"{name}{number}") for number in range(count)],
+        disks=[DiskFile(f"{name}{number}", path, read_only=flags[1]) for number in range(count)],
+        nics=[
+            Nic(f"{name}0", "52:54:00:00:00:01", SegmentKind.USER, forwards=[Forward(1)] * count)
+        ],
         scsi=flags[2],
         seed=seed,
     )
