@@ -321,6 +321,7 @@ class Lab:
         *,
         name: str | None = None,
         source: str | Path | None = None,
+        breakable: bool = True,
     ) -> LabDisk:
         """A disk for machines of this lab; each that gets it has a copy of its own.
 
@@ -328,6 +329,8 @@ class Lab:
             size: Bytes, or as "1G"; None is that of `source`.
             name: By which it is found in the guest, as its serial number.
             source: An image to start from, which is never written to.
+            breakable: Whether every fault can strike it, a power cut among them; one that is not
+                is faster on QEMU.
 
         Raises:
             InvalidSpec: it can be none.
@@ -339,6 +342,7 @@ class Lab:
                 name=name or "disk",
                 size=None if size is None else size_of("size", size),
                 source=None if source is None else Path(source).absolute(),
+                breakable=breakable,
             ),
             named=name is not None,
         )
@@ -365,8 +369,8 @@ class Lab:
                 return
             self._closed = True
         with self._stack:
-            for vm in reversed(self.machines):
-                # Each is tried, whatever becomes of the others.
+            for vm in self.machines:
+                # The last one first, and each whatever becomes of the others.
                 self._stack.callback(self.remove, vm)
 
     def __enter__(self) -> Self:

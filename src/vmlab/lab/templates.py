@@ -76,6 +76,8 @@ class _Slot:
 
 def why_no_template(venue: Venue, spec: MachineSpec) -> str:
     """Why a machine cannot be a fork of one that was booted before; empty if it can."""
+    if venue.hypervisor.owner.kind == "store":
+        return "a template in a store would outlive this process"
     if Capability.FORK not in venue.capabilities.supported:
         return venue.capabilities.unsupported.get(Capability.FORK, "it cannot fork")
     if spec.deterministic:

@@ -355,7 +355,8 @@ class VM(Inside):
         taken = {each.name for each in self.spec.disks}
         free = name or next(f"disk{number}" for number in range(1 << 16)
                             if f"disk{number}" not in taken)  # fmt: skip
-        plugged = as_disk(disk, free)
+        # One that comes while the machine runs is served by nobody else.
+        plugged = as_disk(disk, free).model_copy(update={"breakable": False})
         with self._marking("plug-disk", plugged.name):
             self.run(self.machine.plug_disk(plugged))
         return plugged.name
@@ -690,7 +691,7 @@ def as_disk(disk: LabDisk | Disk | str, name: str) -> Disk:
         return disk.at(name)
     if isinstance(disk, Disk):
         return disk
-    return Disk(name=name, size=size_of("disks", disk))
+    return Disk(name=name, size=size_of("disks", disk), breakable=True)
 
 
 def size_of(field: str, value: int | str) -> int:
