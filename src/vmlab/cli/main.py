@@ -137,6 +137,13 @@ COMMANDS: tuple[CommandEntry, ...] = (
         _PROVE,
     ),
     CommandEntry(
+        "baseline",
+        "vmlab.cli.baseline",
+        "app",
+        "Keep what runs measured, and tell whether other runs are better or worse.",
+        _PROVE,
+    ),
+    CommandEntry(
         "conformance",
         "vmlab.cli.conformance",
         "conformance",

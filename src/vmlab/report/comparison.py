@@ -24,7 +24,16 @@ from typing import Final
 from vmlab.machine.errors import VmlabError
 from vmlab.report.parts import Direction
 
-__all__ = ["ALPHA", "TOLERANCE", "Comparison", "Verdict", "cliffs_delta", "compare", "p_value"]
+__all__ = [
+    "ALPHA",
+    "TOLERANCE",
+    "Comparison",
+    "Verdict",
+    "cliffs_delta",
+    "compare",
+    "middle_of",
+    "p_value",
+]
 
 ALPHA: Final = 0.05
 """How often equal things may be called different."""
@@ -108,22 +117,21 @@ def compare(
         effect=cliffs_delta(a, b) if a and b else 0.0,
         p=p_value(a, b) if a and b else 1.0,
         n=(len(a), len(b)),
-        medians=(_median(a), _median(b)),
+        medians=(middle_of(a) if a else None, middle_of(b) if b else None),
         shift=None,
         limits=None,
         reason="one side has no samples",
     )
-    differences = sorted(y - x for y in b for x in a)
-    shift = _median(differences)
-    before = known.medians[0]
-    if shift is None or before is None:
+    if not a or not b:
         return known
+    differences = sorted(y - x for y in b for x in a)
+    shift = middle_of(differences)
     limits = _limits(differences, len(a), len(b), alpha)
     known = replace(known, shift=shift, limits=limits)
     if limits is None:
         why = f"{len(a)} and {len(b)} samples are too few for any difference to show"
         return replace(known, reason=why)
-    slack = tolerance * abs(before)
+    slack = tolerance * abs(middle_of(a))
     if known.p < alpha and abs(known.effect) >= NEGLIGIBLE and abs(shift) > slack:
         return replace(known, verdict=_towards(direction, shift), reason="")
     if -slack <= limits[0] and limits[1] <= slack:
@@ -141,11 +149,11 @@ def _towards(direction: Direction, shift: float) -> Verdict:
     return Verdict.WORSE if worse else Verdict.BETTER
 
 
-def _median(ordered: Sequence[float]) -> float | None:
-    if not ordered:
-        return None
+def middle_of(values: Sequence[float]) -> float:
+    """The median of at least one value, also of figures whose sum no double holds."""
+    ordered = sorted(values)
     half = len(ordered) // 2
-    if len(ordered) % 2:
+    if len(ordered) % 2 or ordered[half - 1] == ordered[half]:
         return ordered[half]
     return ordered[half - 1] / 2 + ordered[half] / 2
 

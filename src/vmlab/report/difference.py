@@ -14,7 +14,15 @@ from vmlab.report.comparison import Comparison, Verdict, compare
 from vmlab.report.model import Outcome, Run, Test
 from vmlab.report.parts import Direction
 
-__all__ = ["Difference", "MetricChange", "MetricKey", "TestChange", "difference", "samples_of"]
+__all__ = [
+    "Difference",
+    "MetricChange",
+    "MetricKey",
+    "TestChange",
+    "difference",
+    "measured",
+    "samples_of",
+]
 
 
 @dataclass(frozen=True, order=True)
@@ -85,17 +93,18 @@ class Difference:
 def samples_of(run: Run) -> dict[MetricKey, list[float]]:
     """All samples of a run, of each test's last attempt, in order."""
     found: dict[MetricKey, list[float]] = {}
-    for key, _, value in _measured(run):
+    for key, _, value in measured(run):
         found.setdefault(key, []).append(value)
     return found
 
 
 def directions_of(run: Run) -> dict[MetricKey, Direction]:
     """Which way each metric of a run gets better."""
-    return {key: direction for key, direction, _ in _measured(run)}
+    return {key: direction for key, direction, _ in measured(run)}
 
 
-def _measured(run: Run) -> Iterator[tuple[MetricKey, Direction, float]]:
+def measured(run: Run) -> Iterator[tuple[MetricKey, Direction, float]]:
+    """Every sample of a run: what was measured, which way that gets better, and the value."""
     for test in run.tests():
         for metric in test.metrics:
             key = MetricKey(metric.name, metric.unit, test.hypervisor or "")

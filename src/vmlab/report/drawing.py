@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree
 
+from vmlab.report.comparison import middle_of
 from vmlab.report.escape import escape_controls, escape_xml
 from vmlab.report.model import Attempt, FaultRecord, Mark, Outcome, Phase
 
-__all__ = ["Sample", "chart", "middle_of", "number", "timeline"]
+__all__ = ["Sample", "chart", "number", "timeline"]
 
 _WIDTH: Final = 960
 _LEFT: Final = 120  # names of the rows stand left of it
@@ -42,15 +43,6 @@ def number(value: float) -> str:
     if value == int(value) and abs(value) < 1e15:
         return str(int(value))
     return f"{value:.5g}"
-
-
-def middle_of(values: Sequence[float]) -> float:
-    """The median, also of figures whose sum no double holds."""
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    if len(ordered) % 2 or ordered[half - 1] == ordered[half]:
-        return ordered[half]
-    return ordered[half - 1] / 2 + ordered[half] / 2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.report.cause import Line, console_lines, quoted
-from vmlab.report.drawing import Sample, chart, middle_of, number, timeline
+from vmlab.report.comparison import middle_of
+from vmlab.report.drawing import Sample, chart, number, timeline
 from vmlab.report.escape import escape_controls
 from vmlab.report.model import Artifact, Attempt, Outcome, Run, Test, describe
 
