@@ -6,7 +6,6 @@ both.
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable, Iterator
 
@@ -27,7 +26,6 @@ from vmlab.engine.qapi import (
     CpuInfo,
     Deleted,
     DeviceDriver,
-    DiskFailure,
     ExecutionInfo,
     ExitCount,
     FileOptions,
@@ -101,7 +99,6 @@ class Control:
         add("device_add", self.device_add)
         add("device_del", self.device_del)
         add("block_resize", self.block_resize)
-        add("x-block-fail", self.block_fail)
         for name, data in (
             ("STOP", None),
             ("RESUME", None),
@@ -370,13 +367,6 @@ class Control:
         if size < 0:
             raise CommandError("Parameter 'size' expects a size of 0 or more bytes")
         self._do(lambda: self.machine.resize_disk(node_name, size))
-
-    def block_fail(self, node_name: str, failures: list[DiskFailure]) -> None:
-        """Have operations of a disk fail from now on, each with an errno, and no others."""
-        disk = self.machine.disks[self._known(node_name)]
-        if unknown := [one.errno for one in failures if one.errno not in errno.errorcode]:
-            raise CommandError(f"Parameter 'failures' expects numbers of errno, not {unknown[0]}")
-        disk.failing = {one.operation: one.errno for one in failures}
 
     def _known(self, node_name: str) -> str:
         if node_name not in self.machine.disks:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from vmlab.engine.devices.storage.metered import DiskOperation
 from vmlab.engine.structures import spelled
 
 
@@ -232,14 +231,6 @@ class ChardevInfo:
     label: str
     filename: str
     frontend_open: bool
-
-
-@dataclass(frozen=True)
-class DiskFailure:
-    """Operations of a disk that are to fail."""
-
-    operation: DiskOperation
-    errno: int
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from vmlab.engine.devices.clock import ManualClock
 from vmlab.engine.devices.occasions import Occasions, Trigger
 from vmlab.engine.devices.storage import unflushed
 from vmlab.engine.devices.storage.disk import RawDisk
-from vmlab.engine.devices.storage.faulty import DiskFault, DiskMishap, FaultyDisk
-from vmlab.engine.devices.storage.metered import DiskOperation
+from vmlab.engine.devices.storage.faulty import DiskFault, DiskMishap, DiskOperation, FaultyDisk
 from vmlab.engine.devices.storage.overlay import create_overlay, open_disk
 from vmlab.engine.devices.virtio.wire_faults import WireFault, WireFaults
 

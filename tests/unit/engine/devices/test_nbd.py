@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmlab.engine.devices.storage.disk import RawDisk
-from vmlab.engine.devices.storage.faulty import DiskFault, DiskMishap, FaultyDisk
-from vmlab.engine.devices.storage.metered import DiskOperation
+from vmlab.engine.devices.storage.faulty import DiskFault, DiskMishap, DiskOperation, FaultyDisk
 from vmlab.engine.devices.storage.nbd import NbdExport
 
 SIZE = 1 << 20

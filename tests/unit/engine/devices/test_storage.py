@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from vmlab.engine.devices.storage.disk import Disk, RawDisk
-from vmlab.engine.devices.storage.metered import DiskCounters, DiskOperation, MeteredDisk
+from vmlab.engine.devices.storage.faulty import DiskFault, DiskMishap, FaultyDisk
+from vmlab.engine.devices.storage.metered import DiskCounters, MeteredDisk
 from vmlab.engine.devices.storage.overlay import Overlay, create_overlay, open_disk
 from vmlab.machine.errors import VmlabError
 
@@ -319,10 +320,11 @@ def test_a_raw_image_that_cannot_grow_says_so(tmp_path: Path) -> None:
     disk.close()
 
 
-def test_a_metered_disk_counts_and_fails_what_it_is_told_to(tmp_path: Path) -> None:
+def test_a_metered_disk_counts_what_goes_through_and_what_fails(tmp_path: Path) -> None:
     path = tmp_path / "a.raw"
     path.write_bytes(bytes(1 << 16))
-    disk = MeteredDisk(RawDisk(path))
+    below = FaultyDisk(RawDisk(path), lambda: 0)
+    disk = MeteredDisk(below)
     disk.write(0, b"x" * 512)
     disk.write_zeroes(4096, 1024, unmap=True)
     disk.discard(8192, 4096)
@@ -331,7 +333,7 @@ def test_a_metered_disk_counts_and_fails_what_it_is_told_to(tmp_path: Path) -> N
     assert disk.counters == DiskCounters(
         read_bytes=1024, written_bytes=1536, reads=1, writes=2, flushes=1
     )
-    disk.failing = dict.fromkeys(DiskOperation, errno.ENOSPC)
+    below.add("full", DiskFault(DiskMishap.ERROR, errno=errno.ENOSPC))
     for work in (
         lambda: disk.read(0, 512),
         lambda: disk.write(0, bytes(512)),
@@ -344,6 +346,6 @@ def test_a_metered_disk_counts_and_fails_what_it_is_told_to(tmp_path: Path) -> N
     counters = disk.counters
     failed = (counters.failed_reads, counters.failed_writes, counters.failed_flushes)
     assert failed == (1, 2, 1)
-    disk.failing = {DiskOperation.WRITE: errno.EIO}
+    below.remove("full")
     assert disk.read(0, 512) == b"x" * 512
     disk.close()

@@ -266,13 +266,76 @@ def test_it_tells_what_it_is_made_of(run: Run, tmp_path: Path) -> None:
     assert set(blocks) == {"/machine/peripheral/first/virtio-backend", "n1"}
     assert blocks["n1"]["ro"] is True
     assert blocks["n1"]["image"]["filename"] == f"{tmp_path}/b.raw"
-    failing = {"node-name": "n0", "failures": [{"operation": "read", "errno": 5}]}
-    assert wire.ask("x-block-fail", arguments=failing) == {"return": {}}
     # What the file put on the SCSI host can go as well.
     wire.socket.sendall(b'{"execute": "device_del", "arguments": {"id": "n1"}}')
     assert until(wire, "DEVICE_DELETED")["device"] == "n1"
     assert wire.read() == {"return": {}}
     assert len(wire.ask("query-block")["return"]) == 1
+
+
+FAULTY = """
+    [[disks]]
+    name = "d"
+    file = "a.raw"
+    [[nics]]
+    name = "n"
+    mac = "52:54:00:00:00:01"
+"""
+
+
+def test_it_is_broken_over_qmp(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(4096))
+    wire = run(programs.IDLE, FAULTY).connect()
+
+    def do(command: str, **arguments: Any) -> None:
+        answer = wire.ask(command, arguments=arguments)
+        while "event" in answer:
+            answer = wire.read()
+        assert answer == {"return": {}}
+
+    fault = {"mishap": "error", "operations": ["read"], "when": {"nth": 3, "seed": 1 << 62}}
+    do("x-disk-fault", id="a", fault=fault, **{"node-name": "d"})
+    do("x-net-fault", id="b", name="n", fault={"ratio": 0.5, "when": {"probability": 0.5}})
+    for identity in ("a", "b", "b", "never"):
+        do("x-fault-end", id=identity)
+    do("x-disk-corrupt", offset=4094, length=100, **{"node-name": "d"})
+    do("cont")
+    for on in (True, True, False):
+        do("x-hart-stall", hart=0, on=on)
+    do("stop")
+    assert (tmp_path / "a.raw").read_bytes() == bytes(4094) + b"\xff\xff"
+    cut = [{"node-name": "d", "lost": 0}]
+    assert wire.ask("x-power-cut") == {"return": cut}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "told"),
+    [
+        ("x-disk-fault", {"id": "a", "node-name": "x", "fault": {"mishap": "torn"}}, "find node"),
+        ("x-disk-fault", {"id": "a", "node-name": "d", "fault": {"mishap": "odd"}}, "not accept"),
+        (
+            "x-disk-fault",
+            {"id": "a", "node-name": "d", "fault": {"mishap": "slow", "delay": -1}},
+            "delay and keep from 0",
+        ),
+        (
+            "x-disk-fault",
+            {"id": "a", "node-name": "d", "fault": {"mishap": "torn", "when": {"nth": -1}}},
+            "nth, duration and seed from 0",
+        ),
+        ("x-disk-corrupt", {"node-name": "d", "offset": 0, "length": 0}, "a range of the disk"),
+        ("x-net-fault", {"id": "a", "name": "x", "fault": {}}, "Device 'x' not found"),
+        ("x-net-fault", {"id": "a", "name": "n", "fault": {"ratio": 2.0}}, "a ratio to 1"),
+        ("x-hart-stall", {"hart": 1, "on": True}, "a number below 1"),
+    ],
+)
+def test_what_cannot_be_broken_is_said(
+    run: Run, tmp_path: Path, command: str, arguments: dict[str, Any], told: str
+) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(4096))
+    wire = run(programs.IDLE, FAULTY).connect()
+    answer = wire.ask(command, arguments=arguments)
+    assert told in answer["error"]["desc"], answer
 
 
 def test_memory_and_cables_are_changed(run: Run) -> None:

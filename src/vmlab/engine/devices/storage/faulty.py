@@ -15,12 +15,19 @@ from typing import Final
 
 from vmlab.engine.devices.occasions import ALWAYS, Occasions, Trigger
 from vmlab.engine.devices.storage.disk import Disk
-from vmlab.engine.devices.storage.metered import DiskOperation
 from vmlab.engine.devices.storage.unflushed import Unflushed
 
 EIO: Final = 5
 _DISCARDS: Final = 256
 """Discards that wait for a flush; one is only a hint, and the oldest is forgotten."""
+
+
+class DiskOperation(Enum):
+    """What can be done with a disk; a write is also one of zeros, and a discard."""
+
+    READ = "read"
+    WRITE = "write"
+    FLUSH = "flush"
 
 
 class DiskMishap(Enum):

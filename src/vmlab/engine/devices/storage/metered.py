@@ -1,21 +1,11 @@
-"""A disk before another one: it counts what goes through, and fails what it was told to fail."""
+"""A disk before another one: it counts what goes through, and what fails."""
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
-from enum import Enum
 
 from vmlab.engine.devices.storage.disk import Disk
-
-
-class DiskOperation(Enum):
-    """What can be done with a disk; a write is also one of zeros, and a discard."""
-
-    READ = "read"
-    WRITE = "write"
-    FLUSH = "flush"
 
 
 @dataclass
@@ -37,7 +27,6 @@ class MeteredDisk:
 
     Attributes:
         counters: What went through.
-        failing: Which operations fail, each with its errno.
     """
 
     def __init__(self, below: Disk) -> None:
@@ -45,7 +34,6 @@ class MeteredDisk:
         self.read_only = below.read_only
         self.discard_alignment = below.discard_alignment
         self.counters = DiskCounters()
-        self.failing: dict[DiskOperation, int] = {}
         self._lock = threading.Lock()
 
     @property
@@ -57,7 +45,6 @@ class MeteredDisk:
         """`size` bytes from `offset` on."""
         counters = self.counters
         try:
-            self._fail(DiskOperation.READ)
             data = self.below.read(offset, size)
         except OSError:
             with self._lock:
@@ -71,7 +58,6 @@ class MeteredDisk:
     def write(self, offset: int, data: bytes) -> None:
         """Write `data` from `offset` on."""
         try:
-            self._fail(DiskOperation.WRITE)
             self.below.write(offset, data)
         except OSError:
             self._failed_to_write()
@@ -82,7 +68,6 @@ class MeteredDisk:
         """What was written is on stable storage when this returns."""
         counters = self.counters
         try:
-            self._fail(DiskOperation.FLUSH)
             self.below.flush()
         except OSError:
             with self._lock:
@@ -93,13 +78,11 @@ class MeteredDisk:
 
     def discard(self, offset: int, size: int) -> None:
         """The content is not needed any more; nothing is counted."""
-        self._fail(DiskOperation.WRITE)
         self.below.discard(offset, size)
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         """Write zeros."""
         try:
-            self._fail(DiskOperation.WRITE)
             self.below.write_zeroes(offset, size, unmap=unmap)
         except OSError:
             self._failed_to_write()
@@ -117,11 +100,6 @@ class MeteredDisk:
     def close(self) -> None:
         """Release the file."""
         self.below.close()
-
-    def _fail(self, operation: DiskOperation) -> None:
-        code = self.failing.get(operation)
-        if code is not None:
-            raise OSError(code, os.strerror(code))
 
     def _failed_to_write(self) -> None:
         with self._lock:
