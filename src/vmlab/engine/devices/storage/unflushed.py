@@ -7,7 +7,6 @@ guest sees, so that it can be copied while the machine stands.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import IO, Final
 
@@ -70,6 +69,8 @@ class Unflushed:
             self._kept += len(content)
         else:
             if self._file is None:
+                import tempfile  # which takes a while, and few engines need
+
                 self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (kept open)
             self._file.seek(self._end)
             self._file.write(content.ljust(PAGE, b"\0"))
