@@ -10,21 +10,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.unit.engine.process import programs
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home, Store
 from vmlab.hypervisors.qemu import provider
+from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qmp import QmpLost, connect_socket
 from vmlab.machine.errors import (
     DeadlineExceeded,
     InvalidSpec,
     InvalidState,
+    MachineCrashed,
     MachineNotFound,
     MigrationFailed,
+    OperationAborted,
     OperationFailed,
     SnapshotNotFound,
     UnsupportedOperation,
@@ -33,7 +39,7 @@ from vmlab.machine.errors import (
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import DiskSlow
 from vmlab.machine.sizes import MIB
-from vmlab.machine.spec import Disk, Nic
+from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import MachineState
 
 DISK = {"name": "data", "size": "1M"}
@@ -518,6 +524,11 @@ def test_store_that_another_process_talks_to_and_a_damaged_record_are_told(store
                         (unseen,) = await third.list()
                         assert unseen.state is MachineState.UNKNOWN
                         assert "two other processes use the machine" in unseen.reason
+                # It saw the process end as well, and by whose doing it tells the record.
+                await machine.kill()
+                told = await seen.status()
+                assert (told.state, told.reason) == (MachineState.STOPPED, "kill")
+                await machine.start()
             # A process that has let go of it makes room for the next one.
             async with provider.open(store.owner) as fourth:
                 assert [each.state for each in await fourth.list()] == [MachineState.RUNNING]
@@ -531,29 +542,140 @@ def test_store_that_another_process_talks_to_and_a_damaged_record_are_told(store
     asyncio.run(asyncio.wait_for(test(), 60))
 
 
-def test_guest_that_went_off_unseen_is_stopped_when_it_is_found_again(store: Store) -> None:
+READY = b"\x07"
+"""What no firmware prints."""
+UNTIL_TYPED = (
+    programs.number(programs.T0, 0x1000_0000)
+    # Firmware's last character may be on its way.
+    + programs.word("lbu", rd=programs.T1, rs1=programs.T0, imm=5)
+    + programs.word("andi", rd=programs.T1, rs1=programs.T1, imm=0x20)
+    + programs.word("beq", rs1=programs.T1, rs2=0, imm=-8)
+    + programs.number(programs.T1, READY[0])
+    + programs.word("sb", rs1=programs.T0, rs2=programs.T1)
+    + programs.word("lbu", rd=programs.T1, rs1=programs.T0, imm=5)
+    + programs.word("andi", rd=programs.T1, rs1=programs.T1, imm=1)
+    + programs.word("beq", rs1=programs.T1, rs2=0, imm=-8)
+)
+"""What comes after it is done when a character is typed: this board has its UART and its system
+controller where the engine's board has them."""
+ENDS = pytest.mark.parametrize(
+    ("code", "state", "event"),
+    [
+        (programs.end(programs.POWEROFF), MachineState.STOPPED, EventType.GUEST_SHUTDOWN),
+        (programs.end(programs.FAIL | 1 << 16), MachineState.FAILED, EventType.CRASHED),
+    ],
+    ids=["poweroff", "fail"],
+)
+
+
+def riscv64(directory: Path, code: bytes) -> MachineSpec:
+    """A machine whose kernel is `code`."""
+    kernel = directory / "kernel.bin"
+    kernel.write_bytes(code)
+    return MachineSpec.of(
+        name="code", architecture="riscv64", memory="64M", channels=[], boot={"kernel": kernel}
+    )
+
+
+async def until_ready(machine: Any) -> None:
+    """Wait until what is typed comes to the guest, past its firmware."""
+    async with asyncio.timeout(60), await machine.console() as console:
+        while READY not in await console.log():
+            await console.read()
+
+
+@ENDS
+def test_a_guest_that_ends_by_itself_is_told(
+    bench: Any, tmp_path: Path, code: bytes, state: MachineState, event: EventType
+) -> None:
     async def test() -> None:
-        async with provider.open(store.owner) as qemu:
-            machine = await qemu.create(_bare("off"))
+        machine = await bench.qemu.create(riscv64(tmp_path, UNTIL_TYPED + code))
+        await machine.start()
+        await until_ready(machine)
+        async with await machine.console() as console:
+            await console.write(b"x")
+        assert await settled(machine, 60) is state
+        assert event in {each.type for each in await bench.qemu.events()}
+        assert (await machine.status()).state is state
+
+    bench.run(test())
+
+
+@ENDS
+def test_a_guest_that_ends_before_start_returns_spoils_the_start(
+    bench: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: bytes,
+    state: MachineState,
+    event: EventType,
+) -> None:
+    let = Emulator.execute
+
+    async def slowly(self: Emulator, command: str, *rest: Any, **named: Any) -> Any:
+        """Let the vCPUs run, and learn of that only when the guest has ended."""
+        if command != "cont":
+            return await let(self, command, *rest, **named)
+        # QEMU's riscv board before 8.2 tells of no event, and ends.
+        with self.qmp.listen("SHUTDOWN") as ended:
+            found = await let(self, command, *rest, **named)
+            with suppress(QmpLost):
+                await ended.wait(60)
+        return found
+
+    monkeypatch.setattr(Emulator, "execute", slowly)
+
+    async def test() -> None:
+        machine = await bench.qemu.create(riscv64(tmp_path, code))
+        error = OperationAborted if state is MachineState.STOPPED else MachineCrashed
+        with pytest.raises(error, match="start failed") as failed:
             await machine.start()
-            # What a guest's power-off leaves: QEMU waits in the state "shutdown".
-            emulator = machine.need()
-            emulator.ending = True
-            await emulator.execute("set-action", {"shutdown": "pause"})
-            await emulator.execute("system_powerdown")
-            os.kill(emulator.process.pid, signal.SIGINT)
-            await asyncio.sleep(0.3)
-        async with provider.open(store.owner) as qemu:
-            (found,) = await qemu.list()
-            assert found.state in {MachineState.STOPPED, MachineState.FAILED}
+        assert type(failed.value) is error
+        assert machine.state is state
+        assert event in {each.type for each in await bench.qemu.events()}
+
+    bench.run(test())
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "unseen"])
+@pytest.mark.parametrize("how", ["poweroff", "kill"])
+def test_how_another_processes_child_ended_is_known(
+    store: Store, tmp_path: Path, how: str, seen: bool
+) -> None:
+    async def test() -> None:
+        async with provider.open(store.owner) as first:
+            machine = await first.create(
+                riscv64(tmp_path, UNTIL_TYPED + programs.end(programs.POWEROFF))
+            )
+            await machine.start()
+            await until_ready(machine)
+            launch = Path((await machine.info()).extra["launch"])
+        # From now on it is as good as somebody else's, whose status nobody here is told.
+        (child,) = processes._children.values()
+        processes._children.clear()
+        async with provider.open(store.owner) as second:
+            if seen:
+                found = await second.get("code")
+                assert found.state is MachineState.RUNNING
+                if how == "poweroff":
+                    async with await found.console() as console:
+                        await console.write(b"x")
+            elif how == "poweroff":
+                with connect_socket(launch / "console-serial.sock") as line:
+                    line.send(b"x")
+                    await asyncio.to_thread(child.wait, 60)
+            if how == "kill":
+                child.kill()
+            await asyncio.to_thread(child.wait, 60)
+            found = await second.get("code")
+            await settled(found, 60)
+            assert found.state is (MachineState.FAILED if how == "kill" else MachineState.STOPPED)
             await found.delete()
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    asyncio.run(asyncio.wait_for(test(), 110))
 
 
-def _bare(name: str) -> Any:
-    from vmlab.machine.spec import MachineSpec
-
+def _bare(name: str) -> MachineSpec:
     return MachineSpec.of(name=name, architecture="x86_64", memory="32M", channels=[])
 
 
