@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -123,11 +124,12 @@ class PlanItem(pytest.Item):
         from vmlab.lab.plans import run_plan
 
         assert self._vm is not None, "setup has made it"
-        place = self._run.lab.owner.directory / "plans" / _NOT_IN_NAMES.sub("_", self.nodeid)
-        try:
-            result = run_plan(self._vm, self.plan, self._trial.attempt, artifacts=place)
-        finally:
-            _remove(place)
+        # In the run's directory, which goes with it; a store's is no place for what is passing.
+        lease = self._run.lab.lease
+        with TemporaryDirectory(
+            prefix="plan-", dir=lease.directory if lease is not None else None
+        ) as place:
+            result = run_plan(self._vm, self.plan, self._trial.attempt, artifacts=Path(place))
         for _, test in result.tests:
             self._tell(test)
         if not result.outcome.ok:
@@ -228,13 +230,6 @@ def _name(plan: Plan, cell: Cell) -> str:
     elif plan.matrix.architectures and cell.architecture is not None:
         called = cell.architecture.value
     return f"{_NOT_IN_NAMES.sub('_', called)}[{cell.hypervisor}]"
-
-
-def _remove(place: Path) -> None:
-    """Remove what a plan's phases printed and left: the report has its own copies."""
-    import shutil
-
-    shutil.rmtree(place, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------- the matrix

@@ -44,6 +44,7 @@ results = ["/tmp/r.tap"]
 name = "two"
 run = "sleep 1"
 """
+LONG = "\n[[phases]]\nname = 'three'\nrun = 'sleep 500'\n"
 TESTS = """
 def test_first(vm):
     vm.succeed("sleep 1")
@@ -207,12 +208,17 @@ def test_twenty_runs_that_are_killed_leave_results_and_nothing_else(
 
 
 def test_ctrl_c_clears_up_and_leaves_a_report(project: Project) -> None:
+    (project.place / "plan.vmlab.toml").write_text(PLAN + LONG)
     process = project.begin("plan.vmlab.toml")
     while process.poll() is None and not any(
         entry["event"] == "phase" and entry["phase"]["name"] == "one"  # type: ignore[index]
         for entry in project.entries()
     ):
         time.sleep(0.05)
+    # Whoever tidies up meanwhile does not touch a run that lives.
+    cleaned = json.loads(project.clean().stdout)
+    assert cleaned["items"] == []
+    assert len(cleaned["live"]) == 1
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=_PATIENCE)
     assert process.returncode == 130, out

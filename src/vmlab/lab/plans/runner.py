@@ -29,6 +29,8 @@ __all__ = ["PhaseResult", "PlanResult", "run_plan"]
 
 T = TypeVar("T")
 
+_OPERATION: Final = "run a plan in"
+
 _ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a guest has to say that it lives."""
 
@@ -43,9 +45,12 @@ class Inhabited(Protocol):
     def name(self) -> str:
         """The machine's name."""
 
-    @property
-    def guest(self) -> Guest | None:
-        """Its inside; None before it has booted."""
+    def inside(self, operation: str) -> Guest:
+        """Its guest: another one after every boot.
+
+        Raises:
+            VmlabError: it has none that takes commands, or it has not booted, or is gone.
+        """
 
     @property
     def alive(self) -> bool:
@@ -115,7 +120,7 @@ def run_plan(
         How every phase ended. What goes wrong in the guest is in it, and raises nothing.
 
     Raises:
-        VmlabError: the machine has not booted, or the report cannot be written.
+        VmlabError: the machine has no guest that takes commands, or the report cannot be written.
         OSError: `artifacts` cannot be written to.
     """
     return _PlanRun(vm, plan, attempt, artifacts).go()
@@ -127,12 +132,7 @@ class _PlanRun:
     def __init__(
         self, vm: Inhabited, plan: Plan, attempt: AttemptRecorder | None, directory: Path
     ) -> None:
-        if vm.guest is None:
-            raise VmlabError(
-                f"the plan {plan.name!r} cannot run in a machine that has not booted",
-                hint="start the machine first",
-                machine=vm.name,
-            )
+        vm.inside(_OPERATION)
         self.vm = vm
         self.plan = plan
         self.attempt = attempt
@@ -144,14 +144,8 @@ class _PlanRun:
 
     @property
     def guest(self) -> Guest:
-        """The inside of the machine: another one after every boot.
-
-        Raises:
-            MachineCrashed: there is none any more.
-        """
-        if self.vm.guest is None:
-            raise MachineCrashed("the guest is gone", machine=self.vm.name)
-        return self.vm.guest
+        """The inside of the machine, which is another one after every boot."""
+        return self.vm.inside(_OPERATION)
 
     def go(self) -> PlanResult:
         needs = self.plan.needs

@@ -15,6 +15,7 @@ from vmlab.guests.agent import AgentChannel
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.lab.loop import LoopThread
+from vmlab.machine.errors import InvalidState
 
 T = TypeVar("T")
 
@@ -31,6 +32,11 @@ class Host:
         self.guest: Guest | None = Guest(machine, AgentChannel(agent.open))
         self._loop = loop
         self.greetings = 0
+
+    def inside(self, operation: str) -> Guest:
+        if self.guest is None:
+            raise InvalidState(operation, expected=("running",), actual="off", machine="host")
+        return self.guest
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         return self._loop.run(coroutine, timeout)

@@ -421,5 +421,5 @@ def test_a_machine_that_has_not_booted_runs_no_plan(
 ) -> None:
     plan = Plan.parse('phases = [{name = "a", run = "true"}]')
     monkeypatch.setattr(host, "guest", None)
-    with pytest.raises(VmlabError, match="has not booted"):
+    with pytest.raises(VmlabError, match="cannot run a plan in a machine that is off"):
         run_plan(host, plan, None, artifacts=tmp_path)
