@@ -15,7 +15,6 @@ import pytest
 from vmlab.lab.armed import Armed
 from vmlab.lab.laboratory import Lab
 from vmlab.pytest_plugin.marks import VmMark, mark_of
-from vmlab.pytest_plugin.supervision import Supervision
 
 if TYPE_CHECKING:
     from vmlab.lab.networks import LabNetwork
@@ -24,18 +23,21 @@ if TYPE_CHECKING:
     from vmlab.pytest_plugin.machine_run import MachineRun
 
 
-def open_lab(run: MachineRun) -> Lab:
-    """The laboratory of a process, as its options want it."""
+def open_lab(run: MachineRun, *, shared: Path | None) -> Lab:
+    """A laboratory as the options want it.
+
+    Args:
+        run: Whose tests it is for.
+        shared: What those of other processes have as well.
+    """
     owner = None
     if run.settings.keep is not None:
         from vmlab.hypervisors.ownership import Store
 
         # What is to outlive this process must not belong to it, not even until then.
         owner = Store.open().owner
-    shared = run.worker.shared() if run.worker is not None else None
     terminal = run.settings.sit or run.settings.keep is not None
     lab = Lab(seed=run.seed, owner=owner, shared=shared, terminal=terminal)
-    run.supervision = Supervision(run)
     lab.observers.append(run.supervision)
     return lab
 
@@ -55,8 +57,10 @@ class VmFactory:
         self.machines: list[VM] = []
         self.hypervisor = hypervisor
         self._run = run
-        self._single = request.scope == "function"
-        self._mark = run.mark_of(request.node) if self._single else mark_of(request.node)
+        self._request = request
+        single = request.scope == "function"
+        self._mark = run.mark_of(request.node) if single else mark_of(request.node)
+        self._scope = self._mark.scope or run.settings.scope
         self._seed = run.seed_of(request.node)
         self._armed: list[Armed] = []
 
@@ -94,7 +98,7 @@ class VmFactory:
         Raises:
             VmlabError: it cannot be made, or does not boot.
         """
-        made = self._run.lab.vm(
+        made = self._lab.vm(
             **self._wishes(image, memory, cpus, shares),
             name=name,
             disks=disks,
@@ -127,7 +131,7 @@ class VmFactory:
             given.pop("cpus", None),
             given.pop("shares", None),
         )
-        made = self._run.lab.vms(
+        made = self._lab.vms(
             which if isinstance(which, int) else [which, *more],
             hypervisor=self.hypervisor,
             **{"template": self._templates, **wishes, **given},
@@ -146,15 +150,23 @@ class VmFactory:
             name: Its name in the machine; by its position if None.
             source: What is on it in the beginning: a file of this host's.
         """
-        return self._run.lab.disk(size, name=name, source=source)
+        return self._lab.disk(size, name=name, source=source)
 
     def network(self, name: str | None = None) -> LabNetwork:
         """A private network for machines: `vm_factory(networks=[...])`."""
-        return self._run.lab.network(name)
+        return self._lab.network(name)
 
     @property
     def _templates(self) -> bool:
-        return (self._mark.scope or self._run.settings.scope) != "function"
+        return self._scope != "function"
+
+    @property
+    def _lab(self) -> Lab:
+        """Where its machines are made: templates belong to a lab, and live as long."""
+        if self._scope == "module" and self._request.scope != "session":
+            lab: Lab = self._request.getfixturevalue("vm_module_lab")
+            return lab
+        return self._run.lab
 
     def _wishes(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,9 +53,9 @@ class MachineRun:
         self.interruption = Interruption()
         self.report: RunReport | None = None
         self._recorder: Recorder | None = None
-        self.supervision: Supervision | None = None
         self._lab: Lab | None = None
         self._usable: dict[str, str] = {}
+        self._failures = 0
 
     @classmethod
     def of(cls, config: pytest.Config) -> MachineRun:
@@ -140,6 +141,11 @@ class MachineRun:
         """What makes machines for a test, a module or the session; they go when it ends."""
         from vmlab.pytest_plugin.factories import VmFactory
 
+        if self._recorder is None and request.session.items:
+            # Nobody knew that this test would ask for a machine: the run begins in its midst.
+            self.pytest_collection_finish(request.session)
+            if isinstance(request.node, pytest.Item):
+                self._begin(request.node)
         factory = VmFactory(self, request, hypervisor)
         self.factories.append(factory)
         try:
@@ -148,19 +154,37 @@ class MachineRun:
             self.factories.remove(factory)
             factory.close()
 
+    @cached_property
+    def supervision(self) -> Supervision:
+        """Who is told of what befalls machines."""
+        from vmlab.pytest_plugin.supervision import Supervision
+
+        return Supervision(self)
+
+    @contextmanager
+    def own_lab(self) -> Iterator[Lab]:
+        """A laboratory with templates of its own, for a module."""
+        from vmlab.pytest_plugin.factories import open_lab
+
+        lab = open_lab(self, shared=None)
+        try:
+            yield lab
+        finally:
+            lab.close()
+
     @property
     def lab(self) -> Lab:
         """This process's laboratory; begun when it is first asked for."""
         if self._lab is None:
             from vmlab.pytest_plugin.factories import open_lab
 
-            self._lab = open_lab(self)
+            shared = self.worker.shared() if self.worker is not None else None
+            self._lab = open_lab(self, shared=shared)
         return self._lab
 
     def keep(self, vm: VM) -> None:
         """Leave a machine when this process ends, and tell who it is."""
-        if self.supervision is not None:
-            self.supervision.leave(vm)
+        self.supervision.leave(vm)
         vm.lab.leave(vm)
         state = "runs on" if vm.alive else f"stays, {vm.state.value}"
         if self._recorder is not None:
@@ -168,13 +192,12 @@ class MachineRun:
 
     def settle(self, machines: Iterable[VM]) -> None:
         """Wait until all that has happened to machines until now has been told."""
-        if self.supervision is not None:
-            self.supervision.settle(machines)
+        self.supervision.settle(machines)
 
     def concerned(self, vm: VM) -> Trial | None:
         """Whose business it is what befalls a machine."""
         trial = self.current
-        return trial if trial is not None and vm.name in trial.machines else None
+        return trial if trial is not None and trial.machines.get(vm.name) is vm else None
 
     # Hooks of collection.
 
@@ -255,9 +278,7 @@ class MachineRun:
         trial.heard(report, shown(error) if error is not None and plainly else None)
         if report.when != "teardown":
             if report.failed:
-                from vmlab.pytest_plugin.evidence import gather
-
-                gather(trial, report)
+                self._keep_evidence(trial, report)
                 if self.settings.sit:
                     from vmlab.pytest_plugin.sitting import sit
 
@@ -269,6 +290,13 @@ class MachineRun:
             self.current = None
             del item.stash[_TRIAL]
         return report
+
+    def _keep_evidence(self, trial: Trial, report: pytest.TestReport) -> None:
+        from vmlab.pytest_plugin.evidence import MEMORIES, gather
+
+        if trial.machines:
+            self._failures += 1
+            gather(trial, report, memory=self._failures <= MEMORIES)
 
     # Its end.
 

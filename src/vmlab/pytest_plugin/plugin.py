@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from vmlab.lab.laboratory import Lab
     from vmlab.lab.networks import LabNetwork
     from vmlab.lab.vm import VM, LabDisk
     from vmlab.pytest_plugin.factories import VmFactory
@@ -86,6 +87,13 @@ def vm_hypervisor(request: pytest.FixtureRequest) -> str:
 def vm_seed(request: pytest.FixtureRequest) -> int:
     """This test's seed: of the run's seed and the test's name, the same in every run of both."""
     return run_with_machines(request.config).seed_of(request.node)
+
+
+@pytest.fixture(scope="module")
+def vm_module_lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The laboratory of a module whose templates live no longer than it does."""
+    with run_with_machines(request.config).own_lab() as lab:
+        yield lab
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Supervision:
 
     def __init__(self, run: MachineRun) -> None:
         self._run = run
-        self._watchdogs: dict[str, Watchdog] = {}
+        self._watchdogs: dict[int, Watchdog] = {}
         self._lock = threading.Lock()
 
     def machine_made(self, vm: VM) -> None:
@@ -63,13 +63,13 @@ class Supervision:
         vm.run(watchdog.__aenter__())
         vm.watchdog = watchdog
         with self._lock:
-            self._watchdogs[vm.name] = watchdog
+            self._watchdogs[id(vm)] = watchdog
 
     def settle(self, machines: Iterable[VM]) -> None:
         """Wait until all that has happened to machines until now has been told."""
         for vm in machines:
             with self._lock:
-                watchdog = self._watchdogs.get(vm.name)
+                watchdog = self._watchdogs.get(id(vm))
             if watchdog is not None:
                 vm.run(watchdog.settle())
 
@@ -90,7 +90,7 @@ class Supervision:
     def leave(self, vm: VM) -> None:
         """Nobody watches a machine any more; again does nothing."""
         with self._lock:
-            watchdog = self._watchdogs.pop(vm.name, None)
+            watchdog = self._watchdogs.pop(id(vm), None)
         if watchdog is not None:
             vm.run(watchdog.__aexit__(None, None, None))
 

@@ -35,9 +35,12 @@ class Worker:
         self.directory = Path(told[DIRECTORY])
         self.seed = int(told[SEED])
 
-    def shared(self) -> Path:
-        """The directory that all workers of the run share."""
-        return Path((self.directory / SHARED).read_text(encoding="utf-8"))
+    def shared(self) -> Path | None:
+        """The directory that all workers of the run share; None where the run began too late."""
+        try:
+            return Path((self.directory / SHARED).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
 
 
 class Controller:
@@ -70,6 +73,9 @@ class Controller:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Any) -> None:
         """Begin the run, if this worker has found tests with machines; none has begun yet."""
+        self._begin()
+
+    def _begin(self) -> None:
         directory = self._directory
         if self._report is not None or directory is None or not (directory / "journal").is_dir():
             return
@@ -91,6 +97,8 @@ class Controller:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         """Every worker has ended."""
+        # A test may have asked for a machine that nobody knew of when it was collected.
+        self._begin()
         if self._directory is not None:
             (self._directory / SHARED).unlink(missing_ok=True)
         if self._report is not None:

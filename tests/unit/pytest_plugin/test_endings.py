@@ -43,7 +43,7 @@ def test_a_test_out_of_time_ends_whatever_it_is_doing(written: Written, call: st
     test = project.tests()["test_it"]
     assert test.outcome.value == "fail"
     assert "the test did not end within 600 s" in test.reason
-    assert "vm-console.log" in [artifact.name for artifact in test.artifacts]
+    assert "vm-console-serial.log" in [artifact.name for artifact in test.artifacts]
 
 
 def test_the_time_of_a_test_counts_from_its_first_fixture_on(written: Written) -> None:
@@ -124,4 +124,4 @@ def test_a_machine_that_dies_is_the_error_of_its_test_and_of_no_other(written: W
     panicked = project.tests()["test_panics"].attempts[-1]
     assert panicked.reason.startswith("machine 'vm': it did")
     assert "panic" in [mark.kind for mark in panicked.machines[0].timeline]
-    assert "vm-console.log" in [artifact.name for artifact in panicked.artifacts]
+    assert "vm-console-serial.log" in [artifact.name for artifact in panicked.artifacts]

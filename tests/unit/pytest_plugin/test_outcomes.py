@@ -113,10 +113,10 @@ def test_a_failure_keeps_console_and_specification_and_shows_the_consoles_end(
     result = project.run("-k", "test_fails and not declared")
     attempt = project.tests()["test_fails"].attempts[-1]
     kept = {artifact.name: artifact for artifact in attempt.artifacts}
-    assert {"vm-console.log", "vm-spec.json"} <= set(kept)
-    console = only(project.reports) / kept["vm-console.log"].path
+    assert {"vm-console-serial.log", "vm-machine-spec.json"} <= set(kept)
+    console = only(project.reports) / kept["vm-console-serial.log"].path
     assert "login:" in console.read_text()
-    result.stdout.fnmatch_lines(["*Console of vm (its end)*", "*login:*"])
+    result.stdout.fnmatch_lines(["*vm: console-serial.log (its end)*", "*login:*"])
 
 
 def test_where_the_report_is_and_what_makes_the_same_happen_again_is_said(
