@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from vmlab.hypervisors.embedded.machine import EmbeddedMachine, EngineProcess
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.ownership import Owner
 from vmlab.hypervisors.qmp import QmpEvent
+from vmlab.machine.faults import At, Fault, PowerCut
 from vmlab.machine.spec import Disk, MachineSpec
 from vmlab.machine.states import MachineState
 
@@ -60,11 +61,34 @@ class OnlySaysThatItPauses(EmbeddedMachine):
         return MachineState.PAUSED if paused else await super()._observe()
 
 
+class KeepsWhatWasNotFlushed(EmbeddedMachine):
+    """Ends a machine's process where its disks should lose their power."""
+
+    async def break_device(
+        self, emulator: EngineProcess, identity: str, fault: Fault
+    ) -> Callable[[], Awaitable[None]] | None:
+        if isinstance(fault, PowerCut):
+            return None
+        return await super().break_device(emulator, identity, fault)
+
+
+class CountsNoOccasion(EmbeddedMachine):
+    """Has every request struck where one of them should be."""
+
+    async def break_device(
+        self, emulator: EngineProcess, identity: str, fault: Fault
+    ) -> Callable[[], Awaitable[None]] | None:
+        always = fault.model_copy(update={"when": At(seconds=0)})
+        return await super().break_device(emulator, identity, always)
+
+
 MUTANTS: dict[type[EmbeddedMachine], str] = {
     MissesEvents: "stop.by-guest",
     LeavesTheProcess: "delete.force",
     ReportsADiskThatIsNotThere: "change.hotplug-disk",
     OnlySaysThatItPauses: "pause.stands-still",
+    KeepsWhatWasNotFlushed: "fault.machine",
+    CountsNoOccasion: "fault.triggers",
 }
 """Each broken driver, and the check that finds it."""
 

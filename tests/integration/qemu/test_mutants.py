@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +27,7 @@ from vmlab.hypervisors.qemu.machine import QemuMachine
 from vmlab.hypervisors.qemu.snapshots import Saved
 from vmlab.hypervisors.qmp import QmpEvent
 from vmlab.machine.architecture import Architecture
-from vmlab.machine.faults import Fault
+from vmlab.machine.faults import Fault, PowerCut
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import MachineState
 
@@ -127,6 +127,17 @@ class CutsNoWire(SqueezesNobody):
     """Says that a wire is cut, and lets its packets through."""
 
 
+class KeepsWhatWasNotFlushed(QemuMachine):
+    """Ends a machine's process where its disks should lose their power."""
+
+    async def break_device(
+        self, emulator: Emulator, identity: str, fault: Fault
+    ) -> Callable[[], Awaitable[None]] | None:
+        if isinstance(fault, PowerCut):
+            return None
+        return await super().break_device(emulator, identity, fault)
+
+
 class KeepsTheAddress(QemuMachine):
     """Makes copies that go on using the addresses of what they are copies of."""
 
@@ -162,6 +173,7 @@ MUTANTS: dict[type[QemuMachine], str] = {
     BootsInsteadOfRestoring: "snapshot.memory-returns",
     SqueezesNobody: "fault.guest",
     CutsNoWire: "fault.network",
+    KeepsWhatWasNotFlushed: "fault.machine",
     KeepsTheAddress: "fork.identity",
     ForgetsTheConsole: "console.log",
     PinsNothing: "configuration.pinning",

@@ -22,6 +22,7 @@ from vmlab.machine.faults import (
     ClockJump,
     Fault,
     FaultKind,
+    KillFault,
     Nth,
 )
 from vmlab.machine.metrics import MachineMetrics
@@ -387,6 +388,44 @@ class CorruptsNothing(_IgnoresFault):
     """Takes an order to corrupt a disk, and does not."""
 
     kind = FaultKind.DISK_CORRUPT
+
+
+@mutant("fault.disks")
+class TearsNothing(_IgnoresFault):
+    """Takes an order to tear writes, and does not."""
+
+    kind = FaultKind.DISK_TORN_WRITE
+
+
+@mutant("fault.disks")
+class SlowsNothing(_IgnoresFault):
+    """Takes an order to slow a disk down, and does not."""
+
+    kind = FaultKind.DISK_SLOW
+
+
+@mutant("fault.network")
+class LosesNothing(_IgnoresFault):
+    """Takes an order to lose packets, and does not."""
+
+    kind = FaultKind.NET_LOSS
+
+
+@mutant("fault.machine")
+class KeepsWhatWasNotFlushed(BrokenMachine):
+    """Cuts the power of a machine whose disks have lost nothing."""
+
+    async def _do_inject(self, operation: Operation, fault: Fault) -> str:
+        if fault.kind is FaultKind.POWER_CUT:
+            fault = KillFault()
+        return await super()._do_inject(operation, fault)
+
+
+@mutant("fault.guest")
+class StallsNothing(_IgnoresFault):
+    """Takes an order to stall a vCPU, and does not."""
+
+    kind = FaultKind.CPU_STALL
 
 
 @mutant("fault.network")
