@@ -29,7 +29,7 @@ def test_streams_status_disk_harts_and_copies_pass_through(vmlab: Vmlab, tmp_pat
     assert done.returncode == 7, done.stderr
     assert done.stdout == data
     told, *lines = done.stderr.decode().splitlines()
-    assert "share share1 is copied: " in told
+    assert told == f"{tmp_path}/here is copied to /read: the engine mounts nothing"
     assert lines[:4] == ["Linux riscv64", "2", "copiedcopied", "131072"]
     steps = [line.split(maxsplit=2)[2] for line in lines[4:]]
     assert steps[:3] == ["image", "hypervisor", "start"] and steps[-1] == "in all"

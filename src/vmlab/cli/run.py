@@ -176,9 +176,12 @@ def _perform(
     chosen = chosen.for_image(image, hypervisor)
     if chosen.reason:
         output.note(chosen.reason)
+    wanted = boot.booted_by(wish, image)
+    for note in wanted.notes:
+        output.note(note)
     try:
         status = run_session(
-            boot.booted_by(wish, image),
+            wanted,
             collecting,
             hypervisor=chosen.hypervisor,
             keep=keep,

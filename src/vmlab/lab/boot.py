@@ -91,6 +91,8 @@ class Bootable:
     """Whether it waits for a debugger before its first instruction."""
     symbols: Path | None = None
     """The kernel's vmlinux, for the debugger."""
+    notes: tuple[str, ...] = ()
+    """What is done otherwise than the wish may mean, a sentence each."""
 
 
 def check(wish: Wish) -> None:
@@ -157,17 +159,20 @@ def booted_by(wish: Wish, image: Image) -> Bootable:
     """The machine that is wished for, booting `image`."""
     whole = specification(wish, image.cmdline, image)
     engine = _by_engine(wish, image)
-    mounted, copied = list[Share](), list[Share]()
+    mounted, copied, notes = list[Share](), list[Share](), list[str]()
     for share in whole.shares:
-        # The engine mounts none; what is only read can as well be copied.
-        alike = engine and share.readonly and share.kind is ShareKind.AUTO
-        (copied if alike or share.kind is ShareKind.COPY else mounted).append(share)
+        if engine and share.readonly and share.kind is ShareKind.AUTO:
+            # The engine mounts none; what is only read can as well be copied.
+            notes.append(f"{share.source} is copied to {share.target}: the engine mounts nothing")
+            share = share.model_copy(update={"kind": ShareKind.COPY})
+        (copied if share.kind is ShareKind.COPY else mounted).append(share)
     return Bootable(
         whole.with_changes(shares=tuple(mounted)),
         image,
         whole.with_changes(shares=tuple(copied)),
         debugged=wish.gdb,
         symbols=symbols_of(wish.kernel) if wish.gdb and wish.kernel is not None else None,
+        notes=tuple(notes),
     )
 
 
