@@ -28,8 +28,8 @@ def find_report(path: Path | None = None) -> Path:
     """The run that `path` means, as `read_run` takes it.
 
     Args:
-        path: A report, a run's directory, or a directory of runs, whose last is meant; the user's
-            own directory of runs, if None.
+        path: A report, a run's directory, or a directory of runs, whose last is meant (the last
+            that ended, or if none did, the last); the user's own directory of runs, if None.
 
     Raises:
         VmlabError: Nothing is said, and there has been no run.
@@ -42,5 +42,13 @@ def find_report(path: Path | None = None) -> Path:
                 hint="name a run's directory or its report.json; `vmlab test` makes one",
             )
         return latest
-    is_run = (path / REPORT).exists() or has_journal(path)
-    return path / LATEST if not is_run and (path / LATEST).exists() else path
+    if _is_run(path) or not path.is_dir():
+        return path
+    if (path / LATEST).exists():
+        return path / LATEST
+    # A run that was killed never became the latest; their names sort by time.
+    return max((each for each in path.iterdir() if _is_run(each)), default=path)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / REPORT).exists() or has_journal(path)

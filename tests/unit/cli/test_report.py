@@ -89,6 +89,19 @@ def test_the_last_run_is_meant_where_none_is_named(
     assert capsys.readouterr().out.count("PASS: 1 test") == 2
 
 
+def test_of_runs_that_never_ended_the_last_is_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorders = [
+        Recorder.create(tmp_path / name, tool="t", run_id=name) for name in ("20260102", "20260101")
+    ]
+    (tmp_path / "other").mkdir()
+    assert main(["report", "show", str(tmp_path)]) == ExitCode.OK
+    assert "run 20260102" in capsys.readouterr().out
+    for recorder in recorders:
+        recorder.close()
+
+
 def test_without_colour_there_is_none(
     ran: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
