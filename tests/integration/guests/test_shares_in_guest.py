@@ -355,7 +355,7 @@ AS_ORDINARY_USER = """
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_what_an_ordinary_users_guest_writes_is_that_users(tmp_path: Path) -> None:
     image = ImageStore(_IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
     with tempfile.TemporaryDirectory(prefix="vmlab-u-") as directory:

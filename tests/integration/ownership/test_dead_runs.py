@@ -185,7 +185,7 @@ def test_sockets_of_a_dead_run_go(home: Home, doomed: Callable[[str], DoomedRun]
     assert_nothing_left(home, run)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
 def test_mounts_of_a_dead_run_go(home: Home, doomed: Callable[[str], DoomedRun]) -> None:
     run = doomed(
         "(run.directory / 'share').mkdir()\n"

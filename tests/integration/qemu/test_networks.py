@@ -189,7 +189,7 @@ class Namespace:
 @pytest.fixture
 def namespace(tmp_path: Path) -> Any:
     if os.geteuid() != 0:
-        pytest.skip("taps and bridges need root")
+        pytest.skip("needs root, for taps and bridges")
     for program in ("unshare", "nsenter", "ip"):
         assert shutil.which(program), f"{program} is not installed: see tools/"
     made = Namespace(tmp_path)
@@ -294,7 +294,7 @@ TRAFFIC = """
 @pytest.mark.boots
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(os.geteuid() != 0, reason="taps and bridges need root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for taps and bridges")
 def test_guests_reach_the_host_and_each_other_over_a_bridge_and_a_tap(tmp_path: Path) -> None:
     image = ImageStore(_STORE).ensure("debian-12-amd64-tiny")
     setup = (

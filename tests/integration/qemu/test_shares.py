@@ -30,7 +30,7 @@ from vmlab.machine.spec import MachineSpec, ShareKind
 from vmlab.machine.states import MachineState
 
 pytestmark = pytest.mark.skipif(
-    virtiofs.why_not() is not None, reason=f"no virtiofs here: {virtiofs.why_not()}"
+    virtiofs.why_not() is not None, reason=f"needs virtiofs: {virtiofs.why_not()}"
 )
 
 

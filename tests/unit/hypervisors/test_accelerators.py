@@ -24,7 +24,7 @@ from vmlab.hypervisors.accelerators import (
 from vmlab.hypervisors.base import ProbeItem
 from vmlab.machine.architecture import Architecture
 
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="KVM is Linux's")
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for KVM")
 
 
 # ------------------------------------------------------------------- KVM
@@ -214,7 +214,7 @@ def test_sysctl_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "'oops'" in probe_hvf(system="darwin").detail
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="says what is said elsewhere")
+@pytest.mark.skipif(sys.platform == "darwin", reason="needs a host that is not macOS")
 def test_hvf_is_macos_s() -> None:
     assert probe_hvf() == ProbeItem(
         name="hvf", works=False, detail="hvf is macOS's; this is not macOS"
@@ -250,7 +250,7 @@ def test_whpx_by_documented_answers(answer: tuple[int, bytes], works: bool, deta
     assert works or item.hint
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="says what is said elsewhere")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a host that is not Windows")
 def test_whpx_is_windows_s() -> None:
     assert probe_whpx().detail == "whpx is Windows's; this is not Windows"
     assert "WinHvPlatform.dll cannot be used" in probe_whpx(system="win32").detail

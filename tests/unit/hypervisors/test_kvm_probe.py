@@ -20,7 +20,7 @@ import pytest
 from vmlab.hypervisors import kvm_probe
 from vmlab.hypervisors.kvm_probe import probe
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="KVM is Linux's")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux, for KVM")
 
 
 class PlayedKvm:
@@ -169,7 +169,7 @@ def test_it_is_a_script(
 
 @pytest.mark.skipif(
     not os.access("/dev/kvm", os.R_OK | os.W_OK) or platform.machine() != "x86_64",
-    reason="needs KVM on x86-64",
+    reason="needs an x86_64 host with KVM, and the right to use /dev/kvm",
 )
 @pytest.mark.parametrize(
     ("guest", "writes", "exit_"),
@@ -195,7 +195,7 @@ def test_a_real_kvm_runs_simple_guests(
     monkeypatch.setattr(kvm_probe, "GUEST", guest)
     answer = probe("/dev/kvm", "x86_64", 0.1)
     if "errno" in answer:
-        pytest.skip(f"this KVM makes no vCPU: {answer}")
+        pytest.skip(f"needs a KVM that makes vCPUs: {answer}")
     assert (answer["writes"], answer["exit"]) == (writes, exit_)
 
 

@@ -27,7 +27,7 @@ from vmlab.hypervisors.processes import (
 )
 from vmlab.machine.errors import OperationFailed
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl(2) is Linux's")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, for its prctl(2)")
 PR_GET_PDEATHSIG = 2
 
 

@@ -398,7 +398,8 @@ def test_a_process_that_ends_while_it_is_looked_at_is_none(
 # ------------------------------------------------------------------- mounts
 
 needs_root = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("mount") is None, reason="only root mounts"
+    os.geteuid() != 0 or shutil.which("mount") is None,
+    reason="needs root and the Debian package mount",
 )
 
 

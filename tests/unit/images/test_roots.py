@@ -394,7 +394,7 @@ can_confine = pytest.mark.skipif(
     os.geteuid() != 0
     or tools.find("unshare") is None
     or not confinement._permitted([tools.find("unshare") or "", *confinement._NAMESPACES]),
-    reason="needs root, to make namespaces",
+    reason="needs root with namespaces, and the Debian package util-linux",
 )
 
 

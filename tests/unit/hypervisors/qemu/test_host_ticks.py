@@ -13,7 +13,7 @@ from vmlab.hypervisors.qemu import host_ticks
 from vmlab.machine.architecture import Architecture
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the counter is that of x86_64 hosts")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86_64 host, for its counter")
 def test_the_counter_is_as_fast_each_time_it_is_measured() -> None:
     found = [host_ticks.measured_khz() for _ in range(3)]
     assert min(found) > 100_000, "a hundred million ticks a second"
