@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +106,7 @@ class Lab:
         seed: The seed.
         owner: The owner.
         progress: Told how far images are that have to be fetched or built.
+        templates: The templates, by hypervisor.
         tell: Told, in a sentence, which machine waits for what.
     """
 
@@ -132,7 +133,7 @@ class Lab:
         self.networks = Networks()
         self._stack = ExitStack()
         self._venues: dict[str, Venue] = {}
-        self._templates: dict[str, Templates] = {}
+        self.templates: dict[str, Templates] = {}
         self._images: dict[str, Image] = {}
         self._machines: dict[str, VM] = {}
         self._made: dict[str, int] = {}
@@ -484,7 +485,7 @@ class Lab:
                 capabilities = loop.run(opened.capabilities())
                 venue = Venue(opened, capabilities, loop)
                 self._venues[hypervisor] = venue
-                self._templates[hypervisor] = Templates(venue, self.shared, gone=self._give_back)
+                self.templates[hypervisor] = Templates(venue, self.shared, gone=self._give_back)
             return self._venues[hypervisor]
 
     def _free_name(self, name: str | None, stem: str, taken: Iterable[str]) -> str:
@@ -509,7 +510,12 @@ class Lab:
     def _made_of(self, orders: Sequence[_Order], *, boot: bool) -> list[VM]:
         """The machines that were ordered: all of them, or nothing is left of any."""
         made: list[VM] = []
-        self._admit(self._claims(orders, boot=boot))
+        keys = {
+            self.templates[order.venue.name].key(order.wanted)
+            for order in orders
+            if order.wanted is not None
+        }
+        self._admit(self._claims(orders, boot=boot), keys)
         try:
             for order in orders:
                 made.append(self._enlist(self._create(order, boot=boot)))
@@ -537,23 +543,25 @@ class Lab:
                 continue
             claims[order.name] = Claim(order.name, size)
             if boot and order.template and order.wanted is not None:
-                key = self._templates[order.venue.name].lacks(order.wanted)
+                key = self.templates[order.venue.name].lacks(order.wanted)
                 if key is not None:
                     claims[key] = Claim(f"a template for {order.name}", size)
         return claims
 
-    def _admit(self, claims: Mapping[str, Claim]) -> None:
-        """Wait for memory; idle templates are given up for it."""
+    def _admit(self, claims: Mapping[str, Claim], needed: Container[str] = ()) -> None:
+        """Wait for memory; templates that are idle and not needed are given up for it."""
         if self._admission is None:
             return
         wanted = {key: claim for key, claim in claims.items() if key not in self._reserved}
-        found = self._admission.reserve(list(wanted.values()), free_up=self._discard_templates)
+        found = self._admission.reserve(
+            list(wanted.values()), free_up=lambda: self._discard_templates(needed)
+        )
         with self._reserving:
             self._reserved |= dict(zip(wanted, found, strict=True))
 
-    def _discard_templates(self) -> None:
+    def _discard_templates(self, needed: Container[str]) -> None:
         for venue in tuple(self._venues.values()):
-            venue.loop.run(self._templates[venue.name].discard())
+            venue.loop.run(self.templates[venue.name].discard(needed))
 
     def _give_back(self, *keys: str) -> None:
         with self._reserving:
@@ -589,7 +597,7 @@ class Lab:
         """The machine of an order, what it remembers if it is a fork, and what it took."""
         wanted = order.wanted
         if boot and order.template and wanted is not None:
-            templates = self._templates[order.venue.name]
+            templates = self.templates[order.venue.name]
             patience = CONNECT_TIMEOUT if order.timeout is None else order.timeout
             found = await templates.fork(wanted, patience=patience)
             if isinstance(found, Fork):

@@ -25,6 +25,9 @@ is that of QEMU's NAT."""
 
 _MARK: Final = "# vmlab"
 
+_TRIES: Final = 2400
+"""Looks for an interface that was plugged in a moment ago: two minutes, on a busy host."""
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
@@ -158,10 +161,16 @@ def _wrong(field: str, value: object, expected: str) -> InvalidSpec:
 # ------------------------------------------------------------------- in the guest
 
 
-def interface_script(mac: str, address: Address) -> str:
-    """Shell text that gives the interface with that MAC address its address, and raises it."""
+def interface_script(mac: str, address: Address, *, tries: int = _TRIES) -> str:
+    """Shell text that gives the interface with that MAC address its address, and raises it.
+
+    Args:
+        mac: Of an interface that is there, or comes within `tries` looks, 20 in a second.
+        address: What it is to have.
+        tries: How often it is looked for.
+    """
     return (
-        f'{_named(mac)}; ip addr flush dev "$n" && ip addr add {address} dev "$n" && '
+        f'{_named(mac, tries)}; ip addr flush dev "$n" && ip addr add {address} dev "$n" && '
         'ip link set dev "$n" up || exit'
     )
 
@@ -169,17 +178,18 @@ def interface_script(mac: str, address: Address) -> str:
 def link_script(mac: str) -> str:
     """Shell text that waits until the interface with that MAC address has its link."""
     return (
-        f'{_named(mac)}; until read -r c <"/sys/class/net/$n/carrier" && [ "$c" = 1 ]; '
+        f'{_named(mac, 1)}; until read -r c <"/sys/class/net/$n/carrier" && [ "$c" = 1 ]; '
         "do sleep 0.05; done"
     )
 
 
-def _named(mac: str) -> str:
+def _named(mac: str, tries: int) -> str:
     """Shell text that finds the interface with that MAC address: $n."""
     return (
-        f'n=; for i in /sys/class/net/*; do read -r a <"$i/address" && [ "$a" = {quote(mac)} ] '
-        f'&& n=${{i##*/}}; done; [ -n "$n" ] || {{ echo "no interface has the address {mac}" >&2; '
-        "exit 1; }"
+        f"n= t=0; while :; do for i in /sys/class/net/*; do "
+        f'read -r a <"$i/address" && [ "$a" = {quote(mac)} ] && n=${{i##*/}}; done; '
+        f'[ -z "$n" ] && [ $((t += 1)) -lt {tries} ] || break; sleep 0.05; done; '
+        f'[ -n "$n" ] || {{ echo "no interface has the address {mac}" >&2; exit 1; }}'
     )
 
 

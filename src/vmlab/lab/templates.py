@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -143,11 +143,15 @@ class Templates:
         self._gone = gone
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
 
+    def key(self, wanted: Bootable) -> str:
+        """The key of a machine's template, whether there is or can be one or not."""
+        return key_of(template_spec(wanted), wanted.image.digest, self._venue)
+
     def lacks(self, wanted: Bootable) -> str | None:
         """The key of the template that a machine's fork would have to have made first, if any."""
         if why_no_template(self._venue, wanted.spec):
             return None
-        key = key_of(template_spec(wanted), wanted.image.digest, self._venue)
+        key = self.key(wanted)
         slot = self._slots.get(key)
         return key if slot is None or (slot.template is None and not slot.why_not) else None
 
@@ -193,9 +197,18 @@ class Templates:
         await self._trim()
         return Fork(machine, template.macs, tuple(timeline.steps))
 
-    async def discard(self) -> int:
-        """Remove the templates that nobody is forking; returns how many those were."""
-        idle = [key for key, slot in self._slots.items() if _is_idle(slot)]
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of the templates that there are."""
+        return frozenset(key for key, slot in self._slots.items() if slot.template is not None)
+
+    async def discard(self, keep: Container[str] = ()) -> int:
+        """Remove the templates that nobody is forking; returns how many those were.
+
+        Args:
+            keep: Keys of those that stay in any case.
+        """
+        idle = [key for key, slot in self._slots.items() if key not in keep and _is_idle(slot)]
         for key in idle:
             await self._drop(key)
         return len(idle)

@@ -97,7 +97,7 @@ def test_an_interface_that_is_not_there_is_told(tmp_path: Path) -> None:
     interface.mkdir(parents=True)
     (interface / "address").write_text("52:54:00:00:00:01\n")
     for script in (
-        interface_script("52:54:00:00:00:02", Address("10.0.0.1", 24)),
+        interface_script("52:54:00:00:00:02", Address("10.0.0.1", 24), tries=2),
         link_script("52:54:00:00:00:02"),
     ):
         done = shell(script.replace("/sys/class/net", str(tmp_path / "net")))

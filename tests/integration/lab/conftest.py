@@ -1,0 +1,45 @@
+"""A laboratory on QEMU for the tests of this folder: its image is booted once for all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from vmlab.images.settings import default_store
+from vmlab.lab.laboratory import Lab
+
+IMAGE = "debian-12-amd64-tiny"
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
+
+
+@pytest.fixture(scope="session")
+def image_store() -> Iterator[str]:
+    """Where the images are; labs of the tests, and processes that they start, look there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+        yield _IMAGE_STORE
+
+
+@pytest.fixture(scope="session")
+def shared_lab(image_store: str) -> Iterator[Lab]:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    with Lab(hypervisor="qemu", image=IMAGE, seed=1) as lab:
+        lab.vm(memory="256M", networks=["lan"]).delete()
+        yield lab
+
+
+@pytest.fixture
+def lab(shared_lab: Lab) -> Iterator[Lab]:
+    """A laboratory with a template; machines of the test are removed after it."""
+    before, templates = set(shared_lab.machines), shared_lab.templates["qemu"]
+    kept = templates.keys
+    yield shared_lab
+    for vm in shared_lab.machines:
+        if vm not in before:
+            vm.delete()
+    shared_lab.venue("qemu").loop.run(templates.discard(keep=kept))
