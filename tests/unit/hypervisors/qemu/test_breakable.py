@@ -123,7 +123,7 @@ def test_one_that_cannot_be_opened_is_named(tmp_path: Path, owner: Owner) -> Non
     with pytest.raises(OperationFailed, match="there is no disk image") as caught:
         within(breakable.start([missing], tmp_path / "launch", owner=owner, machine="1"))
     assert caught.value.hint == f"its messages are in {tmp_path / 'launch' / 'disks.log'}"
-    assert breakable.said(tmp_path / "nowhere") == ""
+    assert breakable.companion(tmp_path / "nowhere").said() == ""
 
 
 def test_a_cancelled_start_leaves_no_process(tmp_path: Path, image: Path, owner: Owner) -> None:
@@ -219,9 +219,8 @@ def test_a_command_that_is_refused_is_an_error(tmp_path: Path, image: Path, owne
         process = await breakable.start([served], directory, owner=owner, machine="1")
         assert process is not None
         with pytest.raises(QmpError, match="Failed to find node"):
-            await breakable.tell(
-                directory, "vm", "x-disk-corrupt", {"node-name": "x", "offset": 0, "length": 1}
-            )
+            place = {"node-name": "x", "offset": 0, "length": 1}
+            await breakable.companion(directory).tell("vm", "x-disk-corrupt", place)
         assert await breakable.break_disk(directory, SPEC, None, "cut", PowerCut()) is None
         process.kill()
         await process.wait()
