@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -22,6 +23,7 @@ from vmlab.lab.plans.phases import Phase
 from vmlab.lab.plans.plan import Plan
 from vmlab.lab.plans.printing import Printed
 from vmlab.lab.plans.retrieval import find_files, read_file, retrieve
+from vmlab.lab.vm import Expecting
 from vmlab.machine.errors import DeadlineExceeded, MachineCrashed, VmlabError
 from vmlab.report import AttemptRecorder, Outcome, Severity
 
@@ -34,6 +36,9 @@ _OPERATION: Final = "run a plan in"
 _ANSWER_TIMEOUT: Final = 60.0
 """Seconds that a guest has to say that it lives."""
 
+_ENDS: Final = ("panic", "unexpected-exit", "unexpected-reboot")
+"""The incidents (`IncidentKind`) that a phase may cause whose failure is let pass."""
+
 _POWER_TIMEOUT: Final = 60.0
 """Seconds in which a machine that lost its power is started again, if it is."""
 
@@ -44,6 +49,10 @@ class Inhabited(Protocol):
     @property
     def name(self) -> str:
         """The machine's name."""
+
+    @property
+    def watchdog(self) -> Expecting | None:
+        """Who watches it, if anybody."""
 
     def inside(self, operation: str) -> Guest:
         """Its guest: another one after every boot.
@@ -184,12 +193,13 @@ class _PlanRun:
         if self.attempt is not None:
             self.attempt.phase(phase.name, Outcome.PENDING, started_s=began_s)
         began = time.monotonic()
-        outcome, status, message = self._script(phase)
-        message = self._clear_out(phase, message, reachable=not self.lost)
-        if outcome is Outcome.PASS and message:
-            outcome = Outcome.FAIL
-        if self.lost and phase.continue_on_error:
-            message += self._wait_for_return()
+        with self._expecting_ends(phase):
+            outcome, status, message = self._script(phase)
+            message = self._clear_out(phase, message, reachable=not self.lost)
+            if outcome is Outcome.PASS and message:
+                outcome = Outcome.FAIL
+            if self.lost and phase.continue_on_error:
+                message += self._wait_for_return()
         # A guest that is gone for good leaves nothing that could be gone on with.
         forgiven = phase.continue_on_error and not outcome.ok and not self.lost
         result = PhaseResult(
@@ -201,6 +211,12 @@ class _PlanRun:
                 f"phase {phase.name!r} ended with {outcome.value}, which is let pass: {message}"
             )
         return result
+
+    def _expecting_ends(self, phase: Phase) -> AbstractContextManager[object]:
+        """While it is entered, the end of a machine that a phase may end is no incident."""
+        if self.vm.watchdog is None or not phase.continue_on_error:
+            return nullcontext()
+        return self.vm.watchdog.expect(*_ENDS)
 
     def _script(self, phase: Phase) -> tuple[Outcome, int | None, str]:
         """Run a phase's script; its outcome, exit status, and what is wrong."""

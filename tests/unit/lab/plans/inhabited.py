@@ -15,6 +15,7 @@ from vmlab.guests.agent import AgentChannel
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.lab.loop import LoopThread
+from vmlab.lab.vm import Expecting
 from vmlab.machine.errors import InvalidState
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class Host:
 
     name = "host"
     alive = True
+    watchdog: Expecting | None = None
 
     def __init__(self, agent: HostedAgent, loop: LoopThread) -> None:
         self.agent = agent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.unit.lab.plans.inhabited import Host, this_host
 from tests.unit.machine.strategies import inline
 
 from vmlab.guests.guest import Guest
+from vmlab.lab.incident import IncidentKind
 from vmlab.lab.plans import Plan, PlanResult, printing, retrieval, run_plan
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, VmlabError
 from vmlab.report import Attempt, Outcome, Recorder, read_run
@@ -364,6 +366,26 @@ def test_a_guest_that_is_lost_on_purpose_is_waited_for(
     assert done.result.outcome is PASS
     assert host.greetings == before + 1
     assert "and came back" in done.result.phases[0].message
+
+
+def test_the_end_of_a_machine_is_expected_of_a_phase_that_may_fail_and_of_no_other(
+    ran: Run, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[set[IncidentKind]] = []
+
+    class Watching:
+        @contextmanager
+        def expect(self, *kinds: str) -> Iterator[None]:
+            expected.append(set(map(IncidentKind, kinds)))
+            yield
+            expected.append(set())
+
+    monkeypatch.setattr(host, "watchdog", Watching())
+    ran({"run": "true"}, {"run": "true", "continue-on-error": True}, {"run": "true"})
+    assert expected == [
+        {IncidentKind.PANIC, IncidentKind.UNEXPECTED_EXIT, IncidentKind.UNEXPECTED_REBOOT},
+        set(),
+    ]
 
 
 def test_one_that_does_not_come_back_is_not_let_pass(
