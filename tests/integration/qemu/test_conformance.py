@@ -29,6 +29,7 @@ SAMPLE = {
         "display.keys",
         "fault.guest",
         "fault.network",
+        "fork.identity",
         "metrics.present",
         "migration.live",
         "share.seen",
