@@ -19,10 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from boot import MARK, PORTS, Sample, children_seconds, connected, first_command, plainly
+from boot import (
+    MARK,
+    PORTS,
+    Sample,
+    children_seconds,
+    compiled,
+    connected,
+    first_command,
+    plainly,
+)
 
 from vmlab.guests.agent import CHANNELS
 from vmlab.images.image import Image
@@ -40,8 +50,18 @@ class Boot:
     own_memory: int
 
 
-def embedded(image: Image) -> Boot:
-    """The engine by hand: boot, one command over the agent's first port, then quit."""
+@dataclass(frozen=True)
+class Booted:
+    """An engine whose guest has answered: its process, its sockets' folder, seconds of the wall."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    wall: float
+
+
+@contextlib.contextmanager
+def booted(image: Image, environment: dict[str, str]) -> Iterator[Booted]:
+    """The engine by hand: boot, one command over the agent's first port."""
     with tempfile.TemporaryDirectory(prefix="boot-") as name:
         directory = Path(name)
         lines = [f'name = "vm"\nmemory = {MEMORY}\nqmp = "qmp"']
@@ -50,9 +70,9 @@ def embedded(image: Image) -> Boot:
         lines += ['[serial]\nsocket = "serial"\nlog = "console"']
         lines += [f'[[channels]]\nname = "{port}"\nsocket = "{port}"' for port in CHANNELS]
         (directory / "machine.toml").write_text("\n".join(lines))
-        begun, cpu = time.monotonic(), children_seconds()
+        begun = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "vmlab.engine", directory / "machine.toml"]
+            [sys.executable, "-m", "vmlab.engine", directory / "machine.toml"], env=environment
         )
         try:
             with contextlib.ExitStack() as stack:
@@ -61,15 +81,22 @@ def embedded(image: Image) -> Boot:
                 ]
                 answer = first_command(agent)
                 wall = time.monotonic() - begun
-                own_memory = memory_of(process.pid)
-                exits = asked_to_quit(directory / "qmp")
-            process.wait(60)
+                if MARK not in answer:
+                    raise RuntimeError(f"the guest answered {answer!r}")
+                yield Booted(process, directory, wall)
         finally:
             process.kill()
             process.wait()
-        if MARK not in answer:
-            raise RuntimeError(f"the guest answered {answer!r}")
-        return Boot(Sample(wall, children_seconds() - cpu), exits, own_memory)
+
+
+def embedded(image: Image, environment: dict[str, str]) -> Boot:
+    """Boot, one command, then quit."""
+    cpu = children_seconds()
+    with booted(image, environment) as made:
+        own_memory = memory_of(made.process.pid)
+        exits = asked_to_quit(made.directory / "qmp")
+        made.process.wait(60)
+    return Boot(Sample(made.wall, children_seconds() - cpu), exits, own_memory)
 
 
 def asked_to_quit(path: Path) -> int:
@@ -107,8 +134,10 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=120, help="megabytes of its own")
     arguments = parser.parse_args()
     image = ImageStore().ensure("debian-13-riscv64-tiny")
-    embedded(image), plainly(image)
-    pairs = [(embedded(image), plainly(image)) for _ in range(arguments.pairs)]
+    with tempfile.TemporaryDirectory(prefix="bytecode-") as bytecode:
+        environment = compiled(Path(bytecode))
+        embedded(image, environment), plainly(image)
+        pairs = [(embedded(image, environment), plainly(image)) for _ in range(arguments.pairs)]
     ratio = statistics.median(ours.sample.cpu / theirs.cpu for ours, theirs in pairs)
     wall = statistics.median(ours.sample.wall / theirs.wall for ours, theirs in pairs)
     for name, samples in (

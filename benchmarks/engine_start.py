@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from boot import compiled
+
 from vmlab.engine.accel.interpreter import prepare
 
 MACHINE = """
@@ -49,19 +51,13 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def with_modules_in(folder: Path) -> dict[str, str]:
-    """An environment in which Python keeps its compiled modules in a folder."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, "PYTHONPYCACHEPREFIX": str(folder)}
-
-
 def engine(folder: Path) -> float:
     """Seconds until the guest's power-off is noticed."""
     begun = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "vmlab.engine", folder / "machine.toml"],
         stderr=subprocess.PIPE,
-        env=with_modules_in(folder / "modules"),
+        env=compiled(folder / "modules"),
     )
     try:
         assert process.stderr is not None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
+from tests.unit.engine.accel.test_lockstep import note
 from tests.unit.engine.oracles.code import DATA, in_qemu, needs_qemu, on_hart
 from tests.unit.engine.oracles.programs import SETS, Batch, jumps
 
@@ -55,8 +57,10 @@ def test_jumps_go_as_in_qemu(
 def test_a_million_instructions_end_as_in_qemu(
     extensions: str, interpreter: InterpreterExecutor, tmp_path: Path
 ) -> None:
-    done, seed = 0, 10
+    done, seed, began = 0, 10, time.process_time()
     while done < SOAK:
         batch = Batch(extensions, seed, 500)
         compare(batch, interpreter, tmp_path)
         done, seed = done + batch.instructions, seed + 1
+    figures = {"instructions": done, "cpu_seconds": round(time.process_time() - began)}
+    note(f"{extensions}, as in qemu-riscv64", figures)

@@ -387,6 +387,24 @@ def test_without_a_file_it_says_what_it_takes(tmp_path: Path) -> None:
     assert "a file that can be read" in done.stderr
 
 
+def test_qmp_shell_drives_it(run: Run) -> None:
+    """QEMU's own shell, whose commands are words."""
+    running = run(programs.IDLE)
+    running.connect()  # the socket is there
+    shell = [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()", running.socket]
+    done = subprocess.run(
+        shell,
+        input="query-status\nset_link name=none up=true\nquit\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert '"status": "prelaunch"' in done.stdout, done.stderr
+    assert "Device 'none' not found" in done.stdout
+    assert running.ended()[0] == 0
+
+
 def test_a_socket_that_is_taken_is_not_taken_away(run: Run, tmp_path: Path) -> None:
     (tmp_path / "q.sock").write_text("mine")
     running = run(programs.IDLE)
