@@ -120,7 +120,7 @@ def connected(port: Path, process: subprocess.Popen[bytes]) -> socket.socket:
 
 def first_command(agent: socket.socket) -> bytes:
     """What the guest answers to one `echo`."""
-    agent.settimeout(60)
+    agent.settimeout(300)
     agent.sendall(shell_line("run", "t", f"echo {MARK.decode()}"))
     answer = b""
     while MARK not in answer and (data := agent.recv(4096)):
