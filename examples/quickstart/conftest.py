@@ -1,5 +1,6 @@
 """Builds the program, and has it in each machine."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def pytest_collection(session):
+def pytest_configure(config):
     subprocess.run(["make", "--silent", "-C", str(HERE)], check=True)
+    # The embedded engine's guests are riscv64: without a compiler for that, QEMU has to do.
+    engine = (HERE / "build" / "ledger-riscv64").exists()
+    if not engine and not config.option.vm_hypervisor and shutil.which("qemu-system-x86_64"):
+        config.option.vm_hypervisor = ["qemu"]
 
 
 @pytest.fixture

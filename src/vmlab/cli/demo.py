@@ -35,7 +35,9 @@ def demo(
     hypervisor: HypervisorOption = None,
     examples: Annotated[
         Path | None,
-        typer.Option(help="Tests to run afterwards; ./examples if there are any, else none."),
+        typer.Option(
+            help="Tests to run afterwards; ./examples/quickstart if it is there, else none."
+        ),
     ] = None,
     report: Annotated[
         Path | None,
@@ -134,7 +136,10 @@ def _real(
             for name in names:
                 for label in ("the first time", "with the image in the store"):
                     shown.append(_show(name, label, hypervisor, recorder, as_json))
-            well = suite is None or _examples(suite, scratch, recorder, as_json)
+            reports = report.with_suffix("") if report is not None else None
+            well = suite is None or _examples(
+                suite, scratch, recorder, as_json, hypervisor=hypervisor, reports=reports
+            )
         finally:
             run = recorder.close()
             assert run is not None, "the owner of a run closes it once"
@@ -184,12 +189,22 @@ def _show(
     return shown
 
 
-def _examples(suite: Path, scratch: Path, recorder: Recorder, as_json: bool) -> bool:
+def _examples(
+    suite: Path,
+    scratch: Path,
+    recorder: Recorder,
+    as_json: bool,
+    *,
+    hypervisor: str | None,
+    reports: Path | None,
+) -> bool:
     from vmlab.lab.demonstration import run_examples
 
     if not as_json:
         print(f"\n$ pytest {suite}", flush=True)
-    return run_examples(suite, scratch, recorder, quiet=as_json)
+    return run_examples(
+        suite, scratch, recorder, quiet=as_json, hypervisor=hypervisor, reports=reports
+    )
 
 
 def _written(run: Run, report: Path | None) -> Path:

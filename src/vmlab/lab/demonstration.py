@@ -143,7 +143,7 @@ _RAN = {0, 1, 2}
 
 
 def find_examples(given: Path | None) -> Path | None:
-    """The examples to run: those that were named, or those of the directory that we are in.
+    """The examples to run: those that were named, or the quickstart of the directory we are in.
 
     Raises:
         OperationFailed: those that were named are not there.
@@ -152,11 +152,19 @@ def find_examples(given: Path | None) -> Path | None:
         raise OperationFailed(
             f"there are no examples in {given}", hint="leave --examples out, or name a directory"
         )
-    here = Path("examples")
+    here = Path("examples/quickstart")
     return given or (here if any(here.rglob("test_*.py")) else None)
 
 
-def run_examples(directory: Path, scratch: Path, recorder: Recorder, *, quiet: bool) -> bool:
+def run_examples(
+    directory: Path,
+    scratch: Path,
+    recorder: Recorder,
+    *,
+    quiet: bool,
+    hypervisor: str | None = None,
+    reports: Path | None = None,
+) -> bool:
     """Run a directory of examples with pytest; each becomes a test of the report.
 
     Args:
@@ -164,6 +172,9 @@ def run_examples(directory: Path, scratch: Path, recorder: Recorder, *, quiet: b
         scratch: A directory for files that nobody needs afterwards.
         recorder: Takes the results.
         quiet: Print pytest's own words on stderr instead of stdout.
+        hypervisor: What runs their machines; None is what runs each best.
+        reports: Where the run's own report goes, with all that befell their machines; None is
+            the user's state directory.
 
     Returns:
         Whether all of them are well.
@@ -174,6 +185,8 @@ def run_examples(directory: Path, scratch: Path, recorder: Recorder, *, quiet: b
     results = scratch / "examples.xml"
     words = [sys.executable, "-m", "pytest", str(directory), f"--junitxml={results}"]
     words += ["-p", "no:cacheprovider", "-q"]
+    words += [f"--vm-hypervisor={hypervisor}"] if hypervisor is not None else []
+    words += [f"--vm-report={reports.absolute()}"] if reports is not None else []
     done = subprocess.run(words, check=False, stdout=sys.stderr if quiet else None)
     if done.returncode not in _RAN or not results.is_file():
         raise OperationFailed(

@@ -81,10 +81,11 @@ def test_examples_are_those_that_are_named_or_those_of_this_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_examples(None) is None
-    (tmp_path / "examples").mkdir()
+    quickstart = tmp_path / "examples" / "quickstart"
+    quickstart.mkdir(parents=True)
     assert find_examples(None) is None
-    (tmp_path / "examples" / "test_one.py").touch()
-    assert find_examples(None) == Path("examples")
+    (quickstart / "test_one.py").touch()
+    assert find_examples(None) == Path("examples/quickstart")
     assert find_examples(tmp_path) == tmp_path
     with pytest.raises(OperationFailed, match="nowhere"):
         find_examples(tmp_path / "nowhere")
