@@ -82,7 +82,6 @@ def make_profile() -> ConformanceProfile:
         lag=10.0,
         patience=1800.0,
         triggers=frozenset({"time", "nth", "chance"}),
-        own_clock=False,
         drawn=drawn_at_boot,
     )
 

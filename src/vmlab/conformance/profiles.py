@@ -85,7 +85,8 @@ class ConformanceProfile:
         processes: Whether machines are processes of this host.
         own_clock: Whether the hypervisor's clock is its own, so that a run that is the same takes
             the same time; on the host's clock no two runs do.
-        drawn: Random numbers of a guest that are the same in two runs that are the same.
+        drawn: What a guest has drawn at random, the same in two runs that are the same: random
+            numbers, or what its kernel made of some.
         variant: The profile for other options, where they change what machines are made of.
         reliable: Whether operations, events and answers can be relied on with given options.
     """
@@ -113,7 +114,7 @@ class ConformanceProfile:
     faultless: Mapping[FaultKind, str] = field(default_factory=dict)
     patience: float = 3600.0
     processes: bool = True
-    own_clock: bool = True
+    own_clock: bool = False
     drawn: Callable[[GuestProbe], Awaitable[bytes]] = lambda guest: guest.entropy()
     variant: Callable[[Mapping[str, str]], ConformanceProfile] | None = None
     reliable: Callable[[Mapping[str, str]], bool] = lambda options: True

@@ -58,5 +58,6 @@ profile = ConformanceProfile(
     seed_option="seed",
     triggers=frozenset({"time", "nth", "chance", "console"}),
     processes=False,
+    own_clock=True,
     reliable=reliable,
 )

@@ -10,8 +10,9 @@ from vmlab.machine.capabilities import Capability
 
 @check(
     "deterministic.same-seed",
-    clause="the same calls with the same seed give the same events, by the hypervisor's own clock "
-    "at the same times, and the same random numbers in the guest; another seed gives others",
+    clause="the same calls with the same seed give the same events, at the same times where the "
+    "hypervisor has a clock of its own, and what the guest draws at random is the same; with "
+    "another seed it is not",
     needs=[Capability.DETERMINISTIC],
     means=[Means.GUEST],
 )
@@ -26,8 +27,8 @@ async def same_seed(lab: Bench) -> None:
     if lab.profile.own_clock:
         apart = max(abs(one - two) for one, two in zip(runs[0][2], runs[1][2], strict=True))
         lab.true(apart < 1e-3, f"the times of two runs with one seed agree (apart by {apart:g} s)")
-    lab.equal(runs[1][1], drawn, "random numbers in the guest of two runs with one seed")
-    lab.true(runs[2][1] != drawn, "another seed gives other random numbers")
+    lab.equal(runs[1][1], drawn, "what the guest drew in two runs with one seed")
+    lab.true(runs[2][1] != drawn, "with another seed the guest draws something else")
 
 
 _OTHERWISE = {"owner", "seconds"}
