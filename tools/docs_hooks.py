@@ -284,7 +284,7 @@ def _who_injects_what() -> str:
             f"`{kind.value}`",
             cell(kind, ALL_KINDS, ALL_KINDS),
             cell(kind, embedded.FAULTS, embedded.COUNTED),
-            cell(kind, qemu.FAULTS, breakable.COUNTED),
+            cell(kind, qemu.FAULTS, qemu.COUNTED),
         )
         for kind in FaultKind
     ]
@@ -439,6 +439,61 @@ def images_page() -> str:
     return "\n".join(parts)
 
 
+# ------------------------------------------------------------------------------------- pytest
+
+
+def pytest_page() -> str:
+    """The fixtures, the mark's arguments and the options, from the plugin itself."""
+    from vmlab.pytest_plugin import marks, options, plugin
+
+    fixtures = []
+    for name, thing in vars(plugin).items():
+        function = getattr(thing, "__wrapped__", None) or getattr(thing, "__pytest_wrapped__", None)
+        marker = getattr(thing, "_fixture_function_marker", None)
+        if marker is not None and function is not None:
+            summary, *rest = (inspect.getdoc(thing) or "").split("\n\n")
+            fixtures.append((f"`{name}`", str(marker.scope), " ".join([summary, *rest])))
+    missing = marks.ARGUMENTS.keys() ^ marks.MEANINGS.keys()
+    if missing or not fixtures:
+        raise RuntimeError(f"the page of the pytest plugin lacks {missing or 'the fixtures'}")
+    return "\n".join(
+        (
+            "# pytest\n",
+            "The plugin is there wherever vmlab is installed; how to begin: "
+            "[test your first guest](../tutorial/test-your-first-guest.md).\n",
+            "## Fixtures\n",
+            "A project's own fixture of one of these names comes first.\n",
+            _table(("fixture", "lives as long as the", "what it is"), fixtures),
+            "## The mark `vm`\n",
+            "`@pytest.mark.vm(...)` on a test, a class, or a module (`pytestmark`); the nearest "
+            "comes first. Relative paths are seen from the test's file.\n",
+            _table(
+                ("argument", "meaning"),
+                ((f"`{name}`", meaning) for name, meaning in marks.MEANINGS.items()),
+            ),
+            "## Options\n",
+            "Those with a setting may stand in the ini file under that name too.\n",
+            _table(
+                ("option", "setting", "meaning"),
+                (
+                    (
+                        f"`{each.option}`",
+                        f"`{each.key}`" if each.ini else "",
+                        each.help
+                        + (f" One of {', '.join(each.choices)}." if each.choices else ""),
+                    )
+                    for each in options.SETTINGS
+                ),
+            ),
+            "## Outcomes\n",
+            "A test whose machine died is an *error*, with the evidence; a machine that fell ill "
+            "(an oops, a lockup) and a test out of time are *failures*. Both end the test at "
+            "once, whatever it is doing. The report has every collected test from before its "
+            "first machine exists: what never ended is *pending*.\n",
+        )
+    )
+
+
 # ---------------------------------------------------------------------------------- rendering
 
 
@@ -522,4 +577,5 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "reference/conformance.md": conformance_page,
     "reference/files.md": files_page,
     "reference/images.md": images_page,
+    "reference/pytest.md": pytest_page,
 }

@@ -27,8 +27,6 @@ _ECHO: Final = "conformance.echo"
 
 _IN_DRIVER: Final = "it would be this project's own driver that fails, not QEMU"
 _FAULTLESS: Final = {
-    FaultKind.NET_LOSS: "a netdev of QEMU's passes all packets or none",
-    FaultKind.NET_DELAY: "a netdev of QEMU's passes all packets or none",
     FaultKind.CLOCK_JUMP: "QEMU's clock is the host's",
     FaultKind.CPU_STALL: "QEMU stops all vCPUs or none",
     FaultKind.OPERATION_FAILURE: _IN_DRIVER,

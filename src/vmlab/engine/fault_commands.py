@@ -39,6 +39,17 @@ def check(when: Trigger) -> None:
         )
 
 
+def check_wire(fault: WireFault) -> None:
+    """Refuse a fault of a wire whose numbers make no sense.
+
+    Raises:
+        CommandError: one does not.
+    """
+    if not 0 <= fault.ratio <= 1 or fault.delay < 0 or fault.jitter < 0:
+        raise CommandError("Parameter 'fault' expects a ratio to 1, delay and jitter from 0")
+    check(fault.when)
+
+
 class DiskFaultCommands:
     """Those of disks, for whoever serves some.
 
@@ -113,9 +124,7 @@ class FaultCommands:
         nic = self._machine.nics.get(name)
         if nic is None:
             raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
-        if not 0 <= fault.ratio <= 1 or fault.delay < 0 or fault.jitter < 0:
-            raise CommandError("Parameter 'fault' expects a ratio to 1, delay and jitter from 0")
-        check(fault.when)
+        check_wire(fault)
         if nic.faults is None:
             nic.faults = WireFaults(self._machine.clock)
         nic.faults.add(id_, fault)

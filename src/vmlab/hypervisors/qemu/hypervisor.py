@@ -19,7 +19,7 @@ from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import HypervisorProvider, Probe, ProbeItem, Snapshot
 from vmlab.hypervisors.monitored.debugger import debugger_socket
 from vmlab.hypervisors.monitored.hypervisor import MonitoredHypervisor
-from vmlab.hypervisors.qemu import breakable, memory, parcels, timers, virtiofs
+from vmlab.hypervisors.qemu import breakable, memory, parcels, timers, virtiofs, wires
 from vmlab.hypervisors.qemu.boards import BOARDS
 from vmlab.hypervisors.qemu.host_ticks import host_ticks_khz
 from vmlab.hypervisors.qemu.live import HANGS_WITH_NODES
@@ -93,8 +93,10 @@ FAULTS: Final = frozenset(
         FaultKind.KILL,
         FaultKind.MEMORY_PRESSURE,
         *breakable.KINDS,
+        *wires.COUNTED,
     }
 )
+COUNTED: Final = breakable.COUNTED | wires.COUNTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def _supports(programs: Mapping[Architecture, Program]) -> Capabilities:
         architectures=frozenset(programs),
         accelerators=tuple(names),
         faults=FAULTS,
-        counted=breakable.COUNTED,
+        counted=COUNTED,
         breakable=breakable.KINDS,
         limits=Limits(vcpus_per_machine=255, disks_per_machine=64, nics_per_machine=32),
     )

@@ -32,6 +32,7 @@ from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qemu.layout import Layout, effective_bus
 from vmlab.hypervisors.qemu.live import LiveMachine
 from vmlab.hypervisors.qemu.networks import backend
+from vmlab.hypervisors.qemu.wires import Wires
 from vmlab.hypervisors.threads import done_in_thread, in_thread
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
@@ -40,7 +41,7 @@ from vmlab.machine.errors import (
     OperationFailed,
     UnsupportedOperation,
 )
-from vmlab.machine.faults import At, DiskError, Fault, PowerCut
+from vmlab.machine.faults import At, DiskError, Fault, NetDelay, NetLoss, PowerCut
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 from vmlab.machine.states import OPERATIONS, MachineState
@@ -62,6 +63,7 @@ class QemuMachine(LiveMachine):
         state: MachineState = MachineState.CREATED,
     ) -> None:
         super().__init__(hypervisor, id_, spec, state)
+        self._wires: Wires | None = None
 
     # Standing still for a moment.
 
@@ -493,15 +495,7 @@ class QemuMachine(LiveMachine):
 
     async def _do_resize_disk(self, operation: Operation, disk: Disk, size: int) -> DiskInfo:
         self.begin()
-        made = self.disks[disk.name]
-        if not made.made:
-            raise OperationFailed(
-                f"disk {disk.name!r} is its source itself, which is never written to",
-                hint="give it a size larger than its source when the machine is created",
-                machine=self.name,
-                hypervisor="qemu",
-                operation="resize_disk",
-            )
+        made = self.growing_disk(disk.name)
         if self.emulator is not None:
             self._refuse_breakable(Capability.RESIZE_DISK, made)
             self.drop_template()
@@ -623,7 +617,11 @@ class QemuMachine(LiveMachine):
     async def break_device(
         self, emulator: Emulator, identity: str, fault: Fault
     ) -> Callable[[], Awaitable[None]] | None:
-        """Break a disk, or take the power of all; what is returned mends it."""
+        """Break a disk or a wire, or take the power of all disks; what is returned mends it."""
+        if isinstance(fault, NetLoss | NetDelay):
+            if self._wires is None or self._wires.emulator is not emulator:
+                self._wires = Wires(emulator, self.qemu.owner, self.id)
+            return await self._wires.strike(self._spec, identity, fault)
         disk = None if isinstance(fault, PowerCut) else self.disks[getattr(fault, "disk", "")]
         if not isinstance(fault, DiskError) or not isinstance(fault.when, At):
             breakable.check(self._spec, self.disks.values(), fault)

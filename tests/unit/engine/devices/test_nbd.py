@@ -36,7 +36,7 @@ def serve(tmp_path: Path) -> Iterator[Served]:
         made.append(FaultyDisk(RawDisk(image, read_only=read_only), lambda: 0))
         left = threading.Event()
         path = tmp_path / f"{len(made)}.sock"
-        NbdExport(made[-1], path, left.set)
+        NbdExport(made[-1], path, left.set).begin()
         return made[-1], path, left
 
     yield start

@@ -165,7 +165,7 @@ class Serving:
     def wire(self) -> Wire:
         while True:
             try:
-                return Wire(self.directory / disk_server.SOCKET)
+                return Wire(self.directory / "disks-qmp.sock")
             except (FileNotFoundError, ConnectionRefusedError):
                 assert self.thread.is_alive(), self.status
                 threading.Event().wait(0.01)

@@ -75,7 +75,11 @@ class NbdExport:
         self._left = left
         self._listener = listen(path)
         self._listener.setblocking(True)
-        threading.Thread(target=self._serve, name=f"nbd-{path.name}", daemon=True).start()
+        self._name = path.name
+
+    def begin(self) -> None:
+        """Let the client come."""
+        threading.Thread(target=self._serve, name=f"nbd-{self._name}", daemon=True).start()
 
     def _serve(self) -> None:
         connection, _ = self._listener.accept()
