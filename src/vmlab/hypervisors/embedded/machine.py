@@ -32,7 +32,7 @@ from vmlab.hypervisors.processes import OwnedProcess
 from vmlab.hypervisors.qmp import QmpError
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.capabilities import Capability
-from vmlab.machine.errors import OperationFailed, UnsupportedOperation
+from vmlab.machine.errors import UnsupportedOperation
 from vmlab.machine.faults import Fault
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic
@@ -186,15 +186,7 @@ class EmbeddedMachine(MonitoredMachine[EngineProcess]):
 
     async def _do_resize_disk(self, operation: Operation, disk: Disk, size: int) -> DiskInfo:
         self.begin()
-        made = self.disks[disk.name]
-        if not made.made:
-            raise OperationFailed(
-                f"disk {disk.name!r} is its source itself, which is never written to",
-                hint="give it a size larger than its source when the machine is created",
-                machine=self.name,
-                hypervisor="embedded",
-                operation="resize_disk",
-            )
+        made = self.growing_disk(disk.name)
         if self.emulator is not None:
             await self.emulator.execute("block_resize", {"node-name": made.node, "size": size})
         else:

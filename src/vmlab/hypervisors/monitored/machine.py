@@ -299,6 +299,23 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
         """The file of a disk; a restored one gets another number."""
         return self.disk_directory / f"{disk}.{number}.qcow2"
 
+    def growing_disk(self, name: str) -> DiskFile:
+        """A disk that can grow, since its file is the machine's own.
+
+        Raises:
+            OperationFailed: it is not.
+        """
+        disk = self.disks[name]
+        if not disk.made:
+            raise OperationFailed(
+                f"disk {name!r} is its source itself, which is never written to",
+                hint="give it a size larger than its source when the machine is created",
+                machine=self.name,
+                hypervisor=self._hypervisor.name,
+                operation="resize_disk",
+            )
+        return disk
+
     def make_directories(self) -> None:
         """Make the machine's directory, and tell the console's lines where their logs are."""
         self.monitored.records.create(self.id)
