@@ -41,8 +41,11 @@ _ESCAPES: Final = re.compile(
 """CSI and OSC sequences and two-byte escapes (ECMA-48, 5.4 and 8.3.89)."""
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]")
 _BANNER: Final = re.compile(r"Linux version \d")
-_OPENING: Final = re.compile(r"-{12}\[ cut here \]-{12}$|8<--- cut here ---$|={16,}$")
-"""Lines before the first one that tells something (CUT_HERE of include/asm-generic/bug.h)."""
+_CUT: Final = re.compile(r"-{12}\[ cut here \]-{12}$|8<--- cut here ---$")
+"""CUT_HERE of include/asm-generic/bug.h; WARN's own words follow (kernel/panic.c: __warn_printk)."""
+_RULER: Final = re.compile(r"={16,}$")
+_MOST_BEFORE: Final = 12
+"""Lines from there to the one that tells what it is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ class ConsoleScanner:
         self.rules = rules
         self.stamped = rules.printk_time if stamped is None else stamped
         self._line = bytearray()
-        self._before = ""
+        self._before: list[str] = []
         self._report: _Report | None = None
         self._own: list[_OwnReport] = []
         self._headers: dict[str, None] = {}
@@ -188,7 +191,7 @@ class ConsoleScanner:
         if text is not None and self._was_there(line, message):
             # Somebody prints a log.
             yield from self._end_report()
-            self._before = ""
+            self._before.clear()
             return
         if _BANNER.match(message):
             yield from self._end_report()
@@ -196,8 +199,8 @@ class ConsoleScanner:
         if text is not None and (report is None or report.text.kind not in text.continues):
             yield from self._end_report()
             self._report = report = _Report(text, message)
-            if self._before:
-                report.add(self._before)
+            for earlier in self._before:
+                report.add(earlier)
         if report is not None:
             report.add(line)
             if text is not None and text.kind is IncidentKind.OOM_KILL:
@@ -205,7 +208,19 @@ class ConsoleScanner:
                 report.message = message
             if report.ends_with(message):
                 yield from self._end_report()
-        self._before = line if _OPENING.match(message) else ""
+        self._remember(line, message)
+
+    def _remember(self, line: str, message: str) -> None:
+        """Keep what stands before the first line that tells something."""
+        if _CUT.match(message) or _RULER.match(message):
+            self._before = [line]
+        elif self._report is not None or not 0 < len(self._before) < _MOST_BEFORE:
+            self._before.clear()
+        elif _RULER.search(self._before[0]):
+            # What it rules off begins right below.
+            self._before.clear()
+        else:
+            self._before.append(line)
 
     def _message(self, line: str) -> tuple[str, bool]:
         """What the kernel says in a line, and whether it is one of the kernel's."""

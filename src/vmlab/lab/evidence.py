@@ -319,11 +319,13 @@ def _process_files(directory: Path) -> list[tuple[str, bytes]]:
         return []
     if not numbers:
         return []
-    found = []
-    for path in sorted((launches / str(numbers[-1])).iterdir())[:_PROCESS_FILES]:
-        if path.is_file() and not path.is_symlink() and path.suffix not in _NO_TEXT:
-            found.append((path.name, _read_bounded(path)))
-    return found
+    paths = sorted((launches / str(numbers[-1])).iterdir())
+    texts = [
+        path
+        for path in paths
+        if path.is_file() and not path.is_symlink() and path.suffix not in _NO_TEXT
+    ]
+    return [(path.name, _read_bounded(path)) for path in texts[:_PROCESS_FILES]]
 
 
 _NO_TEXT: Final = frozenset({".sock", ".pid", ".img", ".qcow2"})

@@ -122,6 +122,7 @@ PANIC = stamped(
 )
 WARN = stamped(
     "------------[ cut here ]------------",
+    "what the warning says of itself",
     "WARNING: CPU: 0 PID: 1 at kernel/workqueue.c:1440 __queue_work+0x2e8/0x3c0",
     "---[ end trace 0000000000000000 ]---",
     at=14.0,
