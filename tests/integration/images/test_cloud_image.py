@@ -182,6 +182,7 @@ def test_cloud_image_boots_by_its_own_boot_loader_and_is_what_cloud_init_made_of
     store_path = tmp_path / "store"
     store_path.mkdir()
     for folder in ("cache", "index"):
+        (_STORE / folder).mkdir(parents=True, exist_ok=True)
         (store_path / folder).symlink_to(_STORE / folder)
     store = ImageStore(store_path)
     recipe = tmp_path / "cloud.toml"
