@@ -120,8 +120,11 @@ class PlanItem(pytest.Item):
 
         Raises:
             PlanFailed: a phase failed.
+            MachineCrashed: the guest was lost in a phase.
         """
         from vmlab.lab.plans import run_plan
+        from vmlab.machine.errors import MachineCrashed
+        from vmlab.report import Outcome
 
         assert self._vm is not None, "setup has made it"
         # In the run's directory, which goes with it; a store's is no place for what is passing.
@@ -132,6 +135,8 @@ class PlanItem(pytest.Item):
             result = run_plan(self._vm, self.plan, self._trial.attempt, artifacts=Path(place))
         for _, test in result.tests:
             self._tell(test)
+        if result.outcome is Outcome.ERROR:
+            raise MachineCrashed(_told(result), machine=self._vm.name)
         if not result.outcome.ok:
             raise PlanFailed(_told(result))
 

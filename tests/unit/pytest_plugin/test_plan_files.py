@@ -196,6 +196,18 @@ def test_a_plan_that_fails_says_which_phases(
     assert "exit status 2: no rule" in test.reason
 
 
+def test_a_plan_that_lost_its_guest_is_an_error(
+    project: Project, ending: Callable[[PlanResult], list[dict[str, Any]]]
+) -> None:
+    ending(PlanResult((PhaseResult("build", Outcome.ERROR, 2.0, None, "the guest died"),)))
+    plan(project)
+    done = project.run()
+    done.assert_outcomes(errors=1)
+    done.stdout.fnmatch_lines(["*phase 'build': the guest died*", "phases: build error 2.0 s*"])
+    (test,) = project.report().tests()
+    assert test.outcome is Outcome.ERROR
+
+
 def test_faults_of_a_plan_are_in_the_report_and_refused_by_name(
     project: Project, ending: Callable[[PlanResult], list[dict[str, Any]]]
 ) -> None:

@@ -24,7 +24,7 @@ from vmlab.lab.plans.plan import Plan
 from vmlab.lab.plans.printing import Printed
 from vmlab.lab.plans.retrieval import find_files, read_file, retrieve
 from vmlab.lab.vm import Expecting
-from vmlab.machine.errors import DeadlineExceeded, MachineCrashed, VmlabError
+from vmlab.machine.errors import DeadlineExceeded, VmlabError
 from vmlab.report import AttemptRecorder, Outcome, Severity
 
 __all__ = ["PhaseResult", "PlanResult", "run_plan"]
@@ -60,10 +60,6 @@ class Inhabited(Protocol):
         Raises:
             VmlabError: it has none that takes commands, or it has not booted, or is gone.
         """
-
-    @property
-    def alive(self) -> bool:
-        """Whether its guest runs or could go on running."""
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Wait for a coroutine on the machine's loop."""
@@ -331,22 +327,28 @@ class _PlanRun:
 
     def _wait_for_return(self) -> str:
         """Wait for a guest that was lost on purpose: by a power cut, a reboot; a word on that."""
-        patience = self.plan.machine.timeout or CONNECT_TIMEOUT
         try:
-            self.vm.run(self._power_returns())
-            self.vm.run(self.vm.greeted(timeout=patience))
+            self.vm.run(self._greeted_again(self.plan.machine.timeout or CONNECT_TIMEOUT))
         except VmlabError as error:
             return f", and did not come back: {error}"
         self.lost = ""
         return ", and came back"
 
-    async def _power_returns(self) -> None:
-        """Wait until the machine runs again, if whoever has ended it starts it again."""
+    async def _greeted_again(self, patience: float) -> None:
+        """Connect to a guest that boots again, once whoever has ended its machine has started it.
+
+        Raises:
+            VmlabError: nobody starts it, or it does not boot within `patience` seconds.
+        """
         deadline = time.monotonic() + _POWER_TIMEOUT
-        while not self.vm.alive:
-            if time.monotonic() > deadline:
-                raise MachineCrashed("the machine is off", machine=self.vm.name)
-            await asyncio.sleep(0.1)
+        while True:
+            try:
+                return await self.vm.greeted(timeout=patience)
+            except VmlabError:
+                # Refused at once while it is off; later it has had its time.
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.2)
 
 
 def summary(results: Sequence[PhaseResult]) -> str:

@@ -25,7 +25,6 @@ class Host:
     """What `run_plan` needs of a machine."""
 
     name = "host"
-    alive = True
     watchdog: Expecting | None = None
 
     def __init__(self, agent: HostedAgent, loop: LoopThread) -> None:

@@ -15,7 +15,7 @@ from tests.unit.machine.strategies import inline
 
 from vmlab.guests.guest import Guest
 from vmlab.lab.incident import IncidentKind
-from vmlab.lab.plans import Plan, PlanResult, printing, retrieval, run_plan
+from vmlab.lab.plans import Plan, PlanResult, printing, retrieval, run_plan, runner
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, VmlabError
 from vmlab.report import Attempt, Outcome, Recorder, read_run
 
@@ -388,6 +388,24 @@ def test_the_end_of_a_machine_is_expected_of_a_phase_that_may_fail_and_of_no_oth
     ]
 
 
+def test_a_machine_that_is_off_for_a_moment_is_tried_again(
+    ran: Run, host: Host, lose: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose(ChannelClosed("power cut"))
+    back = host.greeted
+    refused = iter([True, True, False])
+
+    async def greeted(**given: Any) -> None:
+        if next(refused):
+            raise ChannelClosed("connection refused")
+        await back(**given)
+
+    monkeypatch.setattr(host, "greeted", greeted)
+    done = ran({"run": "LOSE", "continue-on-error": True}, {"run": "true"})
+    assert done.outcomes() == {"p0": ERROR, "p1": PASS}
+    assert next(refused, None) is None
+
+
 def test_one_that_does_not_come_back_is_not_let_pass(
     ran: Run, host: Host, lose: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +415,7 @@ def test_one_that_does_not_come_back_is_not_let_pass(
         raise VmlabError("no answer")
 
     monkeypatch.setattr(host, "greeted", greeted)
+    monkeypatch.setattr(runner, "_POWER_TIMEOUT", 0.5)
     done = ran({"run": "LOSE", "continue-on-error": True}, {"run": "true"})
     assert done.outcomes() == {"p0": ERROR, "p1": SKIP}
     assert done.result.outcome is ERROR
