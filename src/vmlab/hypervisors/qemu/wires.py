@@ -113,6 +113,8 @@ class Wires:
                     await self.emulator.execute("object-add", redirector)
         except BaseException:
             await uninterrupted(self._remove(detour))
+            process.kill()
+            await uninterrupted(process.wait())
             raise
         return detour
 
