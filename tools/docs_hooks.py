@@ -479,8 +479,7 @@ def pytest_page() -> str:
                     (
                         f"`{each.option}`",
                         f"`{each.key}`" if each.ini else "",
-                        each.help
-                        + (f" One of {', '.join(each.choices)}." if each.choices else ""),
+                        each.help + (f" One of {', '.join(each.choices)}." if each.choices else ""),
                     )
                     for each in options.SETTINGS
                 ),

@@ -218,3 +218,19 @@ ARGUMENTS: Final[Mapping[str, Callable[[object, Path], Any]]] = {
     "timeout": _timeout,
 }
 """The arguments of the mark, and what reads each; a ValueError says what would be right."""
+
+MEANINGS: Final[Mapping[str, str]] = {
+    "image": "the image that its machines boot, by name",
+    "memory": 'memory of each machine, as bytes or as `"1G"`',
+    "cpus": "vCPUs of each machine",
+    "hypervisors": "the hypervisors that it runs on, each in turn; `--vm-hypervisor` picks from "
+    "them; on one that is not here it is skipped",
+    "share": 'a directory of this host in the guests, `".:/src"` or `".:/src:rw"`, or a list of '
+    "those",
+    "scope": 'how long the template lives that its machines are forked from: `"session"`, '
+    '`"module"`, or `"function"`, where each boots',
+    "fault": "what is broken while it runs: a schedule's file, a table, a fault, or a list of "
+    "faults ([faults](faults.md))",
+    "timeout": "seconds that it has, its machines' boot included",
+}
+"""What each argument is, for people; in Markdown."""
