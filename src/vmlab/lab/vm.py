@@ -535,24 +535,26 @@ class VM(Inside):
                         machine_id=self.machine_id if macs is not None else None,
                         macs=macs,
                     )
-            await self._settled(guest)
+            await self._settled(guest, named=macs is not None)
         except BaseException:
             await guest.close()
             raise
         self.guest = guest
 
-    async def _settled(self, guest: Guest, *, shares: bool = True) -> None:
-        """Have the guest have its shares, its id, its addresses and its neighbours' names."""
+    async def _settled(self, guest: Guest, *, shares: bool = True, named: bool = False) -> None:
+        """Have the guest have its shares, its id unless it is `named`, addresses and neighbours."""
         if shares:
             await shared(guest, await self._absent(guest), self.timeline)
         # One that made its own at its first boot, as systemd does, keeps it.
-        script = [f"[ -s /etc/machine-id ] || echo {self.machine_id} >/etc/machine-id"]
+        known = f"[ -s /etc/machine-id ] || echo {self.machine_id} >/etc/machine-id"
+        script = [] if named else [known]
         if self.plugs:
             found = {nic.name: nic.mac for nic in (await self.machine.info()).nics}
             script += [interface_script(found[plug.nic], plug.address) for plug in self.plugs]
             script.append(hosts_script(self._neighbours()))
-        with self.timeline.step("settle"):
-            await guest.succeed("\n".join(script), timeout=self._patience)
+        if script:
+            with self.timeline.step("settle"):
+                await guest.succeed("\n".join(script), timeout=self._patience)
 
     async def _absent(self, guest: Guest) -> list[Share]:
         """The shares that the guest has to be given: what was copied to its disk is there still."""
