@@ -324,6 +324,54 @@ def test_the_end_of_a_fault_whose_machine_is_gone_is_told_with_the_reason() -> N
     run(body)
 
 
+def test_a_mistake_of_who_is_told_comes_out_and_leaves_nothing_broken() -> None:
+    at_once = 'faults = [{ kind = "net-partition", nic = "net" }]'
+    later = (
+        'faults = [{ kind = "net-partition", nic = "net", when = { on = "time", seconds = 1 } }]'
+    )
+
+    def mistaken(event: FaultEvent) -> None:
+        if event.action == "injected":
+            raise ZeroDivisionError
+
+    async def body(machine: Machine) -> None:
+        with pytest.raises(ZeroDivisionError):
+            await FaultRun(machine, schedule(at_once), on_fault=mistaken).arm()
+        assert (await machine.info()).nics[0].link
+        faults = FaultRun(machine, schedule(later), on_fault=mistaken)
+        await faults.arm()
+        await asyncio.sleep(2)
+        assert not (await machine.info()).nics[0].link
+        with pytest.raises(ZeroDivisionError):
+            await faults.disarm()
+        assert (await machine.info()).nics[0].link
+
+    run(body)
+
+
+def test_a_fault_that_has_a_seed_keeps_it() -> None:
+    text = """
+    seed = {seed}
+    [[faults]]
+    kind = "disk-error"
+    disk = "data"
+    seed = 5
+    when = {{ on = "chance", probability = 0.5 }}
+    """
+
+    def luck(seed: int) -> list[bool]:
+        found: list[bool] = []
+
+        async def body(machine: Machine) -> None:
+            async with FaultRun(machine, schedule(text.format(seed=seed))):
+                found.extend(await outcomes(await Probe.of(machine), 20))
+
+        run(body)
+        return found
+
+    assert luck(1) == luck(2)
+
+
 ALL = """
 faults = [
     { id = "cut", kind = "power-cut" },

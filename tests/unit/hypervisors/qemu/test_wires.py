@@ -119,6 +119,16 @@ def test_a_late_frame_comes_behind_those_after_it(serving: Serving) -> None:
     assert "a ratio to 1" in told[1]
 
 
+def test_a_socket_that_cannot_be_made_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.sock").write_text("")
+    (tmp_path / "w.json").write_text(json.dumps([["taken.sock", "back.sock"]]))
+    assert wire_server.main(["w.json"]) == 3
+    assert "the socket 'taken.sock' cannot be opened" in capsys.readouterr().err
+
+
 def test_what_is_no_frame_ends_its_direction(serving: Serving) -> None:
     serving.sent.socket.sendall(struct.pack(">I", 1 << 30))
     assert serving.sent_on.socket.recv(1) == b""
@@ -192,6 +202,22 @@ def test_a_nic_goes_its_own_way_again_when_its_last_fault_ends(
         for end in qemu.ends.values():
             end.socket.close()
         assert await qemu.daemons.processes[1].wait() == 0
+
+    within(work)
+
+
+def test_a_fault_that_the_process_refuses_leaves_the_nic_its_way(
+    tmp_path: Path, owner: Owner
+) -> None:
+    qemu = Qemu(tmp_path)
+    wires = Wires(cast("Emulator", qemu), owner, "1")
+    wrong = NetLoss(nic="net").model_copy(update={"ratio": 2.0})
+
+    async def work() -> None:
+        with pytest.raises(QmpError, match="a ratio to 1"):
+            await wires.strike(SPEC, "f", wrong)
+        assert qemu.ends == {}
+        assert await qemu.daemons.processes[0].wait() == 0
 
     within(work)
 
