@@ -29,13 +29,14 @@ from vmlab.images.progress import silent
 from vmlab.lab import boot
 from vmlab.lab.admission import OVERHEAD, Admission, Claim, Reservation
 from vmlab.lab.boot import Bootable, Wish, specification
+from vmlab.lab.given import LabDisk, Plug, as_disk, hostname_of, made_machine_id, size_of
 from vmlab.lab.loop import LoopThread
 from vmlab.lab.networks import LabNetwork, Networks
 from vmlab.lab.preference import EMBEDDED, Preference, preference
 from vmlab.lab.templates import Fork, Templates
 from vmlab.lab.timeline import Step
 from vmlab.lab.venue import Venue
-from vmlab.lab.vm import VM, LabDisk, Plug, as_disk, hostname_of, made_machine_id, size_of
+from vmlab.lab.vm import VM
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import InvalidSpec, OperationFailed, SpecProblem
 from vmlab.machine.fields import NAME_RULE, is_name

@@ -7,10 +7,8 @@ somebody of its own, and has its shares, addresses and neighbours' names.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
@@ -19,9 +17,9 @@ from vmlab.hypervisors.base import Machine, MachineInfo, Snapshot
 from vmlab.lab.armed import Armed, OnFault
 from vmlab.lab.bringup import reached, shared
 from vmlab.lab.faulting import Action, FaultEvent
+from vmlab.lab.given import LabDisk, Plug, as_disk, hostname_of, size_of
 from vmlab.lab.inside import Inside
 from vmlab.lab.networks import (
-    Address,
     LabNetwork,
     hosts_script,
     interface_script,
@@ -29,10 +27,9 @@ from vmlab.lab.networks import (
 )
 from vmlab.lab.timeline import Step, Timeline
 from vmlab.lab.venue import Venue
-from vmlab.machine.errors import InvalidSpec, InvalidState, SpecProblem, UnsupportedOperation
+from vmlab.machine.errors import InvalidState, UnsupportedOperation
 from vmlab.machine.faults import Fault, FaultKind, FaultSchedule, NetPartition, PowerCut
 from vmlab.machine.metrics import MachineMetrics
-from vmlab.machine.sizes import parse_size
 from vmlab.machine.spec import Disk, MachineSpec, Nic, Share
 from vmlab.machine.states import MachineState
 from vmlab.report import Direction
@@ -60,33 +57,6 @@ class Expecting(Protocol):
 
     def expect(self, *kinds: str) -> AbstractContextManager[object]:
         """While it is entered, incidents of those kinds are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class LabDisk:
-    """A disk to be given to machines: each has its own copy of what it starts from.
-
-    Attributes:
-        size: Bytes; None is that of `disk.source`.
-        disk: What it is like; its name is taken if `named`, else that of its position.
-        named: Whether somebody chose its name.
-    """
-
-    disk: Disk
-    named: bool
-
-    def at(self, name: str) -> Disk:
-        """The disk as a specification has it, by that name unless it has one."""
-        return self.disk if self.named else self.disk.model_copy(update={"name": name})
-
-
-@dataclass(frozen=True, slots=True)
-class Plug:
-    """A NIC of a machine on a private network, and the address that it has there."""
-
-    nic: str
-    network: LabNetwork
-    address: Address
 
 
 class VM(Inside):
@@ -234,7 +204,7 @@ class VM(Inside):
 
     def stop(self, graceful: bool = True, *, timeout: float | None = None) -> None:
         """Shut it down; the guest is asked to, unless not `graceful`."""
-        self._ends("stop", self.machine.stop(graceful=graceful, timeout=timeout))
+        self._ends("stop", lambda: self.machine.stop(graceful=graceful, timeout=timeout))
 
     def shutdown(self, *, timeout: float | None = None) -> None:
         """Power the guest down and wait until the machine is off."""
@@ -242,7 +212,7 @@ class VM(Inside):
 
     def kill(self) -> None:
         """End it at once and unasked."""
-        self._ends("kill", self.machine.kill())
+        self._ends("kill", self.machine.kill)
 
     def pause(self) -> None:
         """Stop its vCPUs."""
@@ -651,12 +621,12 @@ class VM(Inside):
             return nullcontext()
         return self.watchdog.expect(*kinds)
 
-    def _ends(self, kind: str, work: Coroutine[Any, Any, None]) -> None:
+    def _ends(self, kind: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run what ends the machine."""
 
         async def ended() -> None:
             await self._forsake()
-            await work
+            await work()
 
         with self._expecting(*_ENDS), self._marking(kind):
             self.run(ended())
@@ -681,41 +651,6 @@ class _Unmounted:
     async def __aexit__(self, *_: object) -> None:
         if self._guest is not None:
             await shared(self._guest, self._shares, self._timeline)
-
-
-def as_disk(disk: LabDisk | Disk | str, name: str) -> Disk:
-    """A disk as a specification has it; `name` is its name unless it has one.
-
-    Raises:
-        InvalidSpec: a text is no size.
-    """
-    if isinstance(disk, LabDisk):
-        return disk.at(name)
-    if isinstance(disk, Disk):
-        return disk
-    return Disk(name=name, size=size_of("disks", disk), breakable=True)
-
-
-def size_of(field: str, value: int | str) -> int:
-    """Bytes of a size.
-
-    Raises:
-        InvalidSpec: it is none, naming the field.
-    """
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise InvalidSpec([SpecProblem(field, value, str(error))]) from None
-
-
-def hostname_of(name: str) -> str:
-    """A machine's name as a hostname: letters, digits, dashes and dots."""
-    return name.replace("_", "-").strip("-.") or "vm"
-
-
-def made_machine_id(seed: int, name: str, number: int) -> str:
-    """An id of machine-id(5), out of a lab's seed: for its machine of that name and number."""
-    return hashlib.sha256(f"{seed}/{name}/{number}/machine-id".encode()).hexdigest()[:32]
 
 
 def _no_channel(machine: Machine) -> Any:
