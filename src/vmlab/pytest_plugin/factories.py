@@ -6,6 +6,7 @@ say, somebody who watches them, the faults of the mark, and an end with their sc
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ class VmFactory:
         """
         made = self._lab.vm(
             **self._wishes(image, memory, cpus, shares),
-            name=name,
+            name=name or self._own_name(),
             disks=disks,
             nics=nics,
             networks=networks,
@@ -131,8 +132,9 @@ class VmFactory:
             given.pop("cpus", None),
             given.pop("shares", None),
         )
+        numbered = isinstance(which, int) and self._run.settings.keep is None
         made = self._lab.vms(
-            which if isinstance(which, int) else [which, *more],
+            which if numbered else self._names(which, more),
             hypervisor=self.hypervisor,
             **{"template": self._templates, **wishes, **given},
         )
@@ -156,9 +158,22 @@ class VmFactory:
         """A private network for machines: `vm_factory(networks=[...])`."""
         return self._lab.network(name)
 
+    def _own_name(self) -> str | None:
+        """A name for a machine that has none; None leaves it to the lab.
+
+        One that may stay needs a name that no other run's has.
+        """
+        return f"vm-{secrets.token_hex(3)}" if self._run.settings.keep is not None else None
+
+    def _names(self, which: int | str, more: Sequence[str]) -> list[str]:
+        if isinstance(which, int):
+            return [f"vm-{secrets.token_hex(3)}" for _ in range(which)]
+        return [which, *more]
+
     @property
     def _templates(self) -> bool:
-        return self._scope != "function"
+        # A machine that stays must not depend on one that goes with the run.
+        return self._scope != "function" and self._run.settings.keep is None
 
     @property
     def _lab(self) -> Lab:

@@ -71,7 +71,8 @@ SETTINGS: Final = (
     ),
     Setting(
         "keep",
-        "Leave the machines of tests that failed, or of all tests, for `vmlab shell NAME`.",
+        "Leave the machines of tests that failed, or of all tests, for `vmlab shell NAME`; each "
+        "boots by itself then.",
         choices=KEEP,
         ini=False,
     ),

@@ -6,9 +6,11 @@ well says what it has used.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.lab.watchdog import Watchdog
@@ -85,6 +87,10 @@ class Supervision:
         if trial is not None and vm.alive and not trial.attempt.finished:
             with suppress(VmlabError):
                 record_use(vm, vm.run(vm.machine.metrics(), timeout=_SECONDS))
+                info = vm.run(vm.machine.info(), timeout=_SECONDS)
+                trial.ran_by(vm, info.accelerator)
+                if (peak := peak_memory(info.pid)) is not None:
+                    vm.record("memory_peak_bytes", peak, "bytes", Direction.LOWER)
         self.leave(vm)
 
     def leave(self, vm: VM) -> None:
@@ -103,6 +109,18 @@ def record_use(vm: VM, used: MachineMetrics) -> None:
         vm.record("memory_bytes", used.memory.resident_bytes, "bytes", lower)
     vm.record("disk_read_bytes", sum(disk.read_bytes for disk in used.disks), "bytes")
     vm.record("disk_written_bytes", sum(disk.written_bytes for disk in used.disks), "bytes")
+
+
+def peak_memory(pid: int | None) -> int | None:
+    """The most bytes of the host's memory that a process has held (proc(5), VmHWM), if known."""
+    if pid is None:
+        return None
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None  # it has just ended, or this system has no /proc
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) << 10 if found else None
 
 
 def parameters_of(fault: Fault) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class Trial:
             spec=vm.spec.model_dump(mode="json", exclude_defaults=True),
         )
 
+    def ran_by(self, vm: VM, accelerator: str) -> None:
+        """Who has executed a machine's instructions is known."""
+        if accelerator:
+            self.attempt.machine(vm.name, hypervisor=vm.hypervisor, accelerator=accelerator)
+
     def marked(self, vm: VM, kind: str, text: str, duration_s: float | None) -> None:
         """Something happened to a machine; how long it took is a metric as well."""
         if self.attempt.finished:

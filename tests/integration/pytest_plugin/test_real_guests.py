@@ -96,7 +96,8 @@ def test_outcomes_and_deaths_on_both_hypervisors(project: Project) -> None:
     for hypervisor in ("qemu", "embedded"):
         passed = tests[f"test_passes[{hypervisor}]"].attempts[-1]
         metrics = {metric.name for metric in passed.metrics}
-        assert {"answer", "vcpu_s", "memory_bytes", "disk_written_bytes"} <= metrics
+        assert {"answer", "vcpu_s", "memory_peak_bytes", "disk_written_bytes"} <= metrics
+        assert passed.machines[0].accelerator
         panicked = tests[f"test_panics_in_a_call[{hypervisor}]"].attempts[-1]
         assert "Kernel panic - not syncing: sysrq triggered crash" in panicked.reason
         assert "panic" in [mark.kind for mark in panicked.machines[0].timeline]

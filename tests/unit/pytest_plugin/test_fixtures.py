@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from tests.unit.pytest_plugin.conftest import Project
 
 pytest_plugins = ["pytester"]
@@ -157,3 +159,21 @@ def test_a_fixture_may_ask_for_a_machine_on_the_way(written: Written) -> None:
     project.run().assert_outcomes(passed=1)
     (machine,) = project.tests()["test_it"].attempts[-1].machines
     assert machine.hypervisor == "simulated"
+
+
+def test_machines_that_are_kept_have_names_of_their_own(written: Written, tmp_path: Path) -> None:
+    project = written("""
+        def test_passes(vm): pass
+        def test_fails(vm, vms):
+            one, two = vms(2)
+            assert len({vm.name, one.name, two.name}) == 1
+    """)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMLAB_HOME", str(tmp_path))
+        said = project.run("--vm-keep", "failed").outlines
+        kept = {line.split()[1] for line in said if line.startswith("kept: ")}
+        assert len(kept) == 3 and "vm" not in kept
+        (machines,) = [machine.machines for machine in project.tests()["test_fails"].attempts]
+        assert {machine.name for machine in machines} == kept
+        records = [*tmp_path.glob("stores/default/machines/simulated/*/machine.json")]
+        assert len(records) == 3

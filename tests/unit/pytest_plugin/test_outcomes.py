@@ -243,3 +243,14 @@ def test_nothing_is_left_of_machines(project: Project, tmp_path: Path) -> None:
         patch.setenv("VMLAB_HOME", str(home))
         project.run()
     assert [*(home / "runs").iterdir()] == []
+
+
+def test_the_peak_of_a_processs_memory_is_read_from_the_host() -> None:
+    from vmlab.pytest_plugin.supervision import peak_memory
+
+    peak = peak_memory(os.getpid())
+    assert peak is not None and peak > 1 << 20
+    assert peak_memory(None) is None
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    assert peak_memory(ended.pid) is None
