@@ -349,11 +349,7 @@ class LiveMachine(MonitoredMachine[Emulator]):
         """Find the machine's process again; one that lost a share's daemon meanwhile has failed."""
         state = await super().find_process(kept, alone=alone)
         emulator = self.emulator
-        if (
-            emulator is None
-            or not alone
-            or len(emulator.daemons.processes) >= self._helpers
-        ):
+        if emulator is None or not alone or len(emulator.daemons.processes) >= self._helpers:
             return state
         await self.discard(emulator)
         return MachineState.FAILED
