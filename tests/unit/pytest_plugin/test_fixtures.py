@@ -175,5 +175,3 @@ def test_machines_that_are_kept_have_names_of_their_own(written: Written, tmp_pa
         assert len(kept) == 3 and "vm" not in kept
         (machines,) = [machine.machines for machine in project.tests()["test_fails"].attempts]
         assert {machine.name for machine in machines} == kept
-        records = [*tmp_path.glob("stores/default/machines/simulated/*/machine.json")]
-        assert len(records) == 3
