@@ -22,7 +22,7 @@ from vmlab.report.cause import Line, console_lines, quoted
 from vmlab.report.comparison import middle_of
 from vmlab.report.drawing import Sample, chart, number, timeline
 from vmlab.report.escape import escape_controls
-from vmlab.report.model import Artifact, Attempt, Outcome, Run, Test, describe
+from vmlab.report.model import Artifact, Attempt, Outcome, Run, describe
 
 if TYPE_CHECKING:
     import jinja2
@@ -35,6 +35,9 @@ IMAGE_LIMIT: Final = 2 << 20
 TEXT_LIMIT: Final = 256 << 10
 """Bytes of a text file that are put into the page: its end, where the cause usually is."""
 
+FEWEST_SAMPLES: Final = 3
+"""A chart has at least so many; fewer are rows of a table."""
+
 _PICTURES: Final = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 
@@ -45,6 +48,12 @@ class _Console:
     title: str
     lines: list[Line]
     omitted: str = ""
+    written: bool = False  # into the report by the test, and not a file beside it
+
+    @property
+    def prominent(self) -> bool:
+        """Whether it is open to begin with."""
+        return self.written or self.cause is not None
 
     @property
     def cause(self) -> int | None:
@@ -56,7 +65,7 @@ class _Console:
 class _Chart:
     name: str
     hypervisor: str
-    svg: Any  # Markup
+    svg: Any  # Markup; None where there are too few samples to see anything in a drawing
     samples: int
     low: str
     middle: str
@@ -83,7 +92,9 @@ def render(run: Run, directory: Path | None = None, links: str = "") -> bytes:
         outcomes=list(Outcome),
         hypervisors=sorted({t.hypervisor for t in run.tests() if t.hypervisor is not None}),
         charts=list(_charts(run)),
-        consoles=lambda test, attempt: list(_consoles(test, attempt, directory)),
+        consoles=lambda attempt: sorted(
+            _consoles(attempt, directory), key=lambda console: console.cause is None
+        ),
         picture=lambda artifact: _picture(artifact, directory),
     )
     return text.encode()
@@ -163,12 +174,13 @@ def _picture(artifact: Artifact, directory: Path | None) -> str | None:
     return f"data:{artifact.media_type};base64,{data}"
 
 
-def _consoles(test: Test, attempt: Attempt, directory: Path | None) -> Iterator[_Console]:
+def _consoles(attempt: Attempt, directory: Path | None) -> Iterator[_Console]:
     """What was printed during an attempt, with the cause of its end marked."""
     quotes = frozenset() if attempt.outcome.ok else quoted(attempt)
     for output in attempt.output:
         left_out = f"{output.omitted} characters left out" if output.omitted else ""
-        yield _Console(output.stream, _lines(attempt, output.text, quotes), left_out)
+        lines = _lines(attempt, output.text, quotes)
+        yield _Console(output.stream, lines, left_out, written=True)
     if attempt.outcome.ok:
         return
     for artifact in attempt.artifacts:
@@ -206,7 +218,7 @@ def _charts(run: Run) -> Iterator[_Chart]:
         yield _Chart(
             name=name,
             hypervisor=hypervisor,
-            svg=_markup(chart(name, found)),
+            svg=_markup(chart(name, found)) if len(found) >= FEWEST_SAMPLES else None,
             samples=len(values),
             low=number(min(values)),
             middle=number(middle_of(values)),

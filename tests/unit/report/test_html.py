@@ -17,6 +17,7 @@ from vmlab.report import (
     MachineRecord,
     Mark,
     Message,
+    Metric,
     Outcome,
     Output,
     Phase,
@@ -279,3 +280,44 @@ def test_any_figures_can_be_drawn(values: list[float]) -> None:
 )
 def test_figures_are_short(value: float, shown: str) -> None:
     assert number(value) == shown
+
+
+def _of(run: Run, attempt: Attempt) -> lxml_html.HtmlElement:
+    suite = Suite(name="s", tests=[Test(suite="s", name="t", attempts=[attempt])])
+    return _page(run.model_copy(update={"suites": (suite,)}))
+
+
+def test_what_tells_the_cause_comes_first_and_is_open(run: Run, tmp_path: Path) -> None:
+    recorder = Recorder.create(tmp_path, tool="t")
+    attempt = recorder.start("s", "t")
+    for name, text in (("notes.txt", "nothing here"), ("console.log", PANIC)):
+        attempt.attach(name, text)
+    attempt.finish("fail", reason="it died")
+    recorder.close()
+    page = _page(read_run(tmp_path), tmp_path)
+    shown = [
+        (each.find("summary").text_content(), each.get("open") is not None)
+        for each in page.xpath("//pre[@class='console']/parent::details")
+    ]
+    assert shown == [("console.log", True), ("notes.txt", False)]
+
+
+def test_few_samples_are_figures_and_more_are_a_chart(run: Run) -> None:
+    def measured(count: int) -> Attempt:
+        metrics = [Metric(name="boot", value=n, unit="s") for n in range(count)]
+        return Attempt(outcome=Outcome.PASS, metrics=metrics)
+
+    few, more = _of(run, measured(2)), _of(run, measured(3))
+    table = few.xpath("//section[@id='metrics']//tbody/tr")
+    assert [cell.text_content() for cell in table[0]] == ["boot (s)", "", "0", "1"]
+    assert few.xpath("//figure") == []
+    assert len(more.xpath("//figure//*[local-name()='circle']")) == 3
+    assert more.xpath("//section[@id='metrics']//table") == []
+
+
+def test_of_a_long_text_in_a_table_the_first_line_is_shown(run: Run) -> None:
+    phase = Phase(name="build", outcome="fail", started_s=0, message="first <b>\nsecond\nthird")
+    page = _of(run, Attempt(outcome=Outcome.FAIL, phases=[phase]))
+    (cell,) = page.xpath("//td[details]")
+    assert cell.find("details/summary").text == "first <b>"
+    assert cell.find("details/span").text == "second\nthird"
