@@ -190,8 +190,8 @@ def _show_difference(found: Difference) -> None:
         output.Column("verdict", ""),
         output.Column("reason", "REASON"),
     ]
-    output.print_table(columns, rows, as_json=False, empty="every test ended as it had")
-    print(f"{found.unchanged} tests ended as they had")
+    output.print_table(columns, rows, as_json=False, empty="no outcome changed")
+    print("1 test" if found.unchanged == 1 else f"{found.unchanged} tests", "ended as before")
     if not found.metrics:
         return
     from vmlab.cli.figures import COLUMNS, figures

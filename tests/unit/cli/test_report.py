@@ -196,7 +196,7 @@ def test_diff_of_a_run_with_itself_is_nothing(
 ) -> None:
     assert main(["report", "diff", str(ran), str(ran)]) == ExitCode.OK
     shown = capsys.readouterr().out
-    assert "every test ended as it had\n1 tests ended as they had\n" in shown
+    assert "no outcome changed\n1 test ended as before\n" in shown
 
 
 def test_output_that_nobody_reads_ends_quietly(ran: Path) -> None:
