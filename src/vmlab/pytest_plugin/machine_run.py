@@ -241,6 +241,8 @@ class MachineRun:
             if factory.name in getattr(item, "fixturenames", ()):
                 for vm in factory.machines:
                     trial.adopt(vm)
+                    if (incident := self.supervision.unclaimed(vm)) is not None:
+                        trial.incident(vm, incident)
         trial.begin()
         return trial
 

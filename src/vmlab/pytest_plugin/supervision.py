@@ -37,6 +37,7 @@ class Supervision:
     def __init__(self, run: MachineRun) -> None:
         self._run = run
         self._watchdogs: dict[int, Watchdog] = {}
+        self._unclaimed: dict[int, Incident] = {}
         self._lock = threading.Lock()
 
     def machine_made(self, vm: VM) -> None:
@@ -55,6 +56,9 @@ class Supervision:
             trial = self._run.concerned(vm)
             if trial is not None:
                 trial.incident(vm, incident)
+            else:
+                with self._lock:
+                    self._unclaimed.setdefault(id(vm), incident)
 
         async def heartbeat() -> None:
             # Whoever waits for it to boot has a limit for that.
@@ -66,6 +70,11 @@ class Supervision:
         vm.watchdog = watchdog
         with self._lock:
             self._watchdogs[id(vm)] = watchdog
+
+    def unclaimed(self, vm: VM) -> Incident | None:
+        """What befell a machine while no test had it; it is the next test's who has it."""
+        with self._lock:
+            return self._unclaimed.pop(id(vm), None)
 
     def settle(self, machines: Iterable[VM]) -> None:
         """Wait until all that has happened to machines until now has been told."""

@@ -125,3 +125,57 @@ def test_a_machine_that_dies_is_the_error_of_its_test_and_of_no_other(written: W
     assert panicked.reason.startswith("machine 'vm': it did")
     assert "panic" in [mark.kind for mark in panicked.machines[0].timeline]
     assert "vm-console-serial.log" in [artifact.name for artifact in panicked.artifacts]
+
+
+def test_what_befalls_a_machine_between_tests_is_told_by_the_next_one_that_has_it(
+    written: Written,
+) -> None:
+    project = written("""
+        import pytest
+        from vmlab.lab.incident import Incident, IncidentKind
+
+        @pytest.fixture(scope="module")
+        def service(module_vm_factory):
+            return module_vm_factory(name="service")
+
+        machines = []
+
+        def test_uses_it(service):
+            machines.append(service)
+
+        def test_uses_none(vm_hypervisor):
+            (service,) = machines
+            told = Incident(IncidentKind.PANIC, "service", "it did", fatal=True)
+
+            async def tell():
+                service.watchdog._on_incident(told)
+
+            service.run(tell())
+
+        def test_finds_it_dead(service):
+            raise AssertionError("it began")
+    """)
+    project.run()
+    assert project.outcomes() == {
+        "test_uses_it": "pass",
+        "test_uses_none": "pass",
+        "test_finds_it_dead": "error",
+    }
+    assert "machine 'service': it did" in project.tests()["test_finds_it_dead"].reason
+
+
+def test_the_limit_of_pytest_timeout_is_as_good_an_end_with_evidence(written: Written) -> None:
+    project = written("""
+        import pytest, time
+
+        @pytest.mark.timeout(1, func_only=True)
+        def test_it(vm):
+            time.sleep(600)
+
+        def test_next(vm):
+            pass
+    """)
+    project.run().assert_outcomes(failed=1, passed=1)
+    test = project.tests()["test_it"]
+    assert "Timeout" in test.reason
+    assert "vm-console-serial.log" in [artifact.name for artifact in test.artifacts]
