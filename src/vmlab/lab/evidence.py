@@ -107,6 +107,8 @@ async def collect_evidence(
     )
     if memory:
         await collection.piece("memory", collection.memory, _MEMORY_S)
+    else:
+        collection.told.append("memory: none, it was not asked for")
     return collection.all()
 
 
@@ -155,12 +157,12 @@ class _Collection:
     guest: Guest | None
     directory: Path
     _found: list[Evidence] = field(default_factory=list)
-    _told: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
     def all(self) -> list[Evidence]:
         """All pieces, what is told of them first."""
         lines = [f"{each.name}: {_size(each.content)} bytes" for each in self._found]
-        text = "\n".join([*lines, *self._told]) + "\n"
+        text = "\n".join([*lines, *self.told]) + "\n"
         return [_text(SUMMARY, text), *self._found]
 
     async def piece(
@@ -173,7 +175,7 @@ class _Collection:
         finally:
             task.cancel()
         if not done:
-            self._told.append(f"{what}: missing, it was not there within {seconds:g} s")
+            self.told.append(f"{what}: missing, it was not there within {seconds:g} s")
             # Letting go may take its time as well; what does not is left to itself.
             await asyncio.wait({task}, timeout=_LET_GO_S)
             task.add_done_callback(_seen)
@@ -182,11 +184,11 @@ class _Collection:
             task.result()
             return True
         except _Missing as why:
-            self._told.append(f"{what}: none, {why}")
+            self.told.append(f"{what}: none, {why}")
         except VmlabError as error:
-            self._told.append(f"{what}: missing, {error}")
+            self.told.append(f"{what}: missing, {error}")
         except Exception as error:  # a mistake here must not hide why the test failed
-            self._told.append(f"{what}: missing, {type(error).__name__}: {error}")
+            self.told.append(f"{what}: missing, {type(error).__name__}: {error}")
         return False
 
     # What the hypervisor has.
@@ -259,7 +261,7 @@ class _Collection:
         guest = self.guest
         if guest is None or self.machine.state is not MachineState.RUNNING:
             why = "nobody talks to its guest" if guest is None else self.machine.state.value
-            self._told.append(f"dmesg, journal: none, {why}")
+            self.told.append(f"dmesg, journal: none, {why}")
             return
         if not await self.piece("dmesg, journal", guest.ping, _ALIVE_S):
             return

@@ -224,7 +224,8 @@ def test_memory_is_packed_into_a_file_and_the_snapshot_goes(collected) -> None:
     found = collected(prepare=exporting)
     path = found[MEMORY_SNAPSHOT].content
     assert isinstance(path, Path) and path.read_bytes() == b"packed"
-    assert MEMORY_SNAPSHOT not in collected(prepare=exporting, memory=False)
+    unasked = collected(prepare=exporting, memory=False)
+    assert MEMORY_SNAPSHOT not in unasked and "memory: none, it was not asked" in told(unasked)
 
 
 def test_memory_that_cannot_be_packed_leaves_no_snapshot(collected) -> None:
