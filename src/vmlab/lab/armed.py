@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from vmlab.lab.faulting import FaultEvent, FaultRun
-from vmlab.machine.faults import Fault, FaultSchedule
+from vmlab.lab.faulting import FaultEvent, FaultRun, jump_clock
+from vmlab.machine.faults import ClockJump, Fault, FaultSchedule
 
 if TYPE_CHECKING:
+    from vmlab.hypervisors.base import Machine
     from vmlab.lab.vm import VM
 
 OnFault = Callable[[FaultEvent, Fault], None]
@@ -37,13 +38,22 @@ class Armed:
         self._machines = {vm.name: vm for vm in machines}
         self._first = machines[0]
         self._faults = {fault.id: fault for fault in schedule.faults}
-        self._run = FaultRun([vm.machine for vm in machines], schedule, on_fault=self._happened)
+        self._run = FaultRun(
+            [vm.machine for vm in machines],
+            schedule,
+            on_fault=self._happened,
+            # Only a guest that can be talked to can be told the time.
+            set_clock=self._set_clock if self._first.venue.has_guests else None,
+        )
         self._first.run(self._run.arm())
 
     def _happened(self, event: FaultEvent) -> None:
         vm = self._machines.get(event.machine, self._first)
         if vm.on_fault is not None:
             vm.on_fault(event, self._faults[event.id])
+
+    async def _set_clock(self, machine: Machine, fault: ClockJump) -> None:
+        await jump_clock(self._machines[machine.name].inside("inject"), fault)
 
     def disarm(self) -> None:
         """End everything that is in effect or still to come; again does nothing."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
@@ -20,6 +20,7 @@ from vmlab.machine.faults import (
     COUNTED,
     At,
     Chance,
+    ClockJump,
     ConsoleText,
     CpuStall,
     DiskCorrupt,
@@ -37,6 +38,7 @@ from vmlab.machine.faults import (
 )
 
 if TYPE_CHECKING:
+    from vmlab.guests.guest import Guest
     from vmlab.hypervisors.base import Console, Machine
     from vmlab.machine.spec import MachineSpec
 
@@ -93,7 +95,11 @@ class Refusal:
 
 
 def refusals(
-    capabilities: Capabilities, schedule: FaultSchedule, spec: MachineSpec | None = None
+    capabilities: Capabilities,
+    schedule: FaultSchedule,
+    spec: MachineSpec | None = None,
+    *,
+    inside: bool = False,
 ) -> list[Refusal]:
     """The faults of a schedule that a hypervisor cannot inject, in their order.
 
@@ -101,10 +107,13 @@ def refusals(
         capabilities: What it can do.
         schedule: What is to be broken.
         spec: The machine, if it is known: some faults strike only disks that are breakable.
+        inside: Whether somebody sets the guest's clock from inside where the hypervisor cannot.
     """
     found = []
     able = capabilities.faults if Capability.FAULTS in capabilities else frozenset[FaultKind]()
     for fault in schedule.faults:
+        if inside and isinstance(fault, ClockJump) and not isinstance(fault.when, COUNTED):
+            continue
         if fault.kind not in able:
             reason = f"{capabilities.hypervisor} cannot inject the fault {fault.kind.value}"
         elif isinstance(fault.when, COUNTED) and fault.kind not in capabilities.counted:
@@ -188,6 +197,8 @@ class FaultRun:
         schedule: What is broken, and when.
         console_name: The console whose texts faults may wait for.
         on_fault: Told of each fault that is injected, cleared or refused, on the event loop.
+        set_clock: Has the clock of a machine's guest jump from inside, where its hypervisor
+            cannot; without it such a fault is refused there.
     """
 
     def __init__(
@@ -197,12 +208,14 @@ class FaultRun:
         *,
         console_name: str = "serial",
         on_fault: Callable[[FaultEvent], None] = lambda event: None,
+        set_clock: Callable[[Machine, ClockJump], Awaitable[None]] | None = None,
     ) -> None:
         machines = machine if isinstance(machine, Iterable) else [machine]
         self.machines = {one.name: one for one in machines}
         self.schedule = schedule
         self._console = console_name
         self._on_fault = on_fault
+        self._set_clock = set_clock
         self._targets: list[_Target] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._armed = False
@@ -315,7 +328,8 @@ class FaultRun:
         for target in targets:
             capabilities = await target.machine.hypervisor.capabilities()
             schedule = FaultSchedule(faults=(target.fault,))
-            for refusal in refusals(capabilities, schedule, target.machine.spec):
+            inside = self._set_clock is not None
+            for refusal in refusals(capabilities, schedule, target.machine.spec, inside=inside):
                 found.setdefault(capabilities.hypervisor, []).append(refusal)
                 self._tell(target, "refused", refusal.reason)
         for hypervisor, reasons in found.items():
@@ -368,7 +382,7 @@ class FaultRun:
         if not counted:
             changes |= {"when": _AT_ONCE, "duration": None}
         try:
-            target.present = await target.machine.inject(fault.model_copy(update=changes))
+            target.present = await self._inject(target.machine, fault.model_copy(update=changes))
         except VmlabError as error:
             self._tell(target, "refused", str(error))
             return
@@ -377,6 +391,14 @@ class FaultRun:
             target.present = None
         elif fault.duration is not None and not counted:
             self._spawn(self._until(target, fault.duration))
+
+    async def _inject(self, machine: Machine, fault: Fault) -> str:
+        if isinstance(fault, ClockJump) and self._set_clock is not None:
+            capabilities = await machine.hypervisor.capabilities()
+            if fault.kind not in capabilities.faults:
+                await self._set_clock(machine, fault)
+                return ""
+        return await machine.inject(fault)
 
     async def _until(self, target: _Target, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -422,3 +444,12 @@ def ordinal(number: int) -> str:
     """A number as a place in an order: 1st, 2nd, 3rd, 11th."""
     last = number % 10 if number % 100 not in {11, 12, 13} else 0
     return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(last, "th")
+
+
+async def jump_clock(guest: Guest, fault: ClockJump) -> None:
+    """Have a guest's clock jump by whole seconds, as its administrator would.
+
+    Raises:
+        VmlabError: the guest does not answer, or may not.
+    """
+    await guest.succeed(f"date -s @$(($(date +%s) + {round(fault.seconds)})) >/dev/null")

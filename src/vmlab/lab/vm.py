@@ -16,7 +16,7 @@ from vmlab.guests.shares import unmount_shares
 from vmlab.hypervisors.base import Machine, MachineInfo, Snapshot
 from vmlab.lab.armed import Armed, OnFault
 from vmlab.lab.bringup import reached, shared
-from vmlab.lab.faulting import Action, FaultEvent
+from vmlab.lab.faulting import Action, FaultEvent, jump_clock
 from vmlab.lab.given import LabDisk, Plug, as_disk, hostname_of, size_of
 from vmlab.lab.inside import Inside
 from vmlab.lab.networks import (
@@ -28,7 +28,15 @@ from vmlab.lab.networks import (
 from vmlab.lab.timeline import Step, Timeline
 from vmlab.lab.venue import Venue
 from vmlab.machine.errors import InvalidState, UnsupportedOperation
-from vmlab.machine.faults import Fault, FaultKind, FaultSchedule, NetPartition, PowerCut
+from vmlab.machine.faults import (
+    At,
+    ClockJump,
+    Fault,
+    FaultKind,
+    FaultSchedule,
+    NetPartition,
+    PowerCut,
+)
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.spec import Disk, MachineSpec, Nic, Share
 from vmlab.machine.states import MachineState
@@ -390,7 +398,7 @@ class VM(Inside):
         expected = _ENDS if isinstance(fault, PowerCut) or fault.kind.value == "kill" else ()
         with self._expecting(*expected), self._marking("fault", fault.kind.value):
             try:
-                id_ = self.run(self.machine.inject(fault))
+                id_ = self.run(self._inject(fault))
             except UnsupportedOperation as error:
                 self._faulted(fault.id or fault.kind.value, fault, "refused", str(error))
                 raise
@@ -413,6 +421,14 @@ class VM(Inside):
             InvalidSpec: a fault names something that is not there.
         """
         return Armed([self], schedule)
+
+    async def _inject(self, fault: Fault) -> str:
+        if isinstance(fault, ClockJump) and fault.when == At(seconds=0):
+            capabilities = await self.machine.hypervisor.capabilities()
+            if fault.kind not in capabilities.faults and self.venue.has_guests:
+                await jump_clock(self.inside("inject"), fault)
+                return fault.id or fault.kind.value
+        return await self.machine.inject(fault)
 
     def _faulted(self, id_: str, fault: Fault, action: Action, reason: str = "") -> None:
         if self.on_fault is not None:

@@ -18,10 +18,11 @@ import pytest
 from vmlab.engine.devices.occasions import Occasions, Trigger
 from vmlab.images.settings import default_store
 from vmlab.lab.faulting import FaultEvent, FaultRun
+from vmlab.lab.given import LabDisk
 from vmlab.lab.laboratory import Lab
-from vmlab.lab.vm import VM, LabDisk
+from vmlab.lab.vm import VM
 from vmlab.machine.events import EventType
-from vmlab.machine.faults import DiskCorrupt, DiskSlow, DiskTornWrite, FaultSchedule
+from vmlab.machine.faults import ClockJump, DiskCorrupt, DiskSlow, DiskTornWrite, FaultSchedule
 from vmlab.machine.spec import Disk
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
@@ -145,6 +146,17 @@ def test_a_write_is_torn_a_byte_changes_and_a_read_is_slow(vm: VM) -> None:
     took = float(vm.succeed("cat /proc/uptime").stdout.split()[0]) - before
     vm.clear_fault(fault)
     assert took >= 2.0
+
+
+def test_a_guest_s_clock_jumps_there_and_back(vm: VM) -> None:
+    def clock() -> int:
+        return int(vm.succeed("date +%s").stdout)
+
+    before = clock()
+    with vm.arm(FaultSchedule.parse('faults = [{ kind = "clock-jump", seconds = 86400 }]')):
+        assert clock() >= before + 86400
+    vm.inject(ClockJump(seconds=-86400))
+    assert before <= clock() < before + 86400
 
 
 def test_a_text_on_the_console_cuts_the_power_and_the_machine_starts_again(vm: VM) -> None:

@@ -22,7 +22,7 @@ from vmlab.hypervisors.simulated.hypervisor import SimulatedHypervisor
 from vmlab.lab.faulting import FaultEvent, FaultRun, ordinal, refusals, refuse
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import InvalidSpec, UnsupportedOperation, VmlabError
-from vmlab.machine.faults import FaultKind, FaultSchedule
+from vmlab.machine.faults import ClockJump, FaultKind, FaultSchedule
 from vmlab.machine.states import MachineState
 
 READ = {"do": "read_disk", "disk": "data", "offset": 0, "length": 1}
@@ -421,6 +421,35 @@ def test_what_strikes_only_breakable_disks_is_refused_for_others() -> None:
     )
     with pytest.raises(UnsupportedOperation, match="power-cut, disk-error"):
         refuse(some, schedule(ALL), plain)
+
+
+def test_a_clock_is_set_from_inside_where_the_hypervisor_cannot() -> None:
+    text = 'faults = [{ kind = "clock-jump", seconds = 60 }, { kind = "clock-jump", seconds = -5 }]'
+    counted = 'faults = [{ kind = "clock-jump", seconds = 60, when = { on = "nth", n = 1 } }]'
+    unable = capable(faults=frozenset(FaultKind) - {FaultKind.CLOCK_JUMP})
+    assert len(refusals(unable, schedule(text))) == 2
+    assert refusals(unable, schedule(text), inside=True) == []
+    assert len(refusals(unable, schedule(counted), inside=True)) == 1
+    jumps: list[float] = []
+
+    async def set_clock(machine: Machine, fault: ClockJump) -> None:
+        if fault.seconds < 0:
+            raise VmlabError("it may not")
+        jumps.append(fault.seconds)
+
+    async def body(machine: Machine) -> None:
+        told: Told = []
+        async with FaultRun(machine, schedule(text), on_fault=told.append, set_clock=set_clock):
+            pass
+        # The simulator can do it by itself.
+        assert jumps == []
+        machine.hypervisor._capabilities = unable  # type: ignore[attr-defined]  # the simulator's
+        await FaultRun(machine, schedule(text), on_fault=told.append, set_clock=set_clock).arm()
+        assert jumps == [60]
+        assert [event.action for event in told] == ["injected", "injected", "injected", "refused"]
+        assert told[-1].reason == "it may not"
+
+    run(body)
 
 
 def test_a_schedule_that_cannot_be_done_changes_nothing_and_is_told() -> None:
