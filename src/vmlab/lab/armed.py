@@ -7,15 +7,21 @@ What becomes of each fault is told to its machine's `on_fault`; the schedule its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from vmlab.lab.faulting import FaultEvent, FaultRun, jump_clock
-from vmlab.machine.faults import ClockJump, Fault, FaultSchedule
+from vmlab.machine.faults import ClockJump, Fault, FaultKind, FaultSchedule
 
 if TYPE_CHECKING:
     from vmlab.hypervisors.base import Machine
     from vmlab.lab.vm import VM
+
+_ENDING: Final = frozenset({FaultKind.KILL, FaultKind.POWER_CUT})
+"""Kinds that end a machine."""
+_ENDS: Final = ("unexpected-exit", "unexpected-reboot")
+"""The incidents (`IncidentKind`) that this is, if nobody meant it."""
 
 OnFault = Callable[[FaultEvent, Fault], None]
 """Takes what became of a fault, in any thread; must not wait for the lab."""
@@ -45,7 +51,20 @@ class Armed:
             # Only a guest that can be talked to can be told the time.
             set_clock=self._set_clock if self._first.venue.has_guests else None,
         )
-        self._first.run(self._run.arm())
+        # What a fault is to end, it may end.
+        self._meant = ExitStack()
+        for vm in machines:
+            ends = any(
+                fault.kind in _ENDING and fault.machine in {None, vm.name}
+                for fault in schedule.faults
+            )
+            if ends and vm.watchdog is not None:
+                self._meant.enter_context(vm.watchdog.expect(*_ENDS))
+        try:
+            self._first.run(self._run.arm())
+        except BaseException:
+            self._meant.close()
+            raise
 
     def _happened(self, event: FaultEvent) -> None:
         vm = self._machines.get(event.machine, self._first)
@@ -57,7 +76,8 @@ class Armed:
 
     def disarm(self) -> None:
         """End everything that is in effect or still to come; again does nothing."""
-        self._first.run(self._run.disarm())
+        with self._meant:
+            self._first.run(self._run.disarm())
 
     def __enter__(self) -> Self:
         return self

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from tests.unit.hypervisors.simulated.conftest import (
 
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.simulated.hypervisor import SimulatedHypervisor
+from vmlab.lab.armed import Armed
 from vmlab.lab.faulting import FaultEvent, FaultRun, ordinal, refusals, refuse
+from vmlab.lab.laboratory import Lab
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import InvalidSpec, UnsupportedOperation, VmlabError
 from vmlab.machine.faults import ClockJump, FaultKind, FaultSchedule
@@ -370,6 +373,41 @@ def test_a_fault_that_has_a_seed_keeps_it() -> None:
         return found
 
     assert luck(1) == luck(2)
+
+
+class Watching:
+    """A watchdog that knows what is meant for now."""
+
+    def __init__(self) -> None:
+        self.expected: list[str] = []
+
+    @contextmanager
+    def expect(self, *kinds: str) -> Iterator[None]:
+        self.expected += kinds
+        yield
+        del self.expected[:]
+
+
+def test_the_end_of_a_machine_is_meant_while_a_schedule_may_end_it() -> None:
+    later = '{ on = "time", seconds = 10000 }'
+    kill = schedule(f'faults = [{{ kind = "kill", machine = "a", when = {later} }}]')
+    with Lab(hypervisor="simulated", seed=7) as lab:
+        a, b = lab.vm(name="a"), lab.vm(name="b")
+        a.watchdog, b.watchdog = watching = Watching(), Watching()
+        with Armed([a, b], kill):
+            assert [each.expected for each in watching] == [
+                ["unexpected-exit", "unexpected-reboot"],
+                [],
+            ]
+        assert watching[0].expected == []
+        with Armed([a], schedule(f'faults = [{{ kind = "pause", when = {later} }}]')):
+            assert watching[0].expected == []
+        with pytest.raises(InvalidSpec, match=r"faults\.0\.machine"):
+            Armed([b], kill)
+        wrong = 'faults = [{ kind = "kill" }, { kind = "net-loss", nic = "x" }]'
+        with pytest.raises(InvalidSpec):
+            Armed([a], schedule(wrong))
+        assert watching[0].expected == []
 
 
 ALL = """
