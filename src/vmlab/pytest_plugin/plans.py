@@ -258,7 +258,7 @@ def _cells_of(plan: Plan, run: MachineRun) -> Iterator[tuple[Cell, str]]:
         pictured = _with_image(wanted, run)
         asked = run.settings.hypervisors
         if pictured.hypervisor is None:
-            for name in asked or (_preferred(pictured),):
+            for name in asked or (_preferred(plan, pictured),):
                 yield replace(pictured, hypervisor=name), ""
         elif asked and pictured.hypervisor not in asked:
             yield pictured, f"runs on {pictured.hypervisor}, and --vm-hypervisor names others"
@@ -283,11 +283,24 @@ def _with_image(cell: Cell, run: MachineRun) -> Cell:
     return replace(cell, image=run.settings.image)
 
 
-def _preferred(cell: Cell) -> str:
+def _preferred(plan: Plan, cell: Cell) -> str:
+    """The hypervisor that the lab would take for a machine as the plan wants it."""
     from vmlab.lab.boot import Wish
-    from vmlab.lab.preference import preference
+    from vmlab.lab.preference import EMBEDDED, QEMU, preference
+    from vmlab.machine.architecture import Architecture
 
-    return preference(Wish(image=cell.image), None).hypervisor
+    wish = Wish(
+        image=cell.image,
+        shares=plan.shares,
+        nics=plan.machine.nics,
+        network=plan.machine.network,
+    )
+    chosen = preference(wish, None).hypervisor
+    known = _architecture_of(cell.image) if cell.image is not None else None
+    # An image may be of another architecture than the one that would run it without a word.
+    if chosen == EMBEDDED and known not in {None, Architecture.RISCV64}:
+        return QEMU
+    return chosen
 
 
 def _lacking(hypervisor: str) -> str:
@@ -308,8 +321,13 @@ def _fits(image: str | None, architecture: Architecture | None) -> bool:
     """Whether an image is of an architecture, as far as its recipe or the store tells."""
     if image is None or architecture is None:
         return True
+    return _architecture_of(image) in {None, architecture}
+
+
+def _architecture_of(image: str) -> Architecture | None:
+    """The architecture of an image; None where it is found out only when it is fetched."""
     from vmlab.images import ImageStore
 
     store = ImageStore()
     known = store.recipe(image) or store.find(image)
-    return known is None or known.architecture is architecture
+    return known.architecture if known is not None else None

@@ -101,3 +101,25 @@ def test_nothing_is_run_in_a_guest_that_died_in_a_phase(vm: VM, tmp_path: Path) 
     assert after.outcome is Outcome.SKIP
     assert after.message == "the guest was lost in phase 'panic'"
     assert "here" in "".join(output.text for output in attempt.output)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_kernel_module_is_built_and_loaded_in_a_guest_with_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+    plan = Plan.load(EXAMPLES / "kernel-module" / "hello.vmlab.toml")
+    with Lab(hypervisor="qemu") as lab:
+        machine = lab.vm(
+            image=plan.machine.image,
+            memory=plan.machine.memory,
+            cpus=plan.machine.cpus,
+            shares=plan.shares,
+            timeout=plan.machine.timeout,
+        )
+        result, _ = run(machine, plan, tmp_path)
+    assert result.outcome is Outcome.PASS, result.message
+    assert [path for path, _ in result.artifacts] == ["/root/build/hello.ko"]

@@ -42,6 +42,13 @@ def test_a_plan_is_a_test_on_the_hypervisor_that_would_be_taken(project: Project
     assert found[1] == "other.vmlab.toml::plan[simulated]"
 
 
+def test_what_the_embedded_engine_cannot_do_is_left_to_qemu(project: Project) -> None:
+    plan(project, "shares = [{source = '.', target = '/src', readonly = false}]\n" + ONE)
+    assert collected(project) == ["hello.vmlab.toml::plan[qemu]"]
+    plan(project, ONE + "[machine]\nimage = 'debian-12-amd64-dev'\n")
+    assert collected(project) == ["hello.vmlab.toml::plan[qemu]"]
+
+
 def test_each_cell_is_a_test(project: Project) -> None:
     plan(
         project,
