@@ -83,6 +83,11 @@ SETTINGS: Final = (
         ini=False,
     ),
     Setting(
+        "rules",
+        "TOML or JSON file that says what of a machine's incidents fails a test; all if left out.",
+        metavar="FILE",
+    ),
+    Setting(
         "report",
         "Directory for reports: each run's goes into one of its own there, which `latest` leads "
         "to. The user's state directory if left out.",
@@ -103,6 +108,7 @@ class Settings:
         seed: Source of all randomness.
         keep: Whose machines stay.
         sit: Whether to stop at a failure.
+        rules: The file with the watchdogs' rules, which was read already.
         report: Where reports go.
     """
 
@@ -113,6 +119,7 @@ class Settings:
     seed: int | None = None
     keep: Keep | None = None
     sit: bool = False
+    rules: Path | None = None
     report: Path | None = None
 
 
@@ -175,6 +182,7 @@ def _read(config: pytest.Config) -> Settings:
         seed=_seed(*stated["seed"]),
         keep=cast("Keep | None", stated["keep"][1] or None),
         sit=bool(stated["sit"][1]),
+        rules=_rules(config, *stated["rules"]),
         report=_directory(config, *stated["report"]),
     )
     _check_hypervisors(stated["hypervisor"][0], settings.hypervisors)
@@ -226,12 +234,30 @@ def _seed(where: str, value: object) -> int | None:
 def _directory(config: pytest.Config, where: str, value: object) -> Path | None:
     if not value:
         return None
-    # On the command line a path is seen from where pytest was started, in a file from the file.
-    start = config.invocation_params.dir if where.startswith("-") else config.rootpath
-    path = start / Path(str(value)).expanduser()
+    path = _path(config, where, value)
     if path.exists() and not path.is_dir():
         raise _wrong(where, value, "a directory, or a name that is free for one")
     return path
+
+
+def _rules(config: pytest.Config, where: str, value: object) -> Path | None:
+    if not value:
+        return None
+    from vmlab.lab.console_rules import Rules
+    from vmlab.machine.errors import InvalidSpec
+
+    path = _path(config, where, value)
+    try:
+        Rules.load(path)
+    except InvalidSpec as error:
+        raise _wrong(where, value, error.message) from None
+    return path
+
+
+def _path(config: pytest.Config, where: str, value: object) -> Path:
+    # On the command line a path is seen from where pytest was started, in a file from the file.
+    start = config.invocation_params.dir if where.startswith("-") else config.rootpath
+    return start / Path(str(value)).expanduser()
 
 
 def _wrong(where: str, value: object, right: str) -> pytest.UsageError:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vmlab.lab.console_rules import DEFAULT, Rules
 from vmlab.lab.watchdog import Watchdog
 from vmlab.machine.errors import VmlabError
 from vmlab.report import Direction
@@ -39,6 +40,8 @@ class Supervision:
         self._watchdogs: dict[int, Watchdog] = {}
         self._unclaimed: dict[int, Incident] = {}
         self._lock = threading.Lock()
+        rules = run.settings.rules
+        self._rules = DEFAULT if rules is None else Rules.load(rules)
 
     def machine_made(self, vm: VM) -> None:
         """It belongs to the test that is under way, and is watched."""
@@ -65,7 +68,9 @@ class Supervision:
             if vm.guest is not None:
                 await vm.guest.ping()
 
-        watchdog = Watchdog(vm.machine, on_incident=on_incident, heartbeat=heartbeat)
+        watchdog = Watchdog(
+            vm.machine, rules=self._rules, on_incident=on_incident, heartbeat=heartbeat
+        )
         vm.run(watchdog.__aenter__())
         vm.watchdog = watchdog
         with self._lock:
