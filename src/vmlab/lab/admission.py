@@ -43,9 +43,8 @@ _MOST_MARGIN: Final = 512 * MIB
 _POLLS: Final = (0.05, 0.5)
 """Seconds between looks at the ledger, the least and the most."""
 _PATIENCE: Final = 30.0
-"""Seconds that somebody waits for memory that no machine of ours has: another program may end."""
-_STUCK: Final = 3
-"""Looks at a ledger in which everybody waits for everybody before somebody is refused."""
+"""Seconds that somebody waits for memory that no machine is going to give back: another program may
+end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +185,8 @@ class Admission:
         self._refuse_impossible(me)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         began = time.monotonic()
-        pause, looks = _POLLS[0], 0
-        waited = False
+        pause, waited = _POLLS[0], False
+        hopeless: float | None = None
         try:
             while isinstance(found := self._look(me, claims), _Wait):
                 if not waited:
@@ -195,9 +194,9 @@ class Admission:
                     waited = True
                 if free_up is not None:
                     free_up()
-                looks = looks + 1 if found.hopeless else 0
-                patient = found.others and time.monotonic() - began < _PATIENCE
-                if looks > _STUCK and not patient:
+                now = time.monotonic()
+                hopeless = (hopeless or now) if found.hopeless else None
+                if hopeless is not None and now - hopeless >= _PATIENCE:
                     raise self._refused(me, found)
                 self._sleep(pause)
                 pause = min(2 * pause, _POLLS[1])
