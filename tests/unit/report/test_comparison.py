@@ -174,3 +174,29 @@ def test_order_does_not_matter() -> None:
 def test_what_makes_no_sense_is_refused(call: object, problem: str) -> None:
     with pytest.raises(VmlabError, match=problem):
         call()  # type: ignore[operator]  # a lambda
+
+
+@pytest.mark.parametrize(
+    ("n", "critical"), [(4, 0), (5, 2), (6, 5), (8, 13), (10, 23), (12, 37), (15, 64), (20, 127)]
+)
+def test_the_limits_of_the_shift_are_those_of_the_tables(n: int, critical: int) -> None:
+    """The critical values of U, two-sided at 0.05, as statistics books print them.
+
+    The differences of these samples are all whole numbers from 1 - n on, each once.
+    """
+    a = [float(value) for value in range(n)]
+    b = [float(value * n) for value in range(n)]
+    limits = compare(a, b).limits
+    assert limits is not None
+    assert limits == (1 - n + critical, n * (n - 1) - critical)
+
+
+def test_the_limits_hold_the_shift_as_often_as_they_say() -> None:
+    dice = numpy.random.default_rng(5)
+    trials = 400
+    held = 0
+    for _ in range(trials):
+        limits = compare(dice.lognormal(0, 1, 9), dice.lognormal(0, 1, 9) + 3).limits
+        assert limits is not None
+        held += limits[0] <= 3 <= limits[1]
+    assert trials - held <= stats.binom.isf(1 / 1000, trials, 0.05)

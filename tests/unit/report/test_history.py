@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -157,6 +158,34 @@ def test_several_processes_write_at_once_and_nothing_is_lost(path: Path) -> None
         for name in names:
             (samples,) = history.samples(name)
             assert list(samples.values.values()) == [[float(n) for n in range(50)]]
+
+
+def test_who_read_first_and_writes_then_is_not_overtaken(path: Path) -> None:
+    """Another writer comes between the two: it has to wait, and neither is refused."""
+    overtaken = threading.Event()
+    errors: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with History(path) as history:
+                history.save("other", [_run("b")])
+        except BaseException as error:
+            errors.append(error)
+        overtaken.set()
+
+    thread = threading.Thread(target=other)
+
+    def between(statement: str) -> None:
+        if statement.startswith("SELECT 1 FROM baselines") and thread.ident is None:
+            thread.start()
+            overtaken.wait(1)  # it cannot come through; were that possible, it would soon
+
+    with History(path) as history:
+        history._connection.set_trace_callback(between)
+        history.save("main", [_run("a")])
+        thread.join()
+        assert errors == []
+        assert [each.name for each in history.baselines()] == ["main", "other"]
 
 
 def test_what_is_no_history_is_named(tmp_path: Path) -> None:
