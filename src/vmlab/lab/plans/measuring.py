@@ -1,7 +1,7 @@
 """Numbers out of what a phase prints, line by line while it comes.
 
-A line is searched as a whole, so that a pattern cannot match where two lines meet; longer ones are
-cut, since no guest decides how long a regular expression searches.
+A line is searched as a whole, so that a pattern cannot match where two lines meet; long ones are
+cut, since what a guest prints is not trusted. A pattern that backtracks for hours is its author's.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ _XFAIL: Final = re.compile(
 )
 _DEEPEST: Final = 50
 _LONGEST_LINE: Final = 64 << 10
+_MOST_LINES: Final = 1_000_000
 
 
 @dataclass
@@ -190,6 +191,8 @@ def parse_tap(data: bytes) -> list[GuestTest]:
     """
     reader = _Reader()
     text = data.decode("utf-8", "backslashreplace").removeprefix("\ufeff")
+    if text.count("\n") + text.count("\r") > _MOST_LINES:
+        raise NoResults(f"it has more than {_MOST_LINES} lines")
     for line in re.split(r"\r\n|\n|\r", text):
         reader.line(line[:_LONGEST_LINE].expandtabs(4))
     if not reader.known:

@@ -112,6 +112,8 @@ def test_there_are_limits_to_tests_and_to_texts(monkeypatch: pytest.MonkeyPatch)
         read_results(f"<testsuite>{case * 20001}</testsuite>".encode())
     with pytest.raises(NoResults, match="more than 20000 tests"):
         read_results(b"ok\n" * 20001)
+    with pytest.raises(NoResults, match="more than 1000000 lines"):
+        read_results(b"\n" * 1_000_001)
     with pytest.raises(NoResults, match="larger than 16 MiB"):
         read_results(b"<" * ((16 << 20) + 1))
     text = "x" * (4 << 20)
