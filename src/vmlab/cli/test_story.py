@@ -159,6 +159,7 @@ class Story:
         if phase["outcome"] == "pending":
             if test is not None:
                 test.phase = phase["name"]
+            self._tell(News("phase", id_, f"{phase['name']} begins"))
             return
         if test is not None:
             test.phase = ""

@@ -241,6 +241,7 @@ def test_machines_boots_phases_and_faults_are_news(tmp_path: Path) -> None:
         News("machine", test, "vm on q, tiny"),
         News("mark", test, "vm boot 2.5 s"),
         News("phase", test, "one fail 1.0 s (why)"),
+        News("phase", test, "two begins"),
         News("fault", test, "kill: vm"),
     ]
     assert (story.machines, story.boots, story.running[test].phase) == (1, 1, "two")
