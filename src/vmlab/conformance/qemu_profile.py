@@ -100,6 +100,7 @@ def make_profile(architecture: Architecture) -> ConformanceProfile:
         sizes=((1, least), (2, 512 * MIB), (4, GIB)),
         many=8,
         cancel_points=(0.0, 0.5),
+        bus=bus,
         settle=1.0,
         slack=300.0,
         lag=10.0,
