@@ -568,6 +568,18 @@ ENDS = pytest.mark.parametrize(
 )
 
 
+def say(text: bytes) -> bytes:
+    """Print, and wait for each character to be taken."""
+    return b"".join(
+        programs.word("lbu", rd=programs.T1, rs1=programs.T0, imm=5)
+        + programs.word("andi", rd=programs.T1, rs1=programs.T1, imm=0x20)
+        + programs.word("beq", rs1=programs.T1, rs2=0, imm=-8)
+        + programs.number(programs.T1, character)
+        + programs.word("sb", rs1=programs.T0, rs2=programs.T1)
+        for character in text
+    )
+
+
 def riscv64(directory: Path, code: bytes) -> MachineSpec:
     """A machine whose kernel is `code`."""
     kernel = directory / "kernel.bin"
@@ -597,6 +609,42 @@ def test_a_guest_that_ends_by_itself_is_told(
         assert await settled(machine, 60) is state
         assert event in {each.type for each in await bench.qemu.events()}
         assert (await machine.status()).state is state
+
+    bench.run(test())
+
+
+@pytest.mark.parametrize(
+    ("said", "event", "state"),
+    [
+        (
+            b"\r\n[    1.5] Kernel panic - not syncing: no disk\r\n",
+            EventType.GUEST_PANIC,
+            MachineState.FAILED,
+        ),
+        (b"\r\n[    1.5] reboot: Restarting\r\n", EventType.GUEST_RESET, MachineState.RUNNING),
+    ],
+    ids=["after a panic", "for no such reason"],
+)
+def test_a_guest_that_restarts_has_failed_if_it_panicked_and_nothing_else_tells_so(
+    bench: Any, tmp_path: Path, said: bytes, event: EventType, state: MachineState
+) -> None:
+    async def test() -> None:
+        code = UNTIL_TYPED + say(said) + programs.end(programs.REBOOT)
+        machine = await bench.qemu.create(riscv64(tmp_path, code))
+        await machine.start()
+        await until_ready(machine)
+        async with await machine.console() as console:
+            await console.write(b"x")
+        found = None
+        async for found in bench.qemu.subscribe(0):
+            if found.type in {EventType.GUEST_PANIC, EventType.GUEST_RESET}:
+                break
+        assert found is not None
+        assert found.type is event
+        await machine.ended()
+        assert (await machine.status()).state is state
+        if state is MachineState.FAILED:
+            assert machine.reason == "no disk"
 
     bench.run(test())
 

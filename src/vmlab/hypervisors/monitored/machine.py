@@ -421,13 +421,26 @@ class MonitoredMachine(OperatedMachine, Generic[E]):
             self._ends(emulator, MachineState.FAILED, EventType.GUEST_PANIC, reason, heard=True)
         elif event.name == "RESET":
             self._was_reset()
-            if event.data.get("guest"):
-                self._emit(EventType.GUEST_RESET, reason=str(event.data.get("reason", "")))
+            self._in_background(self._begins_anew(emulator, event))
         elif event.name == "STOP" and self._current is None:
             self._in_background(self._look_again())
 
     def _was_reset(self) -> None:
         """The guest begins anew."""
+
+    async def _begins_anew(self, emulator: E, event: QmpEvent) -> None:
+        """A guest that restarts after its kernel panicked has failed, as one that tells of it.
+
+        Debian's riscv64 kernel has no driver of the device that tells (pvpanic), and no kernel has
+        one at the beginning of its boot: what it printed has to do.
+        """
+        panics = [await line.panicked() for line in self._lines.values()]
+        if not event.data.get("guest"):
+            return
+        if reason := next(filter(None, panics), ""):
+            self._ends(emulator, MachineState.FAILED, EventType.GUEST_PANIC, reason, heard=True)
+        else:
+            self._emit(EventType.GUEST_RESET, reason=str(event.data.get("reason", "")))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

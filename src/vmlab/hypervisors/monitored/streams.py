@@ -8,11 +8,15 @@ has one, and ends with the process.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import re
+import struct
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from vmlab.engine.panic import PanicWatch
 from vmlab.hypervisors.base import Channel, Console
 from vmlab.hypervisors.qmp import connect_socket
 from vmlab.machine.errors import ChannelClosed
@@ -25,6 +29,8 @@ _TAIL: Final = 256
 """Bytes of what was sent last that are looked for in the log."""
 _WINDOW: Final = 65536
 """Bytes at the log's end that they are looked for in."""
+_HANDED_ON: Final = 4
+"""Turns of the event loop in which what was read from a socket comes to who waits for it."""
 _RUN: Final = re.compile(rb"(.)\1+", re.DOTALL)
 
 
@@ -154,6 +160,7 @@ class ConsoleLine:
         self._writer: asyncio.StreamWriter | None = None
         self._pump: asyncio.Task[None] | None = None
         self._tail = b""
+        self._panics = PanicWatch()
 
     async def connect(self, path: Path) -> None:
         """Attach to a process that has just been started or found again.
@@ -163,6 +170,7 @@ class ConsoleLine:
         """
         await self.disconnect()
         self._tail = b""
+        self._panics.reset()
         reader, writer = await asyncio.open_connection(sock=connect_socket(path))
         self._writer = writer
         self._pump = asyncio.create_task(self._run(reader))
@@ -176,8 +184,31 @@ class ConsoleLine:
             if not data:
                 return
             self._tail = (self._tail + data)[-_TAIL:]
+            self._panics.feed(data)
             for pipe in self._pipes:
                 pipe.feed(data)
+
+    async def panicked(self) -> str:
+        """What the kernel said of a panic before it began anew just now; empty if it did not."""
+        await self._caught_up()
+        reason = self._panics.reason
+        self._panics.reset()
+        return reason
+
+    async def _caught_up(self) -> None:
+        """Wait until all that was sent before this call has been read."""
+        while self._unread():  # noqa: ASYNC110 (the loop reads it meanwhile)
+            await asyncio.sleep(0)
+        for _ in range(_HANDED_ON):
+            await asyncio.sleep(0)
+
+    def _unread(self) -> bool:
+        """Whether the socket has something that the pump will read."""
+        writer, pump = self._writer, self._pump
+        if writer is None or writer.is_closing() or pump is None or pump.done():
+            return False
+        waiting = fcntl.ioctl(writer.get_extra_info("socket"), termios.FIONREAD, bytes(4))
+        return struct.unpack("i", waiting) != (0,)
 
     async def drain(self) -> None:
         """Read to its end what a process that has ended had sent."""

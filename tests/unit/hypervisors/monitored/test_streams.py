@@ -27,6 +27,10 @@ class Process:
         await self.line.connect(self.path)
         self._client, _ = self._server.accept()
 
+    def send_now(self, data: bytes) -> None:
+        """Send, and do not wait until it was received."""
+        self._client.sendall(data)
+
     async def send(self, data: bytes) -> None:
         """Send, and wait until it was received."""
         async with self.line.reader() as reader:
@@ -84,5 +88,26 @@ def test_a_log_that_never_comes_is_not_waited_for_without_end(
         await process.send(b"boot\n")
         assert await process.line.log() == b""
         await process.close()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_panic_is_known_however_much_of_it_was_not_read_yet(tmp_path: Path) -> None:
+    async def test() -> None:
+        process = Process(tmp_path)
+        await process.connect()
+        assert await process.line.panicked() == ""
+        before = b"[    1.0] a line of the kernel's\r\n" * 2000
+        process.send_now(
+            before + b"[    1.5] Kernel panic - not syncing: why\r\n[    1.6] trace\r\n"
+        )
+        assert await process.line.panicked() == "why"
+        # It was of the kernel before.
+        assert await process.line.panicked() == ""
+        process.send_now(b"somebody wrote: Kernel panic - not syncing: not so\r\n")
+        assert await process.line.panicked() == ""
+        process.send_now(b"[    9.0] Kernel panic - not syncing: of the process before\r\n")
+        await process.close()
+        assert await process.line.panicked() == ""
 
     asyncio.run(asyncio.wait_for(test(), 60))
