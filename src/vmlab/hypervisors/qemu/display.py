@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Final
 
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.picture import Picture
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.threads import done_in_thread
@@ -25,7 +26,8 @@ async def screenshot(emulator: Emulator) -> Picture:
     # PPM is what every QEMU writes; PNG needs one of 7.1 or later that was built with libpng.
     file = emulator.directory / f"screen-{secrets.token_hex(4)}.ppm"
     try:
-        await emulator.execute("screendump", {"filename": str(file)})
+        # To its end: otherwise QEMU would write the file after it was removed.
+        await uninterrupted(emulator.execute("screendump", {"filename": str(file)}))
         return await done_in_thread(lambda: Picture.of_ppm(file.read_bytes()))
     except (OSError, ValueError) as error:
         raise OperationFailed(

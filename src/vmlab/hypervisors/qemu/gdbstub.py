@@ -137,8 +137,8 @@ async def gdbstub(emulator: Emulator) -> AsyncIterator[GdbStub]:
             await emulator.execute("human-monitor-command", {"command-line": f"gdbserver {device}"})
         ).strip()
 
-    said = await server(f"unix:{_SOCKET},server=on,wait=off")
     try:
+        said = await server(f"unix:{_SOCKET},server=on,wait=off")
         try:
             stream = connect_socket(emulator.directory / _SOCKET)
         except OSError as error:

@@ -12,9 +12,10 @@ from contextlib import suppress
 from typing import Any, Final
 
 from vmlab.hypervisors.monitored.hotplug import remove_device
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qemu.layout import dimm_device, memory_object, vcpu_device
-from vmlab.hypervisors.qmp import QmpError, QmpLost
+from vmlab.hypervisors.qmp import QmpError, QmpLost, QmpTimeout
 from vmlab.machine.errors import OperationFailed
 from vmlab.machine.sizes import MIB, format_size
 
@@ -59,8 +60,22 @@ async def add_vcpus(emulator: Emulator, count: int, came: list[dict[str, Any]]) 
         # The list begins with the last one.
         slot, device = free[-1], vcpu_device(present)
         options = {"driver": slot["type"], "id": device, **slot["props"]}
-        await _add_device(emulator, device, options)
+        try:
+            await _add_device(emulator, device, options)
+        except (asyncio.CancelledError, QmpTimeout):
+            # Only QEMU knows how far it got.
+            if await uninterrupted(_has_vcpu(emulator, slot)):
+                came.append(options)
+            raise
         came.append(options)
+
+
+async def _has_vcpu(emulator: Emulator, slot: Mapping[str, Any]) -> bool:
+    """Whether there is a vCPU in a place that was free."""
+    if not emulator.running:
+        return False
+    slots = await emulator.execute("query-hotpluggable-cpus")
+    return any("qom-path" in found and found["props"] == slot["props"] for found in slots)
 
 
 async def add_memory(emulator: Emulator, number: int, size: int) -> None:

@@ -57,6 +57,18 @@ async def drop_node(emulator: Emulator, node: str) -> None:
     await emulator.execute("blockdev-del", {"node-name": node})
 
 
+async def drop_made_node(emulator: Emulator, node: str) -> None:
+    """Take away a block node that was being made, whether it came about or not.
+
+    One that stays in use is an error.
+    """
+    try:
+        await drop_node(emulator, node)
+    except QmpError as error:
+        if "in use" in error.message:
+            raise
+
+
 async def add_nic(
     emulator: Emulator, layout: Layout, board: Board, nic: str, netdev: Mapping[str, Any]
 ) -> None:
@@ -97,12 +109,7 @@ async def take_back(emulator: Emulator, disk: DiskFile) -> None:
     """Remove a disk whose adding was interrupted, as far as it got."""
     if emulator.running:
         await remove_device(emulator, disk_device(disk.name))
-        try:
-            await drop_node(emulator, disk.node)
-        except QmpError as error:
-            # It may not have come about; one that stays in use is another matter.
-            if "in use" in error.message:
-                raise
+        await drop_made_node(emulator, disk.node)
 
 
 async def take_back_nic(emulator: Emulator, nic: str) -> None:

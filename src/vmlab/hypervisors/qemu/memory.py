@@ -23,6 +23,7 @@ from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu import vmstate
 from vmlab.hypervisors.qemu.disks import qemu_img
 from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qemu.hotplug import drop_made_node
 from vmlab.hypervisors.qemu.private_memory import (
     PrivateMemory,
     SmallBlocks,
@@ -165,14 +166,13 @@ async def save_stream(emulator: Emulator, directory: Path, *, whole: bool) -> Pa
     }
     try:
         await set_capabilities(emulator, x_ignore_shared=not whole)
-        await emulator.execute("blockdev-add", node)
         try:
+            await emulator.execute("blockdev-add", node)
             await emulator.run_job(
                 "snapshot-save", {"tag": _TAG, "vmstate": _NODE, "devices": [_NODE]}
             )
         finally:
-            if emulator.running:
-                await uninterrupted(emulator.execute("blockdev-del", {"node-name": _NODE}))
+            await uninterrupted(drop_made_node(emulator, _NODE))
         stream = directory / STREAM
         await in_thread(lambda check: vmstate.extract(carrier, stream, _TAG))
     finally:

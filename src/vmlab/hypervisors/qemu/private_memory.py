@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmlab.hypervisors.operation import uninterrupted
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.machine.architecture import Architecture
 
@@ -175,7 +176,9 @@ async def save_devices(emulator: Emulator, directory: Path, blocks: SmallBlocks)
     file = directory / "devices"
     try:
         # Made for Xen, whose memory somebody else saves as well.
-        await emulator.execute("xen-save-devices-state", {"filename": str(file), "live": False})
+        # To its end: otherwise QEMU would write the file after it was removed.
+        saved = {"filename": str(file), "live": False}
+        await uninterrupted(emulator.execute("xen-save-devices-state", saved))
         return file.read_bytes()
     finally:
         file.unlink(missing_ok=True)

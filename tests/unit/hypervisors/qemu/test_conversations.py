@@ -17,7 +17,7 @@ import pytest
 
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.monitored.emulator import COMMAND_LINE
-from vmlab.hypervisors.qemu import hotplug, migration
+from vmlab.hypervisors.qemu import display, hotplug, memory, migration
 from vmlab.hypervisors.qemu.command_line import PID_FILE
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
@@ -82,6 +82,56 @@ def test_a_disk_that_is_refused_leaves_no_node(running: bool) -> None:
     with pytest.raises(QmpError, match="device_add"):
         asyncio.run(hotplug.add_disk(script, None, None, DISK))
     assert script.said == ["blockdev-add", "device_add", *(["blockdev-del"] if running else [])]
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        ({"blockdev-add": [asyncio.CancelledError()]}, asyncio.CancelledError),
+        ({"blockdev-add": [QmpTimeout("no answer")]}, QmpTimeout),
+        (
+            {"blockdev-add": [refused("blockdev-add")], "blockdev-del": [refused("blockdev-del")]},
+            QmpError,
+        ),
+    ],
+    ids=["cancelled", "late", "refused"],
+)
+def test_a_saving_that_is_cut_short_leaves_no_node(
+    tmp_path: Path, answers: dict[str, list[Any]], error: type[BaseException]
+) -> None:
+    # Whether the node came about is not known then.
+    script = Script(answers)
+    with pytest.raises(error):
+        asyncio.run(memory.save_stream(script, tmp_path, whole=True))
+    assert script.said == ["migrate-set-capabilities", "blockdev-add", "blockdev-del"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_nobody_waits_for_any_more_is_removed_once_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = Script({})
+    script.directory = tmp_path
+
+    async def test() -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slowly(command: str, arguments: dict[str, str]) -> None:
+            begun.set()
+            await go_on.wait()
+            await asyncio.to_thread(Path(arguments["filename"]).write_bytes, b"late")
+
+        monkeypatch.setattr(script, "execute", slowly)
+        taking = asyncio.create_task(display.screenshot(script))
+        await begun.wait()
+        taking.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("running", [True, False])

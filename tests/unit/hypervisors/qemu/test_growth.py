@@ -77,6 +77,19 @@ def test_vcpus_come_one_after_the_other_at_the_first_free_places() -> None:
     assert came == expected
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_a_vcpu_whose_adding_was_interrupted_is_told_if_it_came(running: bool) -> None:
+    guest, came = Guest(answer=asyncio.CancelledError()), []
+    guest.running = running
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(growth.add_vcpus(emulator(guest), 3, came))
+    assert [options["id"] for options in came] == (["vcpu-1"] if running else [])
+    guest, came = Guest(refuses="device_add"), []
+    with pytest.raises(QmpError):
+        asyncio.run(growth.add_vcpus(emulator(guest), 3, came))
+    assert came == []
+
+
 def test_what_a_guest_does_not_take_is_asked_back() -> None:
     guest, came = Guest(answer=1), []
     with pytest.raises(OperationFailed, match="did not take vcpu-1"):
