@@ -27,12 +27,13 @@ from vmlab.hypervisors.ownership import Home, Owner, Run
 from vmlab.images import Image, ImageStore, Progress
 from vmlab.images.progress import silent
 from vmlab.lab import boot
-from vmlab.lab.admission import OVERHEAD, Admission, Claim, Reservation
+from vmlab.lab.admission import OVERHEAD, Admission, Claim
 from vmlab.lab.boot import Bootable, Wish, specification
 from vmlab.lab.given import LabDisk, Plug, as_disk, hostname_of, made_machine_id, size_of
 from vmlab.lab.loop import LoopThread
 from vmlab.lab.networks import LabNetwork, Networks
 from vmlab.lab.preference import EMBEDDED, Preference, preference
+from vmlab.lab.promises import Promises
 from vmlab.lab.templates import Fork, Templates
 from vmlab.lab.timeline import Step
 from vmlab.lab.venue import Venue
@@ -138,6 +139,7 @@ class Lab:
         self._images: dict[str, Image] = {}
         self._machines: dict[str, VM] = {}
         self._made: dict[str, int] = {}
+        self._grown: dict[str, int] = {}
         self._lock = threading.RLock()
         self._closed = False
         self.lease: Run | None = None
@@ -146,14 +148,12 @@ class Lab:
             self._stack.enter_context(self.lease)
             owner = self.lease.owner
         self.owner = owner
-        # Of its own: the loop gives back while a caller who has the other one may wait for it.
-        self._reserving = threading.Lock()
-        self._reserved: dict[str, Reservation] = {}
-        self._admission: Admission | None = None
+        ledger: Admission | None = None
         if admission:
             home = self.lease.home.directory if self.lease is not None else Home.path()
-            self._admission = Admission(home / "admission", tell=self._say)
-            self._stack.callback(self._admission.close)
+            ledger = Admission(home / "admission", tell=self._say)
+        self._promises = Promises(ledger)
+        self._stack.callback(self._promises.close)
 
     def __repr__(self) -> str:
         return f"<Lab {self.owner}: {', '.join(self._machines) or 'no machines'}>"
@@ -264,7 +264,7 @@ class Lab:
             before = {nic.name: nic.mac for nic in vm.info().nics}
             machine = vm.run(vm.copied(name))
         except BaseException:
-            self._give_back(name)
+            self._promises.give_back(name)
             raise
         child = self._enlist(
             vm.successor(
@@ -283,7 +283,7 @@ class Lab:
         except BaseException:
             self.remove(child)
             raise
-        self._began(child, forked=True)
+        self._began(child)
         self.introduce(child)
         return child
 
@@ -299,7 +299,8 @@ class Lab:
         finally:
             with self._lock:
                 self._machines.pop(vm.name, None)
-            self._give_back(vm.name)
+            grown = range(1, self._grown.pop(vm.name, 0) + 1)
+            self._promises.give_back(vm.name, *(_growth(vm.name, number) for number in grown))
             for plug in vm.plugs:
                 plug.network.leave(vm.hostname)
                 self.networks.release(plug.network)
@@ -486,7 +487,9 @@ class Lab:
                 capabilities = loop.run(opened.capabilities())
                 venue = Venue(opened, capabilities, loop)
                 self._venues[hypervisor] = venue
-                self.templates[hypervisor] = Templates(venue, self.shared, gone=self._give_back)
+                self.templates[hypervisor] = Templates(
+                    venue, self.shared, gone=self._promises.give_back
+                )
             return self._venues[hypervisor]
 
     def _free_name(self, name: str | None, stem: str, taken: Iterable[str]) -> str:
@@ -524,7 +527,7 @@ class Lab:
                 self._boot(made)
         except BaseException:
             with ExitStack() as clearing:
-                clearing.callback(self._give_back, *(order.name for order in orders))
+                clearing.callback(self._promises.give_back, *(order.name for order in orders))
                 for vm in made:
                     clearing.callback(self.remove, vm)
             raise
@@ -551,30 +554,24 @@ class Lab:
 
     def _admit(self, claims: Mapping[str, Claim], needed: Container[str] = ()) -> None:
         """Wait for memory; templates that are idle and not needed are given up for it."""
-        if self._admission is None:
-            return
-        wanted = {key: claim for key, claim in claims.items() if key not in self._reserved}
-        found = self._admission.reserve(
-            list(wanted.values()), free_up=lambda: self._discard_templates(needed)
-        )
-        with self._reserving:
-            self._reserved |= dict(zip(wanted, found, strict=True))
 
-    def _discard_templates(self, needed: Container[str]) -> None:
-        for venue in tuple(self._venues.values()):
-            venue.loop.run(self.templates[venue.name].discard(needed))
+        def free_up() -> None:
+            for venue in tuple(self._venues.values()):
+                venue.loop.run(self.templates[venue.name].discard(needed))
 
-    def _give_back(self, *keys: str) -> None:
-        with self._reserving:
-            found = [self._reserved.pop(key) for key in keys if key in self._reserved]
-        if self._admission is not None:
-            self._admission.release(*found)
+        self._promises.ask(claims, free_up)
 
-    def _began(self, vm: VM, *, forked: bool) -> None:
+    def admit_growth(self, vm: VM, size: int) -> None:
+        """Wait until the host has memory for a machine to grow to so many bytes."""
+        if vm.venue.has_guests and (more := size - vm.spec.memory.size) > 0:
+            self._grown[vm.name] = self._grown.get(vm.name, 0) + 1
+            name = _growth(vm.name, self._grown[vm.name])
+            self._admit({name: Claim(f"{vm.name}, which grows", more)})
+
+    def _began(self, vm: VM) -> None:
         """Note which process has a machine's memory, now that it runs."""
-        if self._admission is not None and vm.name in self._reserved:
-            pid = vm.info().pid
-            self._admission.began(self._reserved[vm.name], pid, forked=forked)
+        if vm.venue.has_guests:
+            self._promises.began(vm.name, vm.info().pid, forked=vm.forked)
 
     def _create(self, order: _Order, *, boot: bool) -> VM:
         machine, origin, steps = order.venue.loop.run(self._machine_of(order, boot=boot))
@@ -622,7 +619,7 @@ class Lab:
             ours = [vm for vm in machines if vm.venue.loop is loop]
             loop.run(_all(vm.booted(None) for vm in ours))
         for vm in machines:
-            self._began(vm, forked=vm.forked)
+            self._began(vm)
             self.introduce(vm, but=machines)
 
     def introduce(self, vm: VM, but: Sequence[VM] = ()) -> None:
@@ -632,6 +629,11 @@ class Lab:
             theirs = {plug.network.name for plug in other.plugs}
             if other is not vm and other not in but and ours & theirs:
                 other.run(other.meet())
+
+
+def _growth(name: str, number: int) -> str:
+    """The name of a promise: of the memory that a machine grew by at its growth of that number."""
+    return f"{name} grown {number}"
 
 
 async def _all(work: Iterable[Any]) -> None:

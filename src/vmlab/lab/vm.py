@@ -384,6 +384,8 @@ class VM(Inside):
     def resize(self, *, vcpus: int | None = None, memory: int | str | None = None) -> MachineInfo:
         """Change the number of vCPUs and the memory, in bytes or as "512M"."""
         size = size_of("memory", memory) if memory is not None else None
+        if size is not None:
+            self.lab.admit_growth(self, size)
         with self._marking("resize"):
             return self.run(self.machine.resize(vcpus=vcpus, memory=size))
 

@@ -11,7 +11,7 @@ import pytest
 
 from vmlab.guests.guest import CommandFailed
 from vmlab.hypervisors.ownership import Home
-from vmlab.lab.admission import used_by
+from vmlab.lab.admission import OVERHEAD, used_by
 from vmlab.lab.laboratory import Lab
 from vmlab.machine.errors import InvalidState
 from vmlab.machine.sizes import MIB
@@ -104,3 +104,18 @@ def test_a_machine_s_memory_is_in_the_ledger_while_it_is_there(lab: Lab) -> None
     assert 0 < used_by(mine["machine"], forked=True) < mine["size"]
     vm.delete()
     assert lines() == []
+
+
+def test_a_machine_that_grows_is_promised_more_first(lab: Lab) -> None:
+    vm = lab.vm(memory=MEMORY, boot=False)
+    ledger = Home.path() / "admission" / "ledger.json"
+
+    def sizes() -> list[int]:
+        holders = json.loads(ledger.read_text())["holders"]
+        return [line["size"] for line in holders if line["name"].startswith(vm.name)]
+
+    assert sizes() == [256 * MIB + OVERHEAD]
+    assert vm.resize(memory="384M").memory == 384 * MIB
+    assert sizes() == [256 * MIB + OVERHEAD, 128 * MIB]
+    vm.delete()
+    assert sizes() == []
