@@ -176,7 +176,7 @@ def test_who_read_first_and_writes_then_is_not_overtaken(path: Path) -> None:
     thread = threading.Thread(target=other)
 
     def between(statement: str) -> None:
-        if statement.startswith("SELECT 1 FROM baselines") and thread.ident is None:
+        if statement.startswith("INSERT INTO baselines ") and thread.ident is None:
             thread.start()
             overtaken.wait(1)  # it cannot come through; were that possible, it would soon
 
