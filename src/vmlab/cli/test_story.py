@@ -129,14 +129,7 @@ class Story:
         test = self.running.get(id_)
         match entry.get("event"):
             case "machine":
-                self.machines += 1
-                facts = entry["machine"]
-                machine = MachineNow(facts["name"], facts["hypervisor"], facts.get("image") or "")
-                if test is not None:
-                    test.machines[machine.name] = machine
-                image = f", {machine.image}" if machine.image else ""
-                text = f"{machine.name} on {machine.hypervisor}{image}"
-                self._tell(News("machine", id_, text))
+                self._machine(id_, test, entry["machine"])
             case "mark":
                 self._mark(id_, test, str(entry["machine"]), entry["mark"])
             case "phase" if entry["phase"]["name"] not in _PYTEST_S:
@@ -145,6 +138,16 @@ class Story:
                 fault = entry["fault"]
                 what = f"refused: {fault['refused']}" if fault.get("refused") else fault["machine"]
                 self._tell(News("fault", id_, f"{fault['kind']}: {what}"))
+
+    def _machine(self, id_: str, test: TestNow | None, facts: Mapping[str, Any]) -> None:
+        machine = MachineNow(facts["name"], facts["hypervisor"], facts.get("image") or "")
+        if test is not None:
+            if machine.name in test.machines:
+                return  # more is known of it now; it is no other one
+            test.machines[machine.name] = machine
+        self.machines += 1
+        image = f", {machine.image}" if machine.image else ""
+        self._tell(News("machine", id_, f"{machine.name} on {machine.hypervisor}{image}"))
 
     def _mark(self, id_: str, test: TestNow | None, machine: str, mark: Mapping[str, Any]) -> None:
         kind, seconds = mark["kind"], mark.get("duration_s")

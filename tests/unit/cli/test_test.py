@@ -221,6 +221,7 @@ def told(tmp_path: Path) -> tuple[Story, list[News]]:
         {"event": "start", "n": 1, "suite": "a.toml", "name": "plan[q]"},
         {"event": "machine", "n": 1,
          "machine": {"name": "vm", "hypervisor": "q", "image": "tiny"}},
+        {"event": "machine", "n": 1, "machine": {"name": "vm", "hypervisor": "q"}},
         {"event": "mark", "n": 1, "machine": "vm", "mark": {"kind": "boot", "duration_s": 2.5}},
         {"event": "phase", "n": 1, "phase": {"name": "setup", "outcome": "pass"}},
         {"event": "phase", "n": 1,
