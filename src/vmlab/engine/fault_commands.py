@@ -134,11 +134,11 @@ class FaultCommands:
         machine = self._machine
         if not 0 <= hart < len(machine.harts):
             raise CommandError(f"Parameter 'hart' expects a number below {len(machine.harts)}")
-        running = machine.running
-        machine.pause()
+        # Devices need not stand for that.
+        machine.harts.pause()
         machine.harts.stall(hart, on)
-        if running:
-            machine.resume()
+        if machine.running:
+            machine.harts.resume()
 
     def fault_end(self, id_: str) -> None:
         """End a fault of a disk's or a NIC's; one that has ended is none."""
