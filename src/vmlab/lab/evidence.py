@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import shutil
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ SUMMARY: Final = "evidence.txt"
 TEXT_LIMIT: Final = 2 << 20
 """Bytes of one text; a quarter of them from its beginning, the rest from its end."""
 _EVENTS: Final = 1000
+_FULL: Final = 4 << 20
+"""Bytes that a host's disk has left when guests' writes fail for want of room."""
 _PROCESS_FILES: Final = 16
 
 _QUICK_S: Final = 15.0
@@ -240,6 +243,9 @@ class _Collection:
         directory = (await self.machine.info()).directory
         if directory is None:
             raise _Missing("it is no process of this host's")
+        free = (await asyncio.to_thread(shutil.disk_usage, directory)).free
+        full = ": the host's disk is full" if free < _FULL else ""
+        self.told.append(f"host: {free} bytes are free where its disks are{full}")
         files = await asyncio.to_thread(_process_files, directory)
         if not files:
             raise _Missing("it was never started")
