@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vmlab.report.comparison import Comparison, Verdict, compare
+from vmlab.report.comparison import TOLERANCE, Comparison, Verdict, compare
 from vmlab.report.model import Outcome, Run, Test
 from vmlab.report.parts import Direction
 
@@ -59,10 +59,21 @@ class TestChange:
 
 @dataclass(frozen=True)
 class MetricChange:
-    """A metric of both runs, and how its samples compare."""
+    """A metric of both sides, and how its samples compare."""
 
     metric: MetricKey
     comparison: Comparison
+
+    @property
+    def moved(self) -> bool:
+        """Whether it changed for certain, or seems to by more than does not matter."""
+        found = self.comparison
+        if found.verdict is not Verdict.CANNOT_TELL:
+            return found.verdict is not Verdict.SAME
+        before = found.medians[0]
+        if before is None or found.shift is None:
+            return False
+        return abs(found.shift) > TOLERANCE * abs(before)
 
 
 @dataclass(frozen=True)
@@ -86,8 +97,8 @@ class Difference:
 
     @property
     def moved(self) -> tuple[MetricChange, ...]:
-        """The metrics that are not the same for certain."""
-        return tuple(m for m in self.metrics if m.comparison.verdict is not Verdict.SAME)
+        """The metrics that changed, and those that seem to and cannot be told."""
+        return tuple(metric for metric in self.metrics if metric.moved)
 
 
 def samples_of(run: Run) -> dict[MetricKey, list[float]]:

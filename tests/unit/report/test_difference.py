@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 import pytest
 
 from vmlab.report import Attempt, Direction, Metric, Outcome, Run, Suite, Test
-from vmlab.report.comparison import Verdict
-from vmlab.report.difference import MetricKey, TestChange, difference, samples_of
+from vmlab.report.comparison import Verdict, compare
+from vmlab.report.difference import MetricChange, MetricKey, TestChange, difference, samples_of
 
 
 def _run(*tests: Test) -> Run:
@@ -95,6 +95,15 @@ def test_metrics_are_compared_as_they_get_better() -> None:
     assert difference(_measured(fast), _run()).metrics == ()
 
 
+@pytest.mark.parametrize(("after", "moved"), [([1.0], False), ([1.04], False), ([1.2], True)])
+def test_what_cannot_be_told_is_told_where_it_seems_to_have_moved(
+    after: list[float], moved: bool
+) -> None:
+    found = difference(_measured([1.0]), _measured(after))
+    assert found.metrics[0].comparison.verdict is Verdict.CANNOT_TELL
+    assert (found.moved != ()) is moved
+
+
 def test_samples_are_those_of_last_attempts() -> None:
     def attempt(value: float) -> Attempt:
         return Attempt(outcome="pass", metrics=[Metric(name="m", value=value)])
@@ -102,3 +111,7 @@ def test_samples_are_those_of_last_attempts() -> None:
     test = Test(suite="s", name="t", attempts=[attempt(1), attempt(2)])
     assert samples_of(_run(test)) == {MetricKey("m", "", ""): [2]}
     assert str(MetricKey("m", "", "")) == "m"
+
+
+def test_a_metric_without_samples_has_not_moved() -> None:
+    assert not MetricChange(MetricKey("m", "", ""), compare([], [1.0])).moved
