@@ -216,9 +216,10 @@ class MachineRun:
         plan(self._recorder, tests)
         self.interruption.install()
 
-    # Hooks of a test's three phases.
+    # Hooks of a test's three phases. Those that may be ended from outside are the innermost:
+    # an exception between the beginnings of others' would keep those from ending in order.
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """An attempt begins, with all that the test's fixtures do."""
         trial = self._begin(item)
@@ -246,7 +247,7 @@ class MachineRun:
         trial.begin()
         return trial
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """The test itself; the end of a machine of its is its own."""
         trial = self.trial_of(item)
