@@ -21,6 +21,7 @@ from vmlab.machine.errors import (
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import (
     At,
+    Chance,
     ClockJump,
     ConsoleText,
     CpuStall,
@@ -363,8 +364,8 @@ async def hypervisor(lab: Bench) -> None:
 @check(
     "fault.triggers",
     clause="a fault strikes when its trigger says: at a time, at the nth occasion and no other, "
-    "when a text is printed; cleared before, it does not strike; a trigger that does not work "
-    "here is refused by its name",
+    "by chance, when a text is printed; cleared before, it does not strike; a trigger that does "
+    "not work here is refused by its name",
     needs=NEEDS,
     means=[Means.GUEST],
 )
@@ -377,7 +378,7 @@ async def triggers(lab: Bench) -> None:
         third = DiskError(disk=disk, operation="read", when=Nth(n=3))
         # The first to open a disk reads its partition table.
         await guest.read_disk(disk, 0, 512)
-        if await _armed(lab, machine, third):
+        if await _armed(lab, machine, third) is not None:
             outcome = []
             for _request in range(5):
                 try:
@@ -387,6 +388,18 @@ async def triggers(lab: Bench) -> None:
                     outcome.append(False)
             expected = [True, True, False, True, True]
             lab.equal(outcome, expected, "reads of which the third is to fail")
+        for probability in (0.0, 1.0):
+            by_chance = Chance(probability=probability)
+            fault = DiskError(disk=disk, operation="read", when=by_chance)
+            identity = await _armed(lab, machine, fault)
+            if identity is not None:
+                failed = False
+                try:
+                    await guest.read_disk(disk, 0, 512)
+                except OperationFailed:
+                    failed = True
+                lab.equal(failed, probability == 1.0, f"a read fails by a chance of {probability}")
+                await machine.clear_fault(identity)
     if FaultKind.KILL in kinds:
         delay = 10 * lab.profile.settle
         cleared = await machine.inject(KillFault(when=At(seconds=delay)))
@@ -406,7 +419,7 @@ async def triggers(lab: Bench) -> None:
     if (
         FaultKind.KILL in kinds
         and lab.has(Capability.CONSOLE)
-        and await _armed(lab, machine, at_text)
+        and await _armed(lab, machine, at_text) is not None
     ):
         await lab.guest(machine).print("conformance says wait")
         await lab.is_in(machine, MachineState.RUNNING, "after another text")
@@ -417,16 +430,15 @@ async def triggers(lab: Bench) -> None:
         await _failed(lab, machine, "its text")
 
 
-async def _armed(lab: Bench, machine: Machine, fault: Fault) -> bool:
-    """Inject a fault; False if its trigger is refused by its name, as it may be."""
+async def _armed(lab: Bench, machine: Machine, fault: Fault) -> str | None:
+    """Inject a fault; None if its trigger is refused by its name, as it may be."""
     try:
-        await machine.inject(fault)
+        return await machine.inject(fault)
     except UnsupportedOperation as error:
         lab.equal(error.capability, f"fault trigger {fault.when.on}", "what the error names")
         lab.true(fault.when.on not in lab.profile.triggers, f"the trigger {fault.when.on} works")
         lab.note(f"faults cannot be triggered by {fault.when.on}")
-        return False
-    return True
+        return None
 
 
 @check(

@@ -19,6 +19,8 @@ from vmlab.machine.errors import (
     ResourceNotFound,
 )
 from vmlab.machine.faults import (
+    At,
+    Chance,
     ClockJump,
     Fault,
     FaultKind,
@@ -470,6 +472,16 @@ class StrikesEarly(BrokenMachine):
     async def _do_inject(self, operation: Operation, fault: Fault) -> str:
         if isinstance(fault.when, Nth) and fault.when.n > 1:
             fault = fault.model_copy(update={"when": Nth(n=fault.when.n - 1)})
+        return await super()._do_inject(operation, fault)
+
+
+@mutant("fault.triggers")
+class LeavesNothingToChance(BrokenMachine):
+    """Has each occasion struck where some of them should be."""
+
+    async def _do_inject(self, operation: Operation, fault: Fault) -> str:
+        if isinstance(fault.when, Chance):
+            fault = fault.model_copy(update={"when": At(seconds=0)})
         return await super()._do_inject(operation, fault)
 
 
