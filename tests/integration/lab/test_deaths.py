@@ -130,17 +130,13 @@ def test_what_a_kernel_survives_is_told_with_its_report(lab: Lab) -> None:
         oops = told.wait_for(K.OOPS)
         assert "crasher" in oops.excerpt and "end trace" in oops.excerpt.splitlines()[-1]
 
-        ask_to_die(vm, "bug")
-        bug = told.wait_for(K.BUG)
-        assert "crasher" in bug.excerpt and "kernel BUG at" in bug.message
-
         # Its log, printed once more, tells nothing new.
         vm.run(watchdog.settle())
         before = list(told.incidents)
         vm.succeed("dmesg >/dev/console")
         vm.run(watchdog.settle())
         assert told.incidents == before
-        assert told.kinds == {K.WARN, K.OOPS, K.BUG, K.HUNG_TASK, K.OOM_KILL}
+        assert told.kinds == {K.WARN, K.OOPS, K.HUNG_TASK, K.OOM_KILL}
 
         guest = vm.guest
         found = vm.run(
@@ -148,10 +144,17 @@ def test_what_a_kernel_survives_is_told_with_its_report(lab: Lab) -> None:
         )
         names = {each.name: each.content for each in found}
         reports = names["kernel-reports.txt"]
-        assert isinstance(reports, bytes) and reports.count(b"---[ end trace") >= 3
+        assert isinstance(reports, bytes) and reports.count(b"---[ end trace") >= 2
         dmesg = names["dmesg.txt"]
         assert isinstance(dmesg, bytes) and b"a warning that was asked for" in dmesg
         assert "process-qmp.log" in names and "process-command-line" in names
+
+        ask_to_die(vm, "bug")
+        bug = told.wait_for(K.BUG)
+        assert "crasher" in bug.excerpt and "kernel BUG at" in bug.message
+        if lab.hypervisor == "embedded":
+            # On riscv that is an exception "in interrupt" (arch/riscv/kernel/traps.c: die).
+            assert "Fatal exception in interrupt" in told.wait_for(K.PANIC).message
 
 
 def test_a_panic_is_told_with_its_report_and_once(lab: Lab) -> None:
