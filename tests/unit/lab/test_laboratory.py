@@ -309,9 +309,9 @@ def test_commands_need_a_guest_that_is_real(lab: Lab) -> None:
         lambda: vm.succeed("true"),
         lambda: vm.copy_in("/etc/hostname", "/x"),
         lambda: vm.wait_for_file("/x"),
-        lambda: vm.block(),
-        lambda: vm.crash(),
-        lambda: vm.reboot(),
+        vm.block,
+        vm.crash,
+        vm.reboot,
     ):
         with pytest.raises(UnsupportedOperation, match="commands in guests") as caught:
             call()
