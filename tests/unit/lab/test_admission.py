@@ -96,7 +96,9 @@ def over() -> Iterator[threading.Event]:
 
 
 def waiters(tmp_path: Path) -> list[str]:
-    return [entry["name"] for entry in read_document(tmp_path / "ledger" / "ledger.json")["waiters"]]
+    return [
+        entry["name"] for entry in read_document(tmp_path / "ledger" / "ledger.json")["waiters"]
+    ]
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -83,7 +83,9 @@ def bring_up(machine: MuteMachine, started: Any = None) -> None:
 
 @pytest.mark.parametrize("cut", [1, 20, 40, len(PANIC)])
 def test_a_panic_ends_the_wait_with_its_lines_wherever_they_are_cut(cut: int) -> None:
-    machine = MuteMachine(b"booting\n" + PANIC[:cut], PANIC[cut:], b"[    1.000200] ---[ end Kernel panic ]---\n")
+    machine = MuteMachine(
+        b"booting\n" + PANIC[:cut], PANIC[cut:], b"[    1.000200] ---[ end Kernel panic ]---\n"
+    )
     with pytest.raises(MachineCrashed, match="panicked while it booted") as caught:
         bring_up(machine)
     assert "Unable to mount root fs" in str(caught.value)
