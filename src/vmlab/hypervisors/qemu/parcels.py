@@ -7,7 +7,9 @@ where it was when it is unpacked: the images under its disks, its kernel.
 from __future__ import annotations
 
 import tarfile
+import zlib
 from collections.abc import Callable
+from gzip import BadGzipFile
 from pathlib import Path
 from typing import IO, BinaryIO, Final
 
@@ -78,7 +80,7 @@ def unpack(parcel: Path, directory: Path, check: Callable[[], None]) -> Snapshot
                 assert source is not None, "it is a regular file"
                 with (directory / member.name).open("xb") as target:
                     _copy_sparse(source, target, check)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, BadGzipFile, zlib.error, EOFError, ValueError) as error:
         raise _damaged(parcel, str(error)) from error
     return snapshots.load(directory).snapshot
 
