@@ -42,7 +42,7 @@ _ESCAPES: Final = re.compile(
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]")
 _BANNER: Final = re.compile(r"Linux version \d")
 _CUT: Final = re.compile(r"-{12}\[ cut here \]-{12}$|8<--- cut here ---$")
-"""CUT_HERE of include/asm-generic/bug.h; WARN's own words follow (kernel/panic.c: __warn_printk)."""
+"""CUT_HERE of include/asm-generic/bug.h; WARN's own words follow (__warn_printk)."""
 _RULER: Final = re.compile(r"={16,}$")
 _MOST_BEFORE: Final = 12
 """Lines from there to the one that tells what it is about."""
