@@ -13,8 +13,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -57,8 +58,17 @@ class _Console:
 
     @property
     def cause(self) -> int | None:
-        """Which line tells the cause; None where none does."""
-        return next((n for n, line in enumerate(self.lines) if line.cause), None)
+        """Which of the pieces tells the cause first; None where none does."""
+        return next((n for n, piece in enumerate(self.pieces) if piece.cause), None)
+
+    @cached_property
+    def pieces(self) -> list[Line]:
+        """The lines, those between two causes as one text: a page has many thousands."""
+        pieces: list[Line] = []
+        for cause, group in groupby(self.lines, key=lambda line: line.cause):
+            lines = list(group)
+            pieces += lines if cause else [Line("\n".join(line.text for line in lines))]
+        return pieces
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from vmlab.report import Direction, Recorder, Severity, html, read_run
 
 # Generous: a browser on a busy machine is slow, and no test is about how fast it is.
-PATIENCE_MS = 120_000
+PATIENCE_MS = 300_000
 
 HOSTILE = "</pre></script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
 PANIC = "[    2.0] Kernel panic - not syncing: Fatal exception"

@@ -14,7 +14,7 @@ from vmlab.report import Attempt, Metric, Outcome, Output, Run, Suite, Test, htm
 
 from .conftest import HOSTILE, PANIC, PATIENCE_MS, Reader
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 expect.set_options(timeout=PATIENCE_MS)
 
 Open = Callable[[Path], Reader]
