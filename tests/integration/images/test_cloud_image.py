@@ -61,6 +61,11 @@ boot
 path = "/etc/cloud/cloud.cfg.d/90-datasource.cfg"
 text = "datasource_list: [ NoCloud, None ]"
 
+# As in Debian's cloud images: without it cloud-init sets a locale that has to be generated first.
+[[files]]
+path = "/etc/default/locale"
+text = "LANG=C.UTF-8"
+
 [[scripts]]
 name = "bootable"
 when = "build"
@@ -84,6 +89,12 @@ users:
     ssh_authorized_keys: [{key}]
 runcmd: [[sh, -c, "echo cloud-init is through >/dev/ttyS0"]]
 """
+
+STATUS = r"""
+cloud-init status --wait --long ||
+{ sudo -n grep -i -B2 -A12 'error\|warn\|fail\|traceback' /var/log/cloud-init.log; false; }
+"""
+"""It is told that all modules did what they had to, or which did not and why."""
 
 
 @pytest.fixture
@@ -214,6 +225,7 @@ def test_cloud_image_boots_by_its_own_boot_loader_and_is_what_cloud_init_made_of
         name, release, uid, instance = found.splitlines()
         assert (name, uid, instance) == ("from-the-cloud", "0", "i-1")
         assert re.fullmatch(r"6\.1\..*-cloud-amd64", release)
+        assert "status: done" in asyncio.run(by_ssh(port, keys, STATUS))
         guest.type("\n")
         guest.wait_for(b"from-the-cloud login: ")
         guest.type("lab\n")
