@@ -30,6 +30,7 @@ def test_it_is_green_on_the_engine_and_on_qemu(project: Project) -> None:
     shutil.rmtree(project.path)
     shutil.copytree(EXAMPLE, project.path, ignore=shutil.ignore_patterns("build"))
     said = project.run("--vm-hypervisor", "embedded", "--vm-hypervisor", "qemu")
+    assert (project.reports / "latest").exists(), said
     tests = project.tests()
     assert len(tests) == 12, said
     assert {test.outcome.value for test in tests.values()} == {"pass"}, said
