@@ -222,6 +222,7 @@ class MonitoredMachine(RecordedMachine[E]):
             await self.status()
 
     async def _observe(self) -> MachineState:
+        await self.look_at_record()
         while True:
             emulator = self.emulator
             if emulator is not None:

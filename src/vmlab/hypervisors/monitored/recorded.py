@@ -216,6 +216,16 @@ class RecordedMachine(OperatedMachine, Generic[E]):
         self._lifecycle.move(MachineState.DELETED, _DELETED_ELSEWHERE)
         self._hypervisor.forget(self)
 
+    async def look_at_record(self) -> None:
+        """Be what others have made of a machine at rest, unless one of them is at it just now."""
+        if self.recorded and self.emulator is None:
+            try:
+                async with self._turns.at_once():
+                    # A turn begins with that.
+                    pass
+            except MachineNotFound:
+                await self._deleted_elsewhere()
+
     # Undoing.
 
     def on_failure(self, step: Callable[[], Awaitable[None]]) -> None:

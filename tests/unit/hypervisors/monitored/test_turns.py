@@ -252,6 +252,28 @@ def test_who_sees_the_end_after_it_was_recorded_takes_it_from_the_record(host: H
     run(test())
 
 
+def test_a_status_learns_what_another_process_did_with_a_machine_at_rest(host: Host) -> None:
+    async def test() -> None:
+        first, second = await host.both()
+        await first.kill()
+        await until(second, STOPPED)
+        await first.start()
+        assert second.state is STOPPED
+        assert (await second.status()).state is RUNNING
+        assert talk(second).process is talk(first).process is host.processes[1]
+        # While another one is at it, what was known last is told.
+        await first.kill()
+        await until(second, STOPPED)
+        lock = FileLock.take(host.owner.directory / "machines" / "embedded" / host.id / LOCK)
+        assert lock is not None
+        assert (await second.status()).state is STOPPED
+        lock.release()
+        await first.delete()
+        assert (await second.status()).state is MachineState.DELETED
+
+    run(test())
+
+
 def test_a_crash_is_recorded_by_whoever_sees_it_first_and_believed_by_the_other(host: Host) -> None:
     async def test() -> None:
         first, second = await host.both()
