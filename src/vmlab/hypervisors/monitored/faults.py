@@ -77,6 +77,12 @@ class Faults:
         number = next(self._numbers)
         identity = fault.id or f"{fault.kind.value}-{number}"
         armed = self._armed[identity] = _Armed(fault)
+
+        async def mend() -> None:
+            await self._away(identity)
+            del self._armed[identity]
+
+        self._machine.on_failure(mend)
         if isinstance(fault.when, At) and fault.when.seconds > 0:
             armed.task = self._later(self._at(fault.when.seconds, identity, armed))
         else:
@@ -129,7 +135,11 @@ class Faults:
             await self._break(identity, armed)
 
     async def _break(self, identity: str, armed: _Armed) -> None:
-        armed.clear = await self._apply(identity, armed.fault)
+        async def whole() -> None:
+            armed.clear = await self._apply(identity, armed.fault)
+
+        # To its end: nobody would know how to mend a part of it.
+        await uninterrupted(whole())
         # Whoever counts its occasions knows from when on it lasts.
         seconds = armed.fault.duration if isinstance(armed.fault.when, At) else None
         if armed.clear is not None and seconds is not None:
@@ -155,6 +165,9 @@ class Faults:
                 hypervisor=self._machine.hypervisor.name,
                 operation="clear_fault",
             )
+        await self._away(identity)
+
+    async def _away(self, identity: str) -> None:
         if (task := self._armed[identity].task) is not None:
             task.cancel()
             await asyncio.wait([task])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.monitored.names import disk_device
 from vmlab.hypervisors.qemu.emulator import Emulator
+from vmlab.hypervisors.qemu.hotplug import drop_made_node
+from vmlab.hypervisors.qmp import QmpError, QmpTimeout
 from vmlab.machine.faults import DiskError
 
 _ERRNO: Final = {"EIO": 5, "ENOSPC": 28}
@@ -32,17 +35,21 @@ async def fail_disk(
         {"event": "none", "iotype": kind, "errno": _ERRNO[fault.errno], "once": False}
         for kind in _IOTYPES[fault.operation]
     ]
-    await emulator.execute(
-        "blockdev-add",
-        {
-            "driver": "blkdebug",
-            "node-name": broken,
-            "image": disk.node,
-            "read-only": disk.readonly,
-            "inject-error": rules,
-        },
-    )
-    await _insert(emulator, disk, bus, broken)
+    node = {
+        "driver": "blkdebug",
+        "node-name": broken,
+        "image": disk.node,
+        "read-only": disk.readonly,
+        "inject-error": rules,
+    }
+    try:
+        await emulator.execute("blockdev-add", node)
+        await _insert(emulator, disk, bus, broken)
+    except (QmpError, QmpTimeout):
+        with suppress(QmpError):
+            await _insert(emulator, disk, bus, disk.node)
+        await drop_made_node(emulator, broken)
+        raise
 
     async def mend() -> None:
         await _insert(emulator, disk, bus, disk.node)

@@ -12,6 +12,7 @@ import pytest
 from vmlab.hypervisors.embedded import EmbeddedHypervisor, faults
 from vmlab.hypervisors.embedded.machine import EmbeddedMachine
 from vmlab.hypervisors.monitored.emulator import Emulator
+from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.errors import ResourceNotFound, UnsupportedOperation
 from vmlab.machine.faults import (
@@ -150,3 +151,33 @@ def test_what_is_counted_lasts_as_its_counter_says_and_the_rest_as_the_driver_do
             await made.faults.clear("nothing")
 
     asyncio.run(work())
+
+
+def test_an_injection_that_is_cut_short_is_undone_as_far_as_it_got() -> None:
+    async def test() -> None:
+        told: list[Any] = []
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def execute(command: str, arguments: Any = None) -> Any:
+            told.append((command, arguments["up"]))
+            if not arguments["up"]:
+                begun.set()
+                await go_on.wait()
+            return {}
+
+        made = machine()
+        made.emulator = cast("Any", SimpleNamespace(execute=execute, process=None))
+        injecting = asyncio.create_task(made.faults.inject(NetPartition(nic="n", id="f")))
+        await begun.wait()
+        injecting.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await injecting
+        await made._undo(Operation("inject", 1, None))
+        assert told == [("set_link", False), ("set_link", True)]
+        assert made.cut == set()
+        with pytest.raises(ResourceNotFound, match="never had a fault 'f'"):
+            await made.faults.clear("f")
+
+    asyncio.run(asyncio.wait_for(test(), 60))

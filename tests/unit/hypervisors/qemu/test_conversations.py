@@ -17,11 +17,12 @@ import pytest
 
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.monitored.emulator import COMMAND_LINE
-from vmlab.hypervisors.qemu import display, hotplug, memory, migration
+from vmlab.hypervisors.qemu import display, faults, hotplug, memory, migration
 from vmlab.hypervisors.qemu.command_line import PID_FILE
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qmp import QmpDeviceNotFound, QmpError, QmpLost, QmpTimeout
 from vmlab.machine.errors import MachineCrashed, MigrationFailed, OperationFailed
+from vmlab.machine.faults import DiskError
 
 DISK = DiskFile("data", Path("data.raw"), "raw", 512, readonly=False, made=True)
 
@@ -105,6 +106,14 @@ def test_a_saving_that_is_cut_short_leaves_no_node(
         asyncio.run(memory.save_stream(script, tmp_path, whole=True))
     assert script.said == ["migrate-set-capabilities", "blockdev-add", "blockdev-del"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [refused("qom-set"), QmpTimeout("no answer")])
+def test_a_fault_that_does_not_come_about_leaves_the_disk_as_it_was(error: Exception) -> None:
+    script = Script({"qom-set": [error]})
+    with pytest.raises(type(error)):
+        asyncio.run(faults.fail_disk(script, DISK, "virtio", DiskError(disk="data")))
+    assert script.said == ["blockdev-add", "qom-set", "qom-set", "blockdev-del"]
 
 
 def test_a_picture_that_nobody_waits_for_any_more_is_removed_once_it_is_written(
