@@ -135,6 +135,7 @@ def run_in_foreground(arguments: Sequence[str]) -> tuple[int, int | None]:
     got: list[int] = []
     process = subprocess.Popen(
         command(arguments),
+        env=_environment(),
         preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509  # no thread yet
     )
 
@@ -158,11 +159,13 @@ def command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "pytest", *arguments]
 
 
-def _environment(descriptor: int) -> dict[str, str]:
+def _environment(descriptor: int | None = None) -> dict[str, str]:
+    """What pytest is told beside its arguments: whose it is, and where to tell what it does."""
     before = os.environ.get("PYTEST_PLUGINS", "")
+    told = {} if descriptor is None else {DESCRIPTOR: str(descriptor)}
     return {
         **os.environ,
         "PYTEST_PLUGINS": f"{before},{PLUGIN}" if before else PLUGIN,
         PLUGINS_BEFORE: before,
-        DESCRIPTOR: str(descriptor),
+        **told,
     }

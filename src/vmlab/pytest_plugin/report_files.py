@@ -13,6 +13,7 @@ from typing import Final
 import pytest
 
 from vmlab.machine.errors import VmlabError
+from vmlab.pytest_plugin.wire import PLUGIN
 from vmlab.report import Recorder, Run, find_writer, write
 
 TOOL: Final = "pytest"
@@ -52,7 +53,7 @@ class RunReport:
         labels = {"rootdir": str(config.rootpath)}
         recorder = Recorder.create(
             directory, tool=TOOL, version=pytest.__version__, run_id=directory.name, seed=seed,
-            command=["pytest", *words], labels=labels,
+            command=[*_started_by(config), *words], labels=labels,
         )  # fmt: skip
         return cls(recorder, seed)
 
@@ -107,6 +108,11 @@ class RunReport:
             if message.source == KEPT:
                 terminal.write_line(f"kept: {message.text}")
         terminal.write_line(f"seed: {self.seed} (again: --vm-seed={self.seed})")
+
+
+def _started_by(config: pytest.Config) -> list[str]:
+    """The command that the run was started with, without its arguments."""
+    return ["vmlab", "test"] if config.pluginmanager.has_plugin(PLUGIN) else ["pytest"]
 
 
 def plan(recorder: Recorder, tests: Iterable[tuple[str, str | None]]) -> None:

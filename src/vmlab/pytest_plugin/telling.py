@@ -1,7 +1,8 @@
 """Tells `vmlab test` what pytest does: a line of JSON for each event, on a descriptor of its.
 
-Loaded by `vmlab test` alone (PYTEST_PLUGINS), in the process that it has started. What befalls
-machines is not told here: that is in the journals of the run's report, which `vmlab test` follows.
+Loaded by `vmlab test` alone (PYTEST_PLUGINS), in the process that it has started; without a
+descriptor where pytest has the terminal to itself, and then nothing is told. What befalls machines
+is not told here: that is in the journals of the run's report, which `vmlab test` follows.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 PLUGIN: Final = "vmlab.pytest_plugin.telling"
-"""The plugin that tells what pytest does."""
+"""The plugin that tells what pytest does; that it is loaded says that `vmlab test` began it."""
 
 DESCRIPTOR: Final = "VMLAB_TELL_TO"
 """The environment variable with the number of the descriptor to tell on."""

@@ -22,6 +22,7 @@ from vmlab.cli.exit_codes import ExitCode
 from vmlab.cli.main import main
 from vmlab.cli.test_display import LivePicture, PlainLines
 from vmlab.cli.test_story import Follower, News, Story, outcome_of
+from vmlab.report import read_run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -119,6 +120,17 @@ def test_pytest_has_the_terminal_where_it_talks_to_somebody(
     assert "said" in capfd.readouterr().out
     assert main(["test", "--collect-only", "-q"]) == ExitCode.OK
     assert "test_a.py::test_a" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("talking", [(), ("-s",)], ids=["shown", "talking"])
+def test_the_report_names_the_command_that_gives_the_same_run(
+    talking: tuple[str, ...], project: Path, capfd: Captured
+) -> None:
+    (project / "test_x.py").write_text("def test_a(vm): pass\n")
+    words = [*talking, "--vm-hypervisor=simulated", "--vm-report=reports", "--vm-seed=7"]
+    assert main(["test", *words]) == ExitCode.OK
+    again = read_run(project / "reports" / "latest").command
+    assert list(again) == ["vmlab", "test", *words]
 
 
 def test_a_project_s_own_plugins_are_loaded_and_its_children_know_nothing(
