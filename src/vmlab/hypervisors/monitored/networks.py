@@ -7,11 +7,10 @@ secret from other users of the host.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 from typing import TYPE_CHECKING
 
+from vmlab.hypervisors.monitored.commands import run_command
 from vmlab.machine.errors import OperationFailed
 
 if TYPE_CHECKING:
@@ -39,26 +38,12 @@ async def join_bridge(tap: str, bridge: str) -> None:
     """
     for words in (("link", "set", tap, "master", bridge), ("link", "set", tap, "up")):
         try:
-            process = await asyncio.create_subprocess_exec(
-                "ip",
-                *words,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-            )
+            status, _, said = await run_command("ip", *words)
         except FileNotFoundError as error:
             raise OperationFailed(
                 "the command `ip` is not installed", hint="install iproute2"
             ) from error
-        try:
-            _, complaint = await process.communicate()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        if process.returncode != 0:
-            said = complaint.decode(errors="replace").strip()
+        if status != 0:
             raise OperationFailed(
                 f"ip {' '.join(words)} failed: {said}",
                 hint=f"look whether the bridge {bridge!r} exists, and whether you are root",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vmlab.hypervisors.monitored import disks
+from vmlab.hypervisors.monitored.commands import run_command
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.machine.errors import OperationFailed
 from vmlab.machine.spec import Disk
@@ -73,31 +72,18 @@ async def qemu_img(*arguments: str) -> str:
         OperationFailed: it is not installed, or it failed; with what it said.
     """
     try:
-        process = await asyncio.create_subprocess_exec(
-            "qemu-img",
-            *arguments,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
+        status, output, complaint = await run_command("qemu-img", *arguments)
     except FileNotFoundError as error:
         raise OperationFailed(
             "qemu-img is not installed",
             hint="`vmlab doctor` tells how to install it",
             hypervisor="qemu",
         ) from error
-    try:
-        output, complaint = await process.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise
-    if process.returncode != 0:
-        said = complaint.decode(errors="replace").strip().rpartition("\n")[2]
+    if status != 0:
+        said = complaint.rpartition("\n")[2]
         raise OperationFailed(
-            f"qemu-img {arguments[0]} failed: {said or f'status {process.returncode}'}",
+            f"qemu-img {arguments[0]} failed: {said or f'status {status}'}",
             hint="look whether the image is whole and the file system has space",
             hypervisor="qemu",
         )
-    return output.decode()
+    return output
