@@ -131,7 +131,9 @@ class Walk:
             "info": lambda t: machine.info(timeout=t),
             "metrics": lambda t: machine.metrics(timeout=t),
             "mark": lambda t: self._mark(walker),
-            "plug_disk": lambda t: machine.plug_disk(Disk(name=f"d{number}", size=MIB), timeout=t),
+            "plug_disk": lambda t: machine.plug_disk(
+                Disk(name=f"d{number}", size=MIB, bus=lab.profile.bus), timeout=t
+            ),
             "unplug_disk": lambda t: self._unplug_disk(walker, t),
             "plug_nic": lambda t: machine.plug_nic(
                 Nic(name=f"n{number}", network="none"), timeout=t
