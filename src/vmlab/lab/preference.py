@@ -55,7 +55,7 @@ class Preference:
             return self
         if image.architecture is Architecture.RISCV64:
             return self
-        return _qemu(f"it runs riscv64 guests, and {image.name} is {image.architecture.value}")
+        return _qemu(_not_its_own(image.name, image.architecture))
 
 
 def preference(wish: Wish, named: str | None) -> Preference:
@@ -71,6 +71,26 @@ def preference(wish: Wish, named: str | None) -> Preference:
     return _qemu(lacking) if lacking else Preference(EMBEDDED)
 
 
+def architecture_of(image: str) -> Architecture | None:
+    """The architecture of an image; None where it is found out only when it is fetched.
+
+    Raises:
+        RecipeError: it is a recipe's file, and not a valid one.
+    """
+    for architecture, tiny in TINY.items():
+        if image == tiny:
+            return architecture
+    from vmlab.images import ImageStore
+
+    store = ImageStore()
+    known = store.recipe(image) or store.find(image)
+    return known.architecture if known is not None else None
+
+
+def _not_its_own(image: str | None, architecture: Architecture) -> str:
+    return f"it runs riscv64 guests, and {image} is {architecture.value}"
+
+
 def _qemu(lacking: str) -> Preference:
     return Preference(QEMU, f"on QEMU, and not on the embedded engine: {lacking}")
 
@@ -82,9 +102,9 @@ def _lacking(wish: Wish) -> str:
 
     if platform.machine().lower() not in HOSTS:
         return f"it has no code for {platform.machine()}"
-    if wish.image in TINY.values() and wish.image != TINY[Architecture.RISCV64]:
-        architecture = next(name for name, image in TINY.items() if image == wish.image)
-        return f"it runs riscv64 guests, and {wish.image} is {architecture.value}"
+    architecture = architecture_of(wish.image) if wish.image is not None else None
+    if architecture is not None and architecture is not Architecture.RISCV64:
+        return _not_its_own(wish.image, architecture)
     for share in wish.parsed_shares:
         if share.kind is ShareKind.COPY:
             continue

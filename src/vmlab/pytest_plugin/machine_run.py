@@ -20,7 +20,7 @@ from vmlab.machine.errors import VmlabError
 from vmlab.pytest_plugin import report_place
 from vmlab.pytest_plugin.deaths import TestEnded, passes_through, shown, without_inner_frames
 from vmlab.pytest_plugin.interruption import Interruption
-from vmlab.pytest_plugin.marks import VmMark, mark_of
+from vmlab.pytest_plugin.marks import BadMark, VmMark, mark_of
 from vmlab.pytest_plugin.options import settings_of
 from vmlab.pytest_plugin.report_files import KEPT, RunReport, plan, split
 from vmlab.pytest_plugin.trial import Trial, died_of
@@ -101,7 +101,8 @@ class MachineRun:
 
         if self.settings.hypervisors:
             return self.settings.hypervisors[0]
-        return preference(Wish(image=mark.image or self.settings.image), None).hypervisor
+        wish = Wish(image=mark.image or self.settings.image, shares=mark.shares)
+        return preference(wish, None).hypervisor
 
     def hypervisors_for(self, definition: pytest.Item | pytest.Collector) -> list[Any]:
         """The hypervisors that a test runs on, as pytest's parameters; one may be skipped.
@@ -112,7 +113,10 @@ class MachineRun:
         mark = mark_of(definition)
         wanted = self.settings.hypervisors
         if not mark.hypervisors:
-            return list(wanted) or [self._preferred(mark)]
+            try:
+                return list(wanted) or [self._preferred(mark)]
+            except VmlabError as error:
+                raise BadMark(f"{definition.nodeid}: {shown(error)}") from None
         chosen = [name for name in mark.hypervisors if not wanted or name in wanted]
         if not chosen:
             reason = f"runs on {', '.join(mark.hypervisors)} only, as its mark says"

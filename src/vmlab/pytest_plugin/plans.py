@@ -286,8 +286,7 @@ def _with_image(cell: Cell, run: MachineRun) -> Cell:
 def _preferred(plan: Plan, cell: Cell) -> str:
     """The hypervisor that the lab would take for a machine as the plan wants it."""
     from vmlab.lab.boot import Wish
-    from vmlab.lab.preference import EMBEDDED, QEMU, preference
-    from vmlab.machine.architecture import Architecture
+    from vmlab.lab.preference import preference
 
     wish = Wish(
         image=cell.image,
@@ -295,12 +294,7 @@ def _preferred(plan: Plan, cell: Cell) -> str:
         nics=plan.machine.nics,
         network=plan.machine.network,
     )
-    chosen = preference(wish, None).hypervisor
-    known = _architecture_of(cell.image) if cell.image is not None else None
-    # An image may be of another architecture than the one that would run it without a word.
-    if chosen == EMBEDDED and known not in {None, Architecture.RISCV64}:
-        return QEMU
-    return chosen
+    return preference(wish, None).hypervisor
 
 
 def _lacking(hypervisor: str) -> str:
@@ -319,15 +313,8 @@ def _lacking(hypervisor: str) -> str:
 
 def _fits(image: str | None, architecture: Architecture | None) -> bool:
     """Whether an image is of an architecture, as far as its recipe or the store tells."""
+    from vmlab.lab.preference import architecture_of
+
     if image is None or architecture is None:
         return True
-    return _architecture_of(image) in {None, architecture}
-
-
-def _architecture_of(image: str) -> Architecture | None:
-    """The architecture of an image; None where it is found out only when it is fetched."""
-    from vmlab.images import ImageStore
-
-    store = ImageStore()
-    known = store.recipe(image) or store.find(image)
-    return known.architecture if known is not None else None
+    return architecture_of(image) in {None, architecture}

@@ -33,6 +33,7 @@ def test_the_embedded_engine_runs_what_nobody_else_was_named_for() -> None:
     ("wish", "reason"),
     [
         (Wish(image="debian-12-amd64-tiny"), "runs riscv64 guests, and debian-12-amd64-tiny is"),
+        (Wish(image="debian-12-amd64"), "runs riscv64 guests, and debian-12-amd64 is x86_64"),
         (Wish(shares=("/tmp:/src:rw",)), "mounts no directories"),
         (Wish(shares=("/tmp:/src:9p",)), "mounts no directories"),
         (Wish(network=True), "needs passt"),

@@ -188,3 +188,37 @@ def test_a_seed_gives_each_test_its_own_and_the_same_again(written: Written) -> 
     assert len(set(first)) == 2
     assert seeds("7") == first
     assert not set(seeds("8")) & set(first)
+
+
+def test_a_mark_s_image_and_shares_choose_the_hypervisor_as_the_lab_does(written: Written) -> None:
+    project = written(
+        """
+        import pytest
+
+        @pytest.mark.vm(image="debian-12-amd64")
+        def test_image(vm):
+            pass
+
+        @pytest.mark.vm(share=".:/src:rw")
+        def test_share(vm):
+            pass
+        """
+    )
+    done = project.run("--collect-only", "-q", on=())
+    done.stdout.fnmatch_lines(["*::test_image?qemu?", "*::test_share?qemu?"])
+
+
+def test_an_image_of_a_mark_that_is_no_recipe_is_told_plainly(written: Written) -> None:
+    project = written(
+        """
+        import pytest
+
+        @pytest.mark.vm(image="./mine.toml")
+        def test_image(vm):
+            pass
+        """
+    )
+    (project.path / "mine.toml").write_text("nonsense", encoding="utf-8")
+    done = project.run("--collect-only", "-q", on=())
+    done.stdout.fnmatch_lines(["*test_image*mine.toml*"])
+    assert "Traceback" not in done.stdout.str() and "store.py" not in done.stdout.str()
