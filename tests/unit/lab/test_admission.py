@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -283,10 +282,30 @@ def test_an_interrupted_wait_is_no_wait_any_more(make: Any, tmp_path: Path) -> N
     assert waiters(tmp_path) == []
 
 
+HOLDS_MEMORY = """
+import mmap, sys
+own, shared = (mmap.mmap(-1, 64 << 20, flags=flag | mmap.MAP_ANONYMOUS)
+               for flag in (mmap.MAP_PRIVATE, mmap.MAP_SHARED))
+for memory in (own, shared):
+    for page in range(0, 64 << 20, mmap.PAGESIZE):
+        memory[page] = 1
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_the_memory_of_a_process_is_read_from_the_host() -> None:
-    mine = admission.used_by(os.getpid(), False)
-    assert mine > MIB
-    assert admission.used_by(os.getpid(), True) <= mine
+    # Of a process that waits: what this one has changes from one look to the next.
+    command = [sys.executable, "-c", HOLDS_MEMORY]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        # The kernel counts pages in batches, and the interpreter has some, too.
+        all_of_it = range(126 * MIB, 190 * MIB)
+        what_it_wrote = range(63 * MIB, 126 * MIB)
+        assert admission.used_by(process.pid, False) in all_of_it
+        assert admission.used_by(process.pid, True) in what_it_wrote
+        process.kill()
+    assert admission.used_by(process.pid, False) == 0
     assert admission.used_by(None, False) == 0
     assert admission.used_by(1 << 30, False) == 0
 

@@ -11,27 +11,41 @@ pytest_plugins = ["pytester"]
 
 Written = Callable[[str], Project]
 
+# What blocks a test, and the function of Python's that it is in meanwhile.
 BLOCKING = {
-    "sleep": "import time; time.sleep(600)",
-    "lock": "import threading; threading.Event().wait()",
-    "process": "import subprocess; subprocess.run(['sleep', '600'])",
-    "socket": "import socket; one, other = socket.socketpair(); one.recv(1)",
-    "loop": "\n                while True: pass",
+    "sleep": ("time.sleep(600)", "test_it"),
+    "lock": ("threading.Event().wait()", "wait"),
+    # A process that is just being started would be nobody's.
+    "process": ("subprocess.run(['sleep', '600'])", "communicate"),
+    "socket": ("one, other = socket.socketpair(); one.recv(1)", "test_it"),
+    "loop": ("\n                while True: pass", "test_it"),
 }
 
 
 @pytest.mark.parametrize("call", BLOCKING)
 def test_a_test_out_of_time_ends_whatever_it_is_doing(written: Written, call: str) -> None:
+    blocks, function = BLOCKING[call]
     project = written(f"""
-        import pytest
-        from threading import Timer
+        import pytest, socket, subprocess, sys, threading, time
+
+        def end(trial):
+            time.sleep(0.2)
+            main = threading.main_thread().ident
+            names = set()
+            while {function!r} not in names:
+                time.sleep(0.01)
+                frame, names = sys._current_frames()[main], set()
+                while frame is not None:
+                    names.add(frame.f_code.co_name)
+                    frame = frame.f_back
+            trial._timer.function(*trial._timer.args)
 
         @pytest.mark.vm(timeout=600)
         def test_it(vm, request):
             trial = request.config.pluginmanager.get_plugin("vmlab-run").current
-            Timer(0.2, trial._timer.function, trial._timer.args).start()
+            threading.Thread(target=end, args=[trial], daemon=True).start()
             try:
-                {BLOCKING[call]}
+                {blocks}
             except Exception:
                 pytest.fail("it is no error of the test's own")
 
@@ -60,8 +74,8 @@ def test_the_time_of_a_test_counts_from_its_first_fixture_on(written: Written) -
         def test_next(request):
             assert request.config.pluginmanager.get_plugin("vmlab-run").current._timer is None
     """)
-    project.run("--vm-timeout", "0.5").assert_outcomes(errors=1, passed=1)
-    assert "did not end within 0.5 s" in project.tests()["test_it"].reason
+    project.run("--vm-timeout", "2.5").assert_outcomes(errors=1, passed=1)
+    assert "did not end within 2.5 s" in project.tests()["test_it"].reason
 
 
 DYING = """
