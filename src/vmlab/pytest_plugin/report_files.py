@@ -15,9 +15,9 @@ import pytest
 from vmlab.machine.errors import VmlabError
 from vmlab.pytest_plugin.wire import PLUGIN
 from vmlab.report import Recorder, Run, find_writer, write
+from vmlab.report.place import LATEST
 
 TOOL: Final = "pytest"
-LATEST: Final = "latest"
 KEPT: Final = "kept"
 """The source of messages about machines that stay."""
 _FORMATS: Final = {"junit": "report.xml", "html": "report.html"}

@@ -10,23 +10,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmlab.machine.places import reports_directory
+
 if TYPE_CHECKING:
     from vmlab.pytest_plugin.options import Settings
-
-
-def place(settings: Settings) -> Path:
-    """The directory that runs' directories are in."""
-    if settings.report is not None:
-        return settings.report
-    from platformdirs import user_state_path
-
-    return user_state_path("vmlab", appauthor=False) / "reports"
 
 
 def new_directory(settings: Settings) -> Path:
     """A directory for a run, which is not there yet; its name sorts by time."""
     now = datetime.now(UTC)
-    return place(settings) / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    place = settings.report or reports_directory()
+    return place / f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
 def new_seed(settings: Settings) -> int:

@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from vmlab.machine.errors import VmlabError
+from vmlab.machine.places import reports_directory
 from vmlab.report.journal import REPORT, has_journal
 
-__all__ = ["LATEST", "find_report", "reports_directory"]
+__all__ = ["LATEST", "find_report"]
 
 LATEST: Final = "latest"
-
-
-def reports_directory() -> Path:
-    """The directory that runs' directories are in."""
-    from platformdirs import user_state_path
-
-    return user_state_path("vmlab", appauthor=False) / "reports"
 
 
 def find_report(path: Path | None = None) -> Path:

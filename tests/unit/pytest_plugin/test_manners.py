@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.unit.pytest_plugin.conftest import Project
+import pytest
+from tests.unit.pytest_plugin.conftest import SIMULATED, Project
+
+from vmlab.report import read_run
+from vmlab.report.place import find_report
 
 pytest_plugins = ["pytester"]
 
@@ -78,3 +83,14 @@ def test_help_and_marks_tell_what_there_is(project: Project) -> None:
     for option in ("hypervisor", "image", "scope", "timeout", "seed", "keep", "sit", "report"):
         assert f"--vm-{option}" in said
     assert "@pytest.mark.vm(image=, memory=, cpus=" in project.run("--markers").stdout.str()
+
+
+def test_a_report_that_is_put_nowhere_in_particular_is_found_there(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    project.write(test_it="def test_it(vm): pass")
+    project.pytester.runpytest_inprocess("-p", "no:cacheprovider", *SIMULATED)
+    found = find_report()
+    assert found.is_relative_to(tmp_path / "state")
+    assert [test.name for test in read_run(found).tests()] == ["test_it[simulated]"]
