@@ -89,7 +89,7 @@ class Watchdog:
         rules: What counts.
         on_incident: Told each incident that fails a test, in the event loop, at once.
         heartbeat: Asks the guest for a sign of life and returns when it has given one, as
-            `Guest.ping` does; None is not to ask.
+            `Guest.ping` does; None is not to ask, and a deterministic machine is not asked.
         stamped: Whether the kernel's lines begin with a time, where that is known, as of the
             machine that this one was forked from.
 
@@ -121,7 +121,8 @@ class Watchdog:
         self._pulse = Pulse()
         self._heartbeat = (
             Heartbeat(machine, heartbeat, self._pulse, rules.silence, self._tell)
-            if heartbeat is not None and rules.silence
+            # What the host asks when it likes is input that no seed gives again.
+            if heartbeat is not None and rules.silence and not machine.spec.deterministic
             else None
         )
         self._console: Console | None = None

@@ -415,6 +415,19 @@ def test_no_silence_is_no_question(on_simulated) -> None:
     on_simulated(body)
 
 
+def test_a_deterministic_machine_is_asked_nothing(on_simulated) -> None:
+    async def body(it: Watched) -> None:
+        exact = MachineSpec.of(name="exact", memory="64M", deterministic=True)
+        it.machine = await it.hypervisor.create(exact)
+        await it.machine.start()
+        heart = Heart()
+        async with it.watched(heartbeat=heart, rules=Rules(silence=20)):
+            await asyncio.sleep(600)
+        assert heart.asked == 0
+
+    on_simulated(body)
+
+
 class SlowHypervisor:
     """A machine whose hypervisor answers late, or not at all, as it does on a host that stalls."""
 
