@@ -1,4 +1,4 @@
-"""Columns of progress bars that count bytes or anything else: how much is done, and how fast.
+"""Progress bars that count bytes or anything else: how much is done, and how fast.
 
 Not which bars there are: that is for the command that draws them. Imports rich, so it is imported
 when the first bar is drawn.
@@ -6,10 +6,20 @@ when the first bar is drawn.
 
 from __future__ import annotations
 
-from rich.progress import DownloadColumn, ProgressColumn, Task, TransferSpeedColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
-__all__ = ["AmountColumn", "RateColumn"]
+__all__ = ["AmountColumn", "RateColumn", "work_bars"]
 
 
 class AmountColumn(ProgressColumn):
@@ -45,3 +55,16 @@ class RateColumn(ProgressColumn):
             return self._bytes.render(task)
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+
+
+def work_bars(console: Console) -> Progress:
+    """Bars for steps of long work, each with its amount, its rate and its time; none drawn yet."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        AmountColumn(),
+        RateColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=False,
+    )

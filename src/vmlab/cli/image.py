@@ -47,19 +47,9 @@ def progress_bars() -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _lines()
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from vmlab.cli.amounts import work_bars
 
-    from vmlab.cli.amounts import AmountColumn, RateColumn
-
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        AmountColumn(),
-        RateColumn(),
-        TimeElapsedColumn(),
-        console=output.console(stderr=True),
-        transient=False,
-    ) as bars:
+    with work_bars(output.console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def draw(event: ProgressEvent) -> None:

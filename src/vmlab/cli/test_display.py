@@ -15,6 +15,7 @@ from vmlab.report import escape_controls
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
+    from rich.progress import TaskID
 
 _ENDINGS: Final = {
     "pass": "green",
@@ -67,19 +68,23 @@ class LivePicture:
     """What runs now, drawn again and again; what has ended goes by above it."""
 
     def __init__(self, console: Console, live: Live) -> None:
+        from vmlab.cli.amounts import work_bars
+
         self._console = console
         self._live = live
         self._began = time.monotonic()
+        self._bars = work_bars(console)
+        self._tasks: dict[str, TaskID] = {}
 
     def news(self, news: News) -> None:
         """What has ended, and faults, are lines; the rest is in the picture."""
         from rich.text import Text
 
-        if news.kind not in _ENDINGS and news.kind != "fault":
+        if news.kind not in _ENDINGS and news.kind not in {"fault", "note"}:
             return
         style = _ENDINGS.get(news.kind, "magenta")
         line = Text.assemble((f"{news.kind.upper():<6}", style), news.test)
-        line.append(f"  {news.text}", style="dim")
+        line.append(f"{'  ' if news.test else ''}{news.text}", style="dim")
         self._console.print(line)
 
     def printed(self, text: str) -> None:
@@ -119,7 +124,18 @@ class LivePicture:
                 Text(machines, style="dim"),
             )
         more = len(running) - _MOST_SHOWN
-        return Group(head, rows, *([Text(f"and {more} more")] if more > 0 else []))
+        self._draw_work(story)
+        work = [self._bars.get_renderable()] if story.work else []
+        return Group(head, rows, *([Text(f"and {more} more")] if more > 0 else []), *work)
+
+    def _draw_work(self, story: Story) -> None:
+        for step in self._tasks.keys() - story.work.keys():
+            self._bars.remove_task(self._tasks.pop(step))
+        for step, work in story.work.items():
+            if step not in self._tasks:
+                name = escape_controls(step)
+                self._tasks[step] = self._bars.add_task(name, total=work.total, unit=work.unit)
+            self._bars.update(self._tasks[step], total=work.total, completed=work.done)
 
 
 def _count(number: int, noun: str) -> str:

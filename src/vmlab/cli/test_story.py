@@ -44,6 +44,16 @@ class TestNow:
     machines: dict[str, MachineNow] = field(default_factory=dict)
 
 
+@dataclass
+class WorkNow:
+    """Work on an image: its step in words, how much of what is done, of how much if it is known."""
+
+    step: str
+    done: int
+    total: int | None
+    unit: str
+
+
 @dataclass(frozen=True)
 class News:
     """Something worth a line: about which test, of which kind, and in words."""
@@ -67,6 +77,7 @@ class Story:
         self.planned = 0
         self.outcomes: Counter[str] = Counter()
         self.running: dict[str, TestNow] = {}
+        self.work: dict[str, WorkNow] = {}
         self.wrong: list[str] = []
         self.directory: Path | None = None
         self.boots = 0
@@ -100,10 +111,24 @@ class Story:
                 self._tell(News("begin", id_, ""))
             case "part":
                 self._part(id_, event)
+            case "said":
+                self._tell(News("note", "", str(event["text"])))
+            case "progress":
+                self._progress(event)
             case "end" if id_ in self.running:
                 ended = self.running.pop(id_)
                 self.outcomes[ended.outcome] += 1
                 self._tell(News(ended.outcome, id_, f"{self._clock() - ended.since:.1f} s"))
+
+    def _progress(self, event: Mapping[str, Any]) -> None:
+        step, total, unit = str(event["step"]), event["total"], str(event["unit"])
+        if event["finished"]:
+            self.work.pop(step, None)
+            return
+        if step not in self.work:
+            size = f" ({total / (1 << 20):.1f} MiB)" if total and unit == "bytes" else ""
+            self._tell(News("image", "", f"{step}{size}"))
+        self.work[step] = WorkNow(step, int(event["done"]), total, unit)
 
     def _part(self, id_: str, event: Mapping[str, Any]) -> None:
         outcome = outcome_of(event)

@@ -25,7 +25,7 @@ from vmlab.hypervisors import registry
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Home, Owner, Run
 from vmlab.images import Image, ImageStore, Progress
-from vmlab.images.progress import silent
+from vmlab.images.progress import ProgressEvent, silent
 from vmlab.lab import boot
 from vmlab.lab.admission import OVERHEAD, Admission, Claim
 from vmlab.lab.boot import Bootable, Wish, specification
@@ -462,10 +462,24 @@ class Lab:
         assert wish.image is not None
         with self._lock:
             if wish.image not in self._images:
-                image = boot.find_image(wish, ImageStore(), progress=self.progress)
+                progress = self._announced(wish.image)
+                image = boot.find_image(wish, ImageStore(), progress=progress)
                 self._stack.enter_context(image.hold())
                 self._images[wish.image] = image
             return self._images[wish.image]
+
+    def _announced(self, image: str) -> Progress:
+        """Progress whose beginning is told in a sentence as well: that is what a test waits for."""
+        announced = False
+
+        def told(event: ProgressEvent) -> None:
+            nonlocal announced
+            if not announced:
+                announced = True
+                self._say(f"the image {image} is made ready first: {event.step}")
+            self.progress(event)
+
+        return told
 
     def venue(self, hypervisor: str) -> Venue:
         """A hypervisor of that name, opened for this lab.

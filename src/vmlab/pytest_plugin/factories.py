@@ -6,20 +6,18 @@ say, somebody who watches them, the faults of the mark, and an end with their sc
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from vmlab.lab.armed import Armed
 from vmlab.lab.laboratory import Lab
 from vmlab.pytest_plugin.marks import VmMark, mark_of
-
-_LOG: Final = logging.getLogger(__name__)
+from vmlab.pytest_plugin.saying import progress_of, say
 
 if TYPE_CHECKING:
     from vmlab.lab.networks import LabNetwork
@@ -42,21 +40,11 @@ def open_lab(run: MachineRun, *, shared: Path | None) -> Lab:
         # What is to outlive this process must not belong to it, not even until then.
         owner = Store.open().owner
     terminal = run.settings.sit or run.settings.keep is not None
-    lab = Lab(seed=run.seed, owner=owner, shared=shared, terminal=terminal)
+    progress = progress_of(run.config, run.worker)
+    lab = Lab(seed=run.seed, owner=owner, shared=shared, terminal=terminal, progress=progress)
     lab.observers.append(run.supervision)
-    lab.tell = partial(_say, run.config)
+    lab.tell = partial(say, run.config, run.worker)
     return lab
-
-
-def _say(config: pytest.Config, text: str) -> None:
-    """Say at once what a test waits for, whatever is captured; a worker's log has it alone."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    capture = config.pluginmanager.get_plugin("capturemanager")
-    _LOG.warning("%s", text)
-    if reporter is not None and capture is not None:
-        with capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"vmlab: {text}")
 
 
 class VmFactory:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Final
+import threading
+from typing import Any
 
 import pytest
 
-from vmlab.pytest_plugin.wire import DESCRIPTOR, PLUGINS_BEFORE
-
-_NAME: Final = "vmlab-telling"
+from vmlab.pytest_plugin.wire import DESCRIPTOR, NAME, PLUGINS_BEFORE
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("PYTEST_PLUGINS", None)
     if told is not None and not hasattr(config, "workerinput"):
         os.set_inheritable(int(told), False)
-        config.pluginmanager.register(Telling(config, int(told)), _NAME)
+        config.pluginmanager.register(Telling(config, int(told)), NAME)
 
 
 class Telling:
@@ -39,15 +38,18 @@ class Telling:
         self._descriptor = descriptor
         self._directory: str | None = None
         self._collected = 0
+        self._lock = threading.Lock()
 
-    def _tell(self, event: str, **facts: Any) -> None:
+    def tell(self, event: str, **facts: Any) -> None:
+        """Tell of an event, from any thread."""
         line = json.dumps({"event": event, **facts}).encode() + b"\n"
-        try:
-            while line:
-                line = line[os.write(self._descriptor, line) :]
-        except OSError:
-            # Nobody listens any more; the tests are of use without.
-            return
+        with self._lock:
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except OSError:
+                # Nobody listens any more; the tests are of use without.
+                return
 
     def _tell_directory(self) -> None:
         for name in ("vmlab-run", "vmlab-workers"):
@@ -55,12 +57,12 @@ class Telling:
             directory = getattr(plugin, "directory", None)
             if directory is not None and self._directory is None:
                 self._directory = str(directory)
-                self._tell("report", directory=self._directory)
+                self.tell("report", directory=self._directory)
 
     def _tell_collected(self, number: int) -> None:
         if number > self._collected:
             self._collected = number
-            self._tell("collected", tests=number)
+            self.tell("collected", tests=number)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -77,15 +79,15 @@ class Telling:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that cannot be collected."""
         if report.failed:
-            self._tell("wrong", id=report.nodeid)
+            self.tell("wrong", id=report.nodeid)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """A test begins."""
-        self._tell("begin", id=nodeid)
+        self.tell("begin", id=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A part of a test, or a test that ran in a guest, has ended."""
-        self._tell(
+        self.tell(
             "part",
             id=report.nodeid,
             when=report.when,
@@ -98,9 +100,9 @@ class Telling:
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """A test has ended."""
-        self._tell("end", id=nodeid)
+        self.tell("end", id=nodeid)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str) -> None:
         """A worker died in the midst of a test."""
-        self._tell("end", id=crashitem)
+        self.tell("end", id=crashitem)

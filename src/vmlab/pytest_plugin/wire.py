@@ -12,3 +12,10 @@ DESCRIPTOR: Final = "VMLAB_TELL_TO"
 
 PLUGINS_BEFORE: Final = "VMLAB_PLUGINS_BEFORE"
 """The one with what PYTEST_PLUGINS was before."""
+
+NAME: Final = "vmlab-telling"
+"""The name in pytest of what tells."""
+
+SAID: Final = "said"
+PROGRESS: Final = "progress"
+"""Events: a sentence for whoever waits, and how far the work on an image is."""

@@ -7,6 +7,7 @@ have to be on this host, as `-n` starts them.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from vmlab.pytest_plugin.options import settings_of
 if TYPE_CHECKING:
     from vmlab.hypervisors.ownership import Run
     from vmlab.pytest_plugin.report_files import RunReport
+    from vmlab.pytest_plugin.saying import Listener
 
 DIRECTORY: Final = "vmlab_report"
 SEED: Final = "vmlab_seed"
@@ -50,6 +52,7 @@ class Controller:
         self._config = config
         self._report: RunReport | None = None
         self._run: Run | None = None
+        self._listener: Listener | None = None
         self._directory: Path | None = None
         self._seed = 0
 
@@ -81,10 +84,12 @@ class Controller:
             return
         from vmlab.hypervisors.ownership import Run
         from vmlab.pytest_plugin.report_files import RunReport
+        from vmlab.pytest_plugin.saying import PIPE, Listener, tell
 
         self._run = Run.begin()
         shared = self._run.directory / "shared"
         shared.mkdir()
+        self._listener = Listener(self._run.directory / PIPE, partial(tell, self._config))
         (directory / SHARED).write_text(str(shared), encoding="utf-8")
         self._report = RunReport.begin(self._config, directory, self._seed)
 
@@ -103,6 +108,9 @@ class Controller:
             (self._directory / SHARED).unlink(missing_ok=True)
         if self._report is not None:
             self._report.end()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._run is not None:
             self._run.close()
             self._run = None

@@ -339,6 +339,38 @@ def test_the_picture_has_tests_machines_and_phases(tmp_path: Path) -> None:
     assert "begin" not in shown
 
 
+def working(step: str, done: int, *, finished: bool = False) -> dict[str, object]:
+    return {
+        "event": "progress", "step": step, "done": done, "total": 4 << 20, "unit": "bytes",
+        "finished": finished,
+    }  # fmt: skip
+
+
+def test_work_on_an_image_is_a_line_for_each_step_and_a_bar_while_it_lasts() -> None:
+    news: list[News] = []
+    story = Story(news.append)
+    story.event({"event": "said", "text": "the image tiny is made ready first: fetching"})
+    for done in (0, 1 << 20, 2 << 20):
+        story.event(working("fetching \x1b[2J", done))
+    assert news == [
+        News("note", "", "the image tiny is made ready first: fetching"),
+        News("image", "", "fetching \x1b[2J (4.0 MiB)"),
+    ]
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, no_color=True)
+    assert isinstance(console.file, io.StringIO)
+    with Live(console=console, auto_refresh=False) as live:
+        picture = LivePicture(console, live)
+        picture.news(news[0])
+        picture.turn(story)
+        shown = console.file.getvalue()
+        assert re.search(r"NOTE  \S*the image tiny is made ready", shown)
+        assert "fetching \\x1b[2J" in shown and "2.0/4.0 MiB" in shown
+        story.event(working("fetching \x1b[2J", 4 << 20, finished=True))
+        before = len(console.file.getvalue())
+        picture.turn(story)
+        assert "fetching" not in console.file.getvalue()[before:]
+
+
 def test_on_a_terminal_there_is_a_picture(project: Path) -> None:
     (project / "test_a.py").write_text("def test_a(): pass\n")
     controller, terminal = os.openpty()
