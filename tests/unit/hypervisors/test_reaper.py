@@ -121,7 +121,7 @@ def test_a_dry_run_changes_nothing(home: Home, dead: Path) -> None:
         assert (dead / "file").exists()
         assert (runtime / "qmp.sock").exists()
         assert reap_dead_runs(home).failed == ()
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
         assert not runtime.exists()
         assert not dead.exists()
         runtime.parent.rmdir()
@@ -246,7 +246,7 @@ def test_a_recorded_process_dies_and_a_recycled_pid_does_not(
     record(dead, other, boot="another boot")
     items = clear_run(dead)
     assert [(item.kind, item.pid) for item in items] == [("process", own.pid), ("directory", None)]
-    assert own.wait(5) == -signal.SIGKILL
+    assert own.wait(60) == -signal.SIGKILL
     assert not dead.exists()
 
 
@@ -260,7 +260,7 @@ def test_a_process_that_was_never_recorded_is_known_by_its_environment(
     other = subprocess.Popen(["sleep", "60"], env=os.environ | {"NOT_VMLAB_RUN": DEAD})
     assert (identity(own.pid), marks) in list(marked())
     items = clear_run(dead)
-    assert own.wait(5) == -signal.SIGKILL
+    assert own.wait(60) == -signal.SIGKILL
     assert [item.pid for item in items if item.kind == "process"] == [own.pid]
     for process in (like, store, other):
         assert process.poll() is None
@@ -272,7 +272,7 @@ def test_a_stopped_process_dies(dead: Path) -> None:
     own = subprocess.Popen(["sleep", "60"], env=os.environ | {"VMLAB_RUN": DEAD})
     own.send_signal(signal.SIGSTOP)
     clear_run(dead)
-    assert own.wait(5) == -signal.SIGKILL
+    assert own.wait(60) == -signal.SIGKILL
 
 
 def test_processes_that_multiply_are_hunted_down(dead: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_processes_that_multiply_are_hunted_down(dead: Path, tmp_path: Path) -> 
     own = subprocess.Popen(["sh", script, "5"], env=os.environ | {"VMLAB_RUN": DEAD})
     time.sleep(0.3)
     clear_run(dead)
-    own.wait(5)
+    own.wait(60)
     assert [variables for _, variables in marked() if variables.get("VMLAB_RUN") == DEAD] == []
 
 
@@ -321,7 +321,7 @@ def test_a_process_that_cannot_be_killed_keeps_the_directory(
         patch.setattr(leftovers, "collect", list)
         report = reap_dead_runs(home)
     assert report.failed[0].error == "it was killed but does not end"
-    own.wait(5)
+    own.wait(60)
     assert reap_dead_runs(home).failed == ()
     assert not dead.exists()
 

@@ -130,8 +130,10 @@ def test_a_cancelled_start_leaves_no_process(tmp_path: Path, image: Path, owner:
     async def work() -> None:
         start = breakable.start([disk(image)], tmp_path / "launch", owner=owner, machine="1")
         task = asyncio.create_task(start)
-        # At whatever moment.
-        await asyncio.wait({task}, timeout=0.1)
+        # There is a process from now on, which does not answer yet.
+        while not (tmp_path / "launch" / "disks.log").exists():
+            assert not task.done()
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

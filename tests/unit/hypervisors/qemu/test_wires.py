@@ -62,13 +62,19 @@ class Serving:
         self.status: list[int] = []
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
-        while not (directory / "w-qmp.sock").exists():
-            assert self.thread.is_alive(), self.status
-            threading.Event().wait(0.01)
+        # The others are there before this one, which is there a moment before it can be had.
+        self.wire = self._wire(directory / "w-qmp.sock")
         (self.sent, self.sent_on), (self.came, self.came_on) = (
             [End(directory / name) for name in pair] for pair in names
         )
-        self.wire = Wire(directory / "w-qmp.sock")
+
+    def _wire(self, path: Path) -> Wire:
+        while True:
+            try:
+                return Wire(path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert self.thread.is_alive(), self.status
+                threading.Event().wait(0.01)
 
     def _serve(self) -> None:
         self.status.append(wire_server.main(["w.json"]))
