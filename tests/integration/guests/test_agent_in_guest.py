@@ -119,13 +119,13 @@ def test_killing_the_agent_ends_the_command_with_an_error_and_the_next_one_works
 ) -> None:
     async def body(guest: Guest) -> None:
         with pytest.raises(AgentRestarted):
-            await guest.execute("kill -9 $PPID; sleep 1", timeout=20)
-        assert (await guest.execute("echo back", timeout=20)).stdout == "back\n"
+            await guest.execute("kill -9 $PPID; sleep 1", timeout=60)
+        assert (await guest.execute("echo back", timeout=60)).stdout == "back\n"
         # kill(2): a process does not kill itself by -1, so the command goes on to its end.
         with pytest.raises(AgentRestarted):
-            await guest.execute("kill -9 -1; sleep 1", timeout=20)
-        await guest.connect(timeout=20)
-        assert (await guest.execute("echo back", timeout=20)).stdout == "back\n"
+            await guest.execute("kill -9 -1; sleep 1", timeout=60)
+        await guest.connect(timeout=60)
+        assert (await guest.execute("echo back", timeout=60)).stdout == "back\n"
 
     lab.do(body)
 
@@ -135,7 +135,7 @@ def test_a_host_that_dies_in_the_middle_of_a_command_is_followed_by_another(lab:
         await guest.close()
         for input_too in (False, True):
             first = AgentChannel(lab.machine.channel)
-            await first.connect(timeout=20)
+            await first.connect(timeout=60)
             (out,) = [slot.out for slot in first._all if slot.number == 0]
             assert out is not None
             if input_too:
@@ -144,24 +144,24 @@ def test_a_host_that_dies_in_the_middle_of_a_command_is_followed_by_another(lab:
                 await out.send(command_line("run", "00", "echo noise; sleep 4321"))
             await asyncio.sleep(0.2)
             await first.close()
-            await guest.connect(timeout=30)
+            await guest.connect(timeout=60)
             assert (await guest.execute("echo clean")).stdout == "clean\n"
             assert (await guest.execute("ps | grep '[s]leep 4321'")).stdout == ""
             await guest.close()
-        await guest.connect(timeout=30)
+        await guest.connect(timeout=60)
 
     lab.do(body)
 
 
 def test_waits_see_files_and_ports_of_the_guest(lab: Lab) -> None:
     async def body(guest: Guest) -> None:
-        waiting = asyncio.ensure_future(guest.wait_for_open_port(4242, timeout=30))
-        await guest.wait_for_closed_port(4242, address="127.0.0.1", timeout=30)
+        waiting = asyncio.ensure_future(guest.wait_for_open_port(4242, timeout=60))
+        await guest.wait_for_closed_port(4242, address="127.0.0.1", timeout=60)
         await guest.succeed("(nc -ll -p 4242 -e cat >/dev/null 2>&1 &) ; touch /tmp/up")
         await waiting
-        await guest.wait_for_open_port(4242, address="127.0.0.1", timeout=30)
-        await guest.wait_for_file("/tmp/up", timeout=5)
-        await guest.wait_for_console_text("activate this console", timeout=5)
+        await guest.wait_for_open_port(4242, address="127.0.0.1", timeout=60)
+        await guest.wait_for_file("/tmp/up", timeout=60)
+        await guest.wait_for_console_text("activate this console", timeout=60)
 
     lab.do(body)
 

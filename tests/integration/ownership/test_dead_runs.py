@@ -125,7 +125,7 @@ def test_children_die_with_their_run_before_any_reaper(
     run = doomed('for n in range(3): start(["sleep", "60"], owner=run.owner, machine=f"m{n}")\n')
     children = run.wait_for(3)
     run.kill()
-    gone, alive = psutil.wait_procs(children, timeout=10)
+    gone, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
     assert len(gone) == 3
     report = reap_dead_runs(home)
@@ -140,7 +140,7 @@ def test_a_stopped_child_dies_with_its_run(home: Home, doomed: Callable[[str], D
     child.suspend()
     run.kill()
     reap_dead_runs(home)
-    psutil.wait_procs([child], timeout=10)
+    psutil.wait_procs([child], timeout=60)
     assert_nothing_left(home, run)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -109,13 +110,17 @@ def test_info_is_read_back_and_agrees_with_the_guest(booted: Any) -> None:
 def test_paused_guest_stands_still_and_goes_on_where_it_was(booted: Any) -> None:
     async def test() -> None:
         machine, shell = await booted.machine()
+        began = time.monotonic()
         before = float((await shell.run("cut -d' ' -f1 /proc/uptime")).strip())
         await machine.pause()
+        paused = time.monotonic()
         assert (await machine.status()).state is MachineState.PAUSED
         await asyncio.sleep(1)
+        resumed = time.monotonic()
         await machine.resume()
         after = float((await shell.run("cut -d' ' -f1 /proc/uptime")).strip())
-        assert after - before < 0.9
+        # However long all of it took, of the pause nothing passed.
+        assert after - before < time.monotonic() - began - (resumed - paused) + 0.1
 
     booted.run(test())
 
@@ -125,7 +130,7 @@ def test_graceful_stop_is_the_guests_own_and_its_log_goes_on(booted: Any) -> Non
         machine, shell = await booted.machine()
         await shell.run("echo marker-one")
         console = await machine.console()
-        await machine.stop(timeout=30)
+        await machine.stop(timeout=100)
         assert machine.state is MachineState.STOPPED
         kinds = [event.type for event in await booted.qemu.events() if event.machine == machine.id]
         assert EventType.GUEST_SHUTDOWN in kinds
@@ -188,7 +193,7 @@ def test_guest_that_reboots_is_still_running_and_tells(booted: Any) -> None:
         machine, _ = await booted.machine()
         console = await machine.console()
         await console.write(b"reboot -f\n")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(100):
             async for event in booted.qemu.subscribe(0):
                 if event.type is EventType.GUEST_RESET and event.machine == machine.id:
                     break

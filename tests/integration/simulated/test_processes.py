@@ -50,7 +50,7 @@ def simulate(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str,
         finally:
             if server.poll() is None:
                 server.terminate()
-                server.wait(20)
+                server.wait(60)
 
 
 def client(path: Path, kind="run", owner="r"):
@@ -200,7 +200,7 @@ def test_it_ends_cleanly_and_takes_its_own_directory_along(number, status):
         assert path.exists()
         assert (said["seed"], said["profile"], said["clock"]) == (5, "performance", "virtual")
         server.send_signal(number)
-        assert server.wait(20) == status
+        assert server.wait(60) == status
         assert not path.parent.exists()
 
 

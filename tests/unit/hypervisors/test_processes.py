@@ -77,7 +77,7 @@ def wait(process: OwnedProcess, timeout: float | None = 10) -> int | None:
 def test_a_program_runs_and_ends(owner: Owner) -> None:
     async def live() -> int | None:
         process = await spawn(["sh", "-c", "exit 7"], owner=owner, machine="m1")
-        return await process.wait(10)
+        return await process.wait(60)
 
     assert asyncio.run(live()) == 7
     assert records(owner) == []
@@ -191,7 +191,7 @@ def test_a_cancelled_start_leaves_nothing(owner: Owner, monkeypatch: pytest.Monk
 
     def slow(launch: processes._Launch) -> OwnedProcess:
         begun.set()
-        go_on.wait(10)
+        go_on.wait(60)
         made.append(fork(launch))
         return made[-1]
 

@@ -139,7 +139,7 @@ def test_two_packages_with_one_name_are_a_conflict(registered: Registered) -> No
 
 
 def test_probes_run_at_once_and_failing_ones_say_so(registered: Registered) -> None:
-    together = threading.Barrier(2, timeout=10)
+    together = threading.Barrier(2, timeout=60)
 
     def answer() -> Probe:
         together.wait()

@@ -128,6 +128,7 @@ for number in range(10):
 """
 
 
+@pytest.mark.timeout(600)  # they take turns, and each waits for its disk
 def test_several_processes_write_at_once_and_nothing_is_lost(path: Path) -> None:
     writers = [
         subprocess.Popen(
@@ -146,7 +147,7 @@ def test_several_processes_write_at_once_and_nothing_is_lost(path: Path) -> None
             writer.stdin.write(b"\n")
             writer.stdin.flush()
         for writer in writers:
-            _, errors = writer.communicate(timeout=110)
+            _, errors = writer.communicate(timeout=500)
             assert (writer.returncode, errors) == (0, b"")
     finally:
         for writer in writers:

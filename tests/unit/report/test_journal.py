@@ -83,7 +83,7 @@ def test_after_a_kill_what_was_known_is_read(tmp_path: Path, step: str) -> None:
         while child.stdout.readline().strip() != step:
             assert child.poll() is None
         child.send_signal(signal.SIGKILL)
-        assert child.wait(30) == -signal.SIGKILL
+        assert child.wait(100) == -signal.SIGKILL
     run = read_run(tmp_path)
     assert [test.outcome for test in run.tests()] == AFTER[step]
     assert run.seed == 7
