@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from vmlab.lab.faulting import FaultEvent, FaultRun
 from vmlab.lab.given import LabDisk
 from vmlab.lab.laboratory import Lab
 from vmlab.lab.vm import VM
+from vmlab.machine.errors import VmlabError
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import ClockJump, DiskCorrupt, DiskSlow, DiskTornWrite, FaultSchedule
 from vmlab.machine.spec import Disk
@@ -176,7 +177,9 @@ def test_a_text_on_the_console_cuts_the_power_and_the_machine_starts_again(vm: V
     run = FaultRun(vm.machine, FaultSchedule.parse(text), on_fault=tell)
     before = vm.run(vm.machine.hypervisor.events())[-1].sequence
     vm.run(run.arm())
-    vm.succeed("(usleep 200000; echo here comes the storm >/dev/console) >/dev/null 2>&1 &")
+    # On a busy host the guest's answer may come too late.
+    with suppress(VmlabError):
+        vm.succeed("(usleep 200000; echo here comes the storm >/dev/console) >/dev/null 2>&1 &")
     vm.run(over.wait())
     vm.run(run.disarm())
     vm.run(running_again(vm, before))

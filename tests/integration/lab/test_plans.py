@@ -16,7 +16,7 @@ from vmlab.lab.plans import Plan, PlanResult, run_plan
 from vmlab.lab.vm import VM
 from vmlab.report import Attempt, Outcome, Recorder, read_run
 
-pytestmark = [pytest.mark.boots, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.boots, pytest.mark.timeout(1200)]
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "plans"
 # Read before the tests get directories of their own: images are slow to fetch and never change.

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -179,7 +180,9 @@ def killed_at_a_random_moment(project: Project, seed: int) -> None:
         if whole or not children:
             process.kill()
         else:
-            children[0].kill()
+            # It may have ended just now.
+            with suppress(psutil.NoSuchProcess):
+                children[0].kill()
     process.communicate(timeout=_PATIENCE)
     story = f"seed {seed}: killed {'vmlab' if whole else 'pytest'} after {after}+{delay:.2f} s"
     cleaned = project.clean()

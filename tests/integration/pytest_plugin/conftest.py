@@ -51,7 +51,7 @@ class Project:
     def run(self, *words: str) -> str:
         """Run pytest to its end; what it said."""
         with self.start(*words, stderr=subprocess.STDOUT) as runner:
-            said, _ = runner.communicate(timeout=900)
+            said, _ = runner.communicate(timeout=1700)
         return said.decode(errors="replace")
 
     def report(self) -> Run:

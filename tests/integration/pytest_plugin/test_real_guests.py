@@ -22,7 +22,7 @@ needs_qemu = pytest.mark.skipif(
     shutil.which("qemu-system-x86_64") is None,
     reason="needs qemu-system-x86_64, of the Debian package qemu-system-x86",
 )
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900), needs_qemu]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(1800), needs_qemu]
 
 QEMU = ("--vm-hypervisor", "qemu")
 
