@@ -103,7 +103,11 @@ async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
     panicking = asyncio.ensure_future(_panicked(machine))
     try:
         await asyncio.wait({connecting, panicking}, return_when=asyncio.FIRST_COMPLETED)
-        if not connecting.done() and panicking.result():
+        answered = connecting.done() and connecting.exception() is None
+        if not answered:
+            # Its machine may have ended by the panic; its console says so a moment later.
+            await asyncio.wait({panicking}, timeout=_REST_OF_PANIC)
+        if not answered and _tells(panicking):
             raise MachineCrashed(
                 "the guest's kernel panicked while it booted",
                 hint="the lines above say why; has the kernel drivers for what it boots from?",
@@ -115,6 +119,11 @@ async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
         for task in (connecting, panicking):
             task.cancel()
         await asyncio.wait({connecting, panicking})
+
+
+def _tells(panicking: asyncio.Future[bool]) -> bool:
+    """Whether a panic was seen; a console that cannot be read tells of none."""
+    return panicking.done() and panicking.exception() is None and panicking.result()
 
 
 async def _panicked(machine: Machine) -> bool:

@@ -100,6 +100,12 @@ def test_a_kernel_that_restarts_without_a_last_line_is_given_up_too(
         bring_up(MuteMachine(PANIC))
 
 
+def test_a_machine_that_ends_by_its_kernels_panic_is_told_so() -> None:
+    with pytest.raises(MachineCrashed, match="panicked while it booted") as caught:
+        bring_up(MuteMachine(PANIC, ends=True))
+    assert "Unable to mount root fs" in str(caught.value)
+
+
 def test_a_machine_that_ends_is_told_with_its_console() -> None:
     with pytest.raises(ChannelClosed, match="the guest is gone") as caught:
         bring_up(MuteMachine(b"No bootable device.\n", ends=True))
