@@ -54,7 +54,7 @@ class MachineRun:
         self.report: RunReport | None = None
         self._recorder: Recorder | None = None
         self._lab: Lab | None = None
-        self._usable: dict[str, str] = {}
+        self._lacking: dict[str, str] = {}
         self._failures = 0
 
     @classmethod
@@ -125,15 +125,22 @@ class MachineRun:
 
     def _parameter(self, name: str) -> Any:
         """A hypervisor that a mark names; a test on one that is not here is skipped."""
-        if name not in self._usable:
+        lacking = self.lacking(name)
+        return pytest.param(name, marks=pytest.mark.skip(reason=lacking)) if lacking else name
+
+    def lacking(self, name: str) -> str:
+        """Why a hypervisor cannot be used here; empty if it can.
+
+        Raises:
+            HypervisorUnavailable: there is none of that name.
+        """
+        if name not in self._lacking:
             from vmlab.hypervisors import registry
 
             probe = registry.provider(name).probe()
-            lacking = probe.reason or "its probe says no more"
-            self._usable[name] = "" if probe.available else f"needs {name}: {lacking}"
-        if not self._usable[name]:
-            return name
-        return pytest.param(name, marks=pytest.mark.skip(reason=self._usable[name]))
+            reason = probe.reason or "its probe says no more"
+            self._lacking[name] = "" if probe.available else f"needs {name}: {reason}"
+        return self._lacking[name]
 
     def seed_of(self, item: pytest.Item | pytest.Collector) -> int:
         """A test's seed: of the run's and of its name, 63 bits."""

@@ -263,7 +263,7 @@ def _cells_of(plan: Plan, run: MachineRun) -> Iterator[tuple[Cell, str]]:
         elif asked and pictured.hypervisor not in asked:
             yield pictured, f"runs on {pictured.hypervisor}, and --vm-hypervisor names others"
         else:
-            yield pictured, _lacking(pictured.hypervisor)
+            yield pictured, run.lacking(pictured.hypervisor)
     if not found:
         images = list(plan.matrix.images or (plan.machine.image,))
         right = "an image of one of the architectures"
@@ -295,20 +295,6 @@ def _preferred(plan: Plan, cell: Cell) -> str:
         network=plan.machine.network,
     )
     return preference(wish, None).hypervisor
-
-
-def _lacking(hypervisor: str) -> str:
-    """Why a hypervisor that a plan names cannot be used here; empty if it can.
-
-    Raises:
-        HypervisorUnavailable: there is none of that name.
-    """
-    from vmlab.hypervisors import registry
-
-    probe = registry.provider(hypervisor).probe()
-    if probe.available:
-        return ""
-    return f"needs {hypervisor}: {probe.reason or 'its probe says no more'}"
 
 
 def _fits(image: str | None, architecture: Architecture | None) -> bool:

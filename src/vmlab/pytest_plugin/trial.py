@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from vmlab.machine.errors import ChannelClosed, MachineCrashed, VmlabError
-from vmlab.pytest_plugin.deaths import MachineDied, OutOfTime, TestEnded, shown
+from vmlab.pytest_plugin.deaths import MachineDied, OutOfTime, TestEnded
 from vmlab.report import AttemptRecorder, Direction, Outcome, Severity
 
 if TYPE_CHECKING:
@@ -254,8 +254,3 @@ def died_of(error: BaseException | None) -> bool:
     if isinstance(error, TestEnded):
         return error.fatal
     return isinstance(error, MachineCrashed)
-
-
-def text_of(error: BaseException) -> str:
-    """What a person is told of an error that needs no traceback."""
-    return shown(error)
