@@ -100,13 +100,20 @@ async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
         MachineCrashed: its kernel panicked; one that restarts itself would go on like this.
     """
     connecting = asyncio.ensure_future(guest.connect(timeout=timeout))
-    panicking = asyncio.ensure_future(_panicked(machine))
+    seen = asyncio.Event()
+    panicking = asyncio.ensure_future(_panicked(machine, seen))
+    seeing = asyncio.ensure_future(seen.wait())
     try:
         await asyncio.wait({connecting, panicking}, return_when=asyncio.FIRST_COMPLETED)
         answered = connecting.done() and connecting.exception() is None
         if not answered:
             # Its machine may have ended by the panic; its console says so a moment later.
-            await asyncio.wait({panicking}, timeout=_REST_OF_PANIC)
+            await asyncio.wait(
+                {panicking, seeing}, timeout=_REST_OF_PANIC, return_when=asyncio.FIRST_COMPLETED
+            )
+            if seen.is_set():
+                # However late it began, the rest of it has its time.
+                await asyncio.wait({panicking})
         if not answered and _tells(panicking):
             raise MachineCrashed(
                 "the guest's kernel panicked while it booted",
@@ -116,9 +123,9 @@ async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
             )
         await connecting
     finally:
-        for task in (connecting, panicking):
+        for task in (connecting, panicking, seeing):
             task.cancel()
-        await asyncio.wait({connecting, panicking})
+        await asyncio.wait({connecting, panicking, seeing})
 
 
 def _tells(panicking: asyncio.Future[bool]) -> bool:
@@ -126,8 +133,11 @@ def _tells(panicking: asyncio.Future[bool]) -> bool:
     return panicking.done() and panicking.exception() is None and panicking.result()
 
 
-async def _panicked(machine: Machine) -> bool:
-    """Wait for a panic on the kernel's console; False if the console ends, or there is none."""
+async def _panicked(machine: Machine, seen: asyncio.Event) -> bool:
+    """Wait for a panic on the kernel's console; False if the console ends, or there is none.
+
+    `seen` is set when one has begun; it is over soon then.
+    """
     if not machine.spec.consoles:
         return False
     scanner = ConsoleScanner()
@@ -138,6 +148,7 @@ async def _panicked(machine: Machine) -> bool:
                 return False
             if _tell_of_panic(scanner.feed(data)):
                 return True
+        seen.set()
         try:
             async with asyncio.timeout(_REST_OF_PANIC):
                 while scanner.busy and (data := await console.read()):

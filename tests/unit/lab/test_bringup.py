@@ -106,6 +106,30 @@ def test_a_machine_that_ends_by_its_kernels_panic_is_told_so() -> None:
     assert "Unable to mount root fs" in str(caught.value)
 
 
+class LateConsole(PrintingConsole):
+    """What it prints is there a moment after the agent's channel has ended."""
+
+    async def read(self) -> bytes:
+        await asyncio.sleep(0.05)
+        return await super().read()
+
+
+class StoppedByPanic(MuteMachine):
+    """A machine that its hypervisor stops when the kernel panics: its console never ends."""
+
+    async def console(self, name: str = "serial") -> PrintingConsole:
+        return LateConsole(self._pieces, ends=False)
+
+    async def channel(self, name: str) -> None:
+        raise ChannelClosed("the guest is gone")
+
+
+def test_a_panic_that_is_read_late_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bringup, "_REST_OF_PANIC", 1.0)
+    with pytest.raises(MachineCrashed, match="panicked while it booted"):
+        bring_up(StoppedByPanic(PANIC))
+
+
 def test_a_machine_that_ends_is_told_with_its_console() -> None:
     with pytest.raises(ChannelClosed, match="the guest is gone") as caught:
         bring_up(MuteMachine(b"No bootable device.\n", ends=True))
