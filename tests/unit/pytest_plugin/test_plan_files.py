@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from tests.unit.pytest_plugin.conftest import Project
 
 import vmlab.lab.plans
 import vmlab.pytest_plugin.plans
+from vmlab.hypervisors import registry
+from vmlab.hypervisors.base import Probe
 from vmlab.lab.plans import PhaseResult, PlanResult
 from vmlab.lab.plans.guest_tests import GuestTest
 from vmlab.lab.vm import VM
@@ -259,3 +262,24 @@ def test_a_project_without_plans_imports_nothing_for_them(project: Project) -> N
         cwd=project.path, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+def test_a_hypervisor_that_is_not_here_skips_marks_and_plans_alike(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = registry.provider
+
+    def provider(name: str) -> Any:
+        if name != "qemu":
+            return known(name)
+        lacking = Probe(hypervisor="qemu", available=False, reason="no program of that name")
+        return SimpleNamespace(probe=lambda: lacking)
+
+    monkeypatch.setattr(registry, "provider", provider)
+    plan(project, "[machine]\nhypervisor = 'qemu'\n" + ONE)
+    project.write(
+        test_it="import pytest\n@pytest.mark.vm(hypervisors=['qemu'])\ndef test_it(vm): pass\n"
+    )
+    project.run(on=()).assert_outcomes(skipped=2)
+    reasons = {test.reason for test in project.tests().values()}
+    assert reasons == {"needs qemu: no program of that name"}
