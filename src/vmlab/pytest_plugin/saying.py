@@ -71,7 +71,9 @@ def _print(config: pytest.Config, text: str) -> None:
     if reporter is not None and capture is not None:
         with capture.global_and_fixture_disabled():
             reporter.ensure_newline()
-            reporter.write_line(f"vmlab: {text}")
+            # pytest-xdist's dots are of no file: pytest does not know that its line has begun.
+            line = "\n" if reporter._tw.width_of_current_line else ""
+            reporter.write(f"{line}vmlab: {text}\n")
 
 
 def _write(pipe: Path, message: Mapping[str, Any]) -> None:

@@ -50,8 +50,9 @@ def test_workers_tell_their_controller(project: Project) -> None:
         cwd=project.path, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     told = "vmlab: the image debian-13-riscv64-tiny is made ready first: fetching it"
-    assert done.stdout.splitlines().count(told) == 1, done.stdout
-    assert done.stdout.splitlines().count("vmlab: vm waits for memory") == 1
+    # A dot of the controller's own thread may come just before either.
+    assert done.stdout.count(f"{told}\n") == 1, done.stdout
+    assert done.stdout.count("vmlab: vm waits for memory\n") == 1, done.stdout
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
