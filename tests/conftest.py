@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from hypothesis import settings
 # Slow machines are no failures; a failing example is printed so that anybody can run it again.
 settings.register_profile("vmlab", deadline=None, print_blob=True)
 settings.load_profile("vmlab")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Who starts tests in the background has them, and all that they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NOBODY = 65534  # the kernel's overflow uid, which owns nothing
 
