@@ -270,6 +270,25 @@ def test_what_is_faster_than_its_interruption_is_no_failure() -> None:
     assert result.notes == ["something quick: it was faster"]
 
 
+def test_a_migration_that_was_slow_only_at_first_is_no_failure() -> None:
+    class Busy(BrokenMachine):
+        moved = 0
+
+        async def _do_migrate(self, *arguments: Any) -> None:
+            Busy.moved += 1
+            if Busy.moved == 1:
+                await asyncio.sleep(100)
+            await super()._do_migrate(*arguments)
+
+    class OnABusyHost(BrokenHypervisor):
+        machine_class = Busy
+
+    (found,) = select(["migration.interrupted"])
+    result = run_check(found, Subject(BrokenProvider(OnABusyHost), PROFILE))
+    assert result.outcome is Outcome.PASS, result.reason
+    assert Busy.moved > 4
+
+
 def test_a_check_that_hangs_is_ended() -> None:
     async def body(lab: Bench) -> None:
         lab.spawn(asyncio.sleep(10**9))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Final
 
 from vmlab.conformance.bench import Bench, names, of_type, shape
 from vmlab.conformance.checks.snapshots import has_disks, write_disks
 from vmlab.conformance.registry import Means, check
+from vmlab.hypervisors.base import Hypervisor, Machine
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import (
     DeadlineExceeded,
@@ -18,6 +20,9 @@ from vmlab.machine.errors import (
 )
 from vmlab.machine.events import EventType
 from vmlab.machine.states import MachineState
+
+_SHORTER: Final = 4
+"""How often a migration that is quicker than its limit is given a shorter one."""
 
 
 @check(
@@ -99,6 +104,24 @@ async def progress(lab: Bench) -> None:
     lab.equal(noted, told, "progress by events")
 
 
+async def _out_of_time(lab: Bench, machine: Machine, target: Hypervisor, limit: float) -> Machine:
+    """Have a migration be late, and return the machine where it was.
+
+    One that is quicker than `limit` comes back and is given less: what was measured on a busy host
+    says little of how long the next one takes.
+    """
+    for _ in range(_SHORTER):
+        try:
+            arrived = lab.keep(await machine.migrate(target, timeout=limit))
+        except DeadlineExceeded:
+            return machine
+        machine = lab.keep(await arrived.migrate(lab.hypervisor))
+        limit /= 4
+    limited = machine.migrate(target, timeout=limit)
+    await lab.refuses(DeadlineExceeded, limited, "a migration out of time")
+    return machine
+
+
 @check(
     "migration.interrupted",
     clause="a migration that is cancelled or late leaves the machine running where it was and "
@@ -122,8 +145,8 @@ async def interrupted(lab: Bench) -> None:
             if way == "late":
                 if share == 0:
                     continue
-                limited = machine.migrate(target, timeout=usual * share * 0.5)
-                await lab.refuses(DeadlineExceeded, limited, "a migration out of time")
+                machine = await _out_of_time(lab, machine, target, usual * share * 0.5)
+                guest = lab.guest(machine)
             else:
                 for arrived in await lab.interrupt(
                     machine.migrate(target), usual * share * 0.5, "a cancelled migration"

@@ -190,6 +190,14 @@ class LeavesNameThere(BrokenMachine):
             raise
 
 
+@mutant("migration.interrupted")
+class ArrivesHoweverLate(BrokenMachine):
+    """Moves a machine however long that takes."""
+
+    async def migrate(self, target: Any, *, timeout: float | None = None, **options: Any) -> Any:
+        return await super().migrate(target, **options)
+
+
 @mutant("migration.refused")
 class MovesAnyway(BrokenMachine):
     """Moves a running machine although it was asked to move it at rest."""
