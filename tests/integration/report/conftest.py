@@ -20,9 +20,13 @@ HOSTILE = "</pre></script><script>document.title='owned'</script><img src=x oner
 PANIC = "[    2.0] Kernel panic - not syncing: Fatal exception"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, headless, started once."""
+    """Debian's Chromium, headless, for one test.
+
+    Playwright's synchronous interface leaves an event loop running in this thread while it lives,
+    which no other test of this process could do with.
+    """
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs the Debian package chromium")
