@@ -359,7 +359,7 @@ def test_disk_errors_reach_the_guest_until_they_are_cleared(booted: Any) -> None
             await shell.run(write)
         with pytest.raises(ResourceNotFound):
             await machine.inject(DiskError(disk="nope"))
-        with pytest.raises(UnsupportedOperation, match="fault trigger chance"):
+        with pytest.raises(UnsupportedOperation, match="fault disk-error"):
             await machine.inject(DiskError(disk="data", when=Chance(probability=0.5)))
 
     booted.run(test())

@@ -697,10 +697,11 @@ def test_how_another_processes_child_ended_is_known(
             )
             await machine.start()
             await until_ready(machine)
-            launch = Path((await machine.info()).extra["launch"])
+            info = await machine.info()
+            launch = Path(info.extra["launch"])
         # From now on it is as good as somebody else's, whose status nobody here is told.
-        (child,) = processes._children.values()
-        processes._children.clear()
+        (key,) = [key for key, child in processes._children.items() if child.pid == info.pid]
+        child = processes._children.pop(key)
         async with provider.open(store.owner) as second:
             if seen:
                 found = await second.get("code")
