@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+COMPILERS = {
+    "riscv64": "the Debian packages gcc-riscv64-linux-gnu and libc6-dev-riscv64-cross",
+    "x86_64": "the Debian packages gcc-x86-64-linux-gnu and libc6-dev",
+}
 
 
 def pytest_configure(config):
@@ -25,7 +29,8 @@ def ledger():
         machine = vm.spec.architecture
         built = HERE / "build" / f"ledger-{machine}"
         if not built.exists():
-            pytest.skip(f"needs {machine}-linux-gnu-gcc and its libc, to build for such a guest")
+            compiler = COMPILERS.get(machine, f"{machine}-linux-gnu-gcc")
+            pytest.skip(f"needs {compiler}, to build for such a guest")
         vm.copy_in(built, "/bin/ledger")
         return "ledger"
 

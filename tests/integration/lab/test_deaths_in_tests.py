@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.pytest_plugin.conftest import Project, project  # noqa: F401  (a fixture)
+from tests.integration.projects import Project
 
 from vmlab.report import Attempt, Outcome
 
@@ -86,12 +86,12 @@ def reason(attempt: Attempt) -> str:
     return "\n".join([attempt.reason, *(message.text for message in attempt.messages)])
 
 
-def artifact(project: Project, attempt: Attempt, name: str) -> bytes:  # noqa: F811  (no fixture)
+def artifact(project: Project, attempt: Attempt, name: str) -> bytes:
     (found,) = [each for each in attempt.artifacts if each.name == f"vm-{name}"]
     return (project.reports / "latest" / found.path).read_bytes()
 
 
-def test_each_death_is_of_the_test_that_it_belongs_to(project: Project) -> None:  # noqa: F811  (the fixture)
+def test_each_death_is_of_the_test_that_it_belongs_to(project: Project) -> None:
     project.write(DYING)
     said = project.run(*QEMU)
     assert "report: " in said, said
@@ -141,7 +141,7 @@ def test_each_death_is_of_the_test_that_it_belongs_to(project: Project) -> None:
 
 
 @pytest.fixture
-def small_disk(project: Project) -> Iterator[None]:  # noqa: F811  (the fixture)
+def small_disk(project: Project) -> Iterator[None]:
     """The machines' home is on a file system of its own, which a test may fill."""
     if os.geteuid() != 0:
         pytest.skip("needs the right to mount a file system (root)")
@@ -153,7 +153,7 @@ def small_disk(project: Project) -> Iterator[None]:  # noqa: F811  (the fixture)
 
 
 @pytest.mark.usefixtures("small_disk")
-def test_a_full_disk_of_the_host_fails_the_test_whose_machine_needs_it(project: Project) -> None:  # noqa: F811  (the fixture)
+def test_a_full_disk_of_the_host_fails_the_test_whose_machine_needs_it(project: Project) -> None:
     project.write("""
         import pytest
 

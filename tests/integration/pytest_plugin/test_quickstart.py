@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.integration.pytest_plugin.conftest import Project
+from tests.integration.projects import Project
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "quickstart"
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from tests.integration.pytest_plugin.conftest import Project
+from tests.integration.projects import Project
 
 from vmlab.hypervisors import registry
 from vmlab.hypervisors.ownership import Home, Run, Store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lxml import etree
 from vmlab.report import (
     Artifact,
     Attempt,
+    AttemptRecorder,
     Check,
     Clock,
     Direction,
@@ -24,6 +26,7 @@ from vmlab.report import (
     Outcome,
     Output,
     Phase,
+    Recorder,
     Run,
     Severity,
     Suite,
@@ -269,6 +272,17 @@ class TurnableClock:
 @pytest.fixture
 def turnable() -> TurnableClock:
     return TurnableClock()
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, turnable: TurnableClock) -> Iterator[Recorder]:
+    with Recorder.create(tmp_path / "run", tool="t", clock=turnable.clock) as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def attempt(recorder: Recorder) -> AttemptRecorder:
+    return recorder.start("s", "t")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ from vmlab.report import (
     read_run,
 )
 from vmlab.report.journal import read_journals
-
-
-@pytest.fixture
-def recorder(tmp_path: Path, turnable: Any) -> Iterator[Recorder]:
-    with Recorder.create(tmp_path / "run", tool="t", clock=turnable.clock) as recorder:
-        yield recorder
-
-
-@pytest.fixture
-def attempt(recorder: Recorder) -> AttemptRecorder:
-    return recorder.start("s", "t")
 
 
 def _seen(recorder: Recorder) -> Test:

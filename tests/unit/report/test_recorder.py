@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,6 @@ from vmlab.report import (
     read_run,
 )
 from vmlab.report import attempt as attempt_module
-
-
-@pytest.fixture
-def recorder(tmp_path: Path, turnable: Any) -> Iterator[Recorder]:
-    with Recorder.create(tmp_path / "run", tool="t", clock=turnable.clock) as recorder:
-        yield recorder
-
-
-@pytest.fixture
-def attempt(recorder: Recorder) -> AttemptRecorder:
-    return recorder.start("s", "t")
 
 
 def test_a_run_says_what_it_was_told(tmp_path: Path) -> None:

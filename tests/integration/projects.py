@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from vmlab.images.settings import default_store
 from vmlab.report import Run, Test, read_run
@@ -70,11 +66,3 @@ class Project:
             if any(str(self.home) in word for word in process.info["cmdline"] or ())
             or str(self.home) in (process.info["cwd"] or "")
         ]
-
-
-@pytest.fixture
-def project() -> Iterator[Project]:
-    # Not pytest's tmp_path: a unix socket's path may have 107 bytes and no more.
-    base = Path(tempfile.mkdtemp(prefix="vmlab-p-"))
-    yield Project(base)
-    shutil.rmtree(base)
