@@ -65,9 +65,14 @@ def invalid(
     error: ValidationError, model: type[BaseModel], *, source: str | None = None
 ) -> InvalidSpec:
     """The same complaint in vmlab's form: field, value, what would be right."""
-    problems = [_problem(detail, model) for detail in error.errors(include_url=False)]
+    problems = described(error.errors(include_url=False), model)
     what = str(model.model_config.get("title") or _in_words(model.__name__))
     return InvalidSpec(problems, source=source, what=what)
+
+
+def described(details: Sequence[Any], model: type[BaseModel]) -> list[SpecProblem]:
+    """Pydantic's complaints about a `model`, as its `errors()` gave them, in vmlab's form."""
+    return [_problem(detail, model) for detail in details]
 
 
 def shortened(value: object, limit: int = 60) -> object:
