@@ -62,6 +62,15 @@ def format_size(size: int) -> str:
     return str(size)
 
 
+def rounded_size(size: float) -> str:
+    """Bytes as people read them, rounded: "512 MiB", "1.5 GiB"; `parse_size` may read another."""
+    amount, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount >= 1024:
+            amount, unit = amount / 1024, larger
+    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"
+
+
 SIZE_SCHEMA = {
     "anyOf": [
         {"type": "integer", "minimum": 0, "maximum": LARGEST_SIZE},

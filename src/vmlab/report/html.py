@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from vmlab.machine.sizes import rounded_size
 from vmlab.report.cause import Line, console_lines, quoted
 from vmlab.report.comparison import middle_of
 from vmlab.report.drawing import Sample, chart, number, timeline
@@ -140,22 +141,13 @@ def _template() -> jinja2.Template:
     environment.filters.update(
         seconds=lambda value: "–" if value is None else f"{value:.2f} s",
         number=number,
-        size=_size,
+        size=rounded_size,
         moment=lambda moment: moment.isoformat(" ", "seconds").replace("+00:00", " UTC"),
         describe=describe,
         data=lambda value: json.dumps(value, indent=1, ensure_ascii=False),
     )
     environment.globals["timeline"] = lambda attempt: _markup(timeline(attempt))
     return environment.from_string(_asset("page.html.jinja"))
-
-
-def _size(size: int) -> str:
-    """Bytes as people read them, rounded."""
-    amount, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if amount >= 1024:
-            amount, unit = amount / 1024, larger
-    return f"{amount:.0f} {unit}" if amount >= 10 or unit == "B" else f"{amount:.1f} {unit}"
 
 
 # ------------------------------------------------------------------------------------- evidence
@@ -199,7 +191,7 @@ def _consoles(attempt: Attempt, directory: Path | None) -> Iterator[_Console]:
                 file.seek(max(0, artifact.size - TEXT_LIMIT))
                 text = file.read().decode("utf-8", "backslashreplace")
             skipped = max(0, artifact.size - TEXT_LIMIT)
-            left_out = f"the first {_size(skipped)} left out" if skipped else ""
+            left_out = f"the first {rounded_size(skipped)} left out" if skipped else ""
             yield _Console(artifact.name, _lines(attempt, text, quotes), left_out)
 
 
