@@ -29,6 +29,7 @@ MUST_DECLARE: Final = frozenset(
         Capability.HOTPLUG_DISK,
         Capability.RESIZE,
         Capability.RESIZE_DISK,
+        Capability.DISK_IN_PLACE,
         Capability.CONSOLE,
         Capability.GUEST_CHANNELS,
         Capability.DETERMINISTIC,

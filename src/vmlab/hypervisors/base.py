@@ -252,6 +252,8 @@ class Machine(ABC):
     async def delete(self, *, force: bool = False, timeout: float | None = None) -> None:
         """Remove it with its disks and snapshots; deleting a deleted machine does nothing.
 
+        An image that a disk has by `source` or `file` is not the machine's and stays.
+
         Args:
             force: Kill it first if it is live, instead of refusing; what is under way or waits
                 fails as it does by `kill`.
@@ -316,7 +318,8 @@ class Machine(ABC):
         """Save its disks, and with `memory` (None: if it is live and can be) all of it.
 
         Raises:
-            OperationFailed: there is a snapshot of that name already.
+            OperationFailed: there is a snapshot of that name already, or the guest writes to a
+                disk's `file`, which is no part of the machine.
         """
 
     @abstractmethod
@@ -347,6 +350,9 @@ class Machine(ABC):
         """An independent copy of the running or paused machine, in the same state.
 
         The copy has a name, an id and MAC addresses of its own; neither sees what the other writes.
+
+        Raises:
+            OperationFailed: the guest writes to a disk's `file`, which only one machine can have.
         """
 
     @abstractmethod
@@ -373,11 +379,17 @@ class Machine(ABC):
 
     @abstractmethod
     async def plug_disk(self, disk: Disk, *, timeout: float | None = None) -> DiskInfo:
-        """Add a disk; returns when the machine has it. Live machines need `hotplug-disk`."""
+        """Add a disk; returns when the machine has it. Live machines need `hotplug-disk`.
+
+        Raises:
+            InvalidSpec: its `source` or `file` is not as it has to be.
+            OperationFailed: another live machine has its `file` and writes to it; a start tells
+                the same of disks that were added at rest.
+        """
 
     @abstractmethod
     async def unplug_disk(self, name: str, *, timeout: float | None = None) -> None:
-        """Remove a disk and, unless it has a `source` of its own, its contents.
+        """Remove a disk with what was made for it; a `source` or `file` of its own is kept.
 
         Where the guest has to let go of it, a paused machine refuses it with InvalidState.
         """

@@ -311,6 +311,7 @@ class OperatedMachine(SerialisedMachine):
                     hypervisor=self._hypervisor.name,
                     operation="snapshot",
                 )
+            self._require_own_disks("snapshot")
             with_memory = state.is_live and Capability.MEMORY_SNAPSHOT in capabilities
             if memory is not None:
                 with_memory = memory
@@ -324,6 +325,22 @@ class OperatedMachine(SerialisedMachine):
             needs=needs,
             event=(EventType.SNAPSHOT_TAKEN, lambda taken: {"snapshot": taken.name}),
         )
+
+    def _require_own_disks(self, operation: str) -> None:
+        """Refuse to copy a machine whose guest writes to files that are not the machine's.
+
+        Raises:
+            OperationFailed: naming the disks.
+        """
+        if names := [disk.name for disk in self._spec.disks if disk.in_place]:
+            raise OperationFailed(
+                f"machine {self.name!r} writes to files that are no part of it: its disks "
+                f"{', '.join(names)}",
+                hint="unplug them first; what they hold is not copied",
+                machine=self.name,
+                hypervisor=self._hypervisor.name,
+                operation=operation,
+            )
 
     async def _named_snapshot(self, name: str) -> Snapshot:
         for kept in await self._do_snapshots():
@@ -382,6 +399,7 @@ class OperatedMachine(SerialisedMachine):
         async def plan(state: MachineState, capabilities: Capabilities) -> Action[OperatedMachine]:
             spec = self._spec.renamed(name)
             self._hypervisor.require_free(name, operation="fork")
+            self._require_own_disks("fork")
             return lambda operation: self._hypervisor.make(
                 operation, spec, lambda child: self._do_fork(operation, child), state=state
             )
@@ -533,6 +551,14 @@ class OperatedMachine(SerialisedMachine):
     async def resize_disk(self, name: str, size: int, *, timeout: float | None = None) -> DiskInfo:
         async def plan(state: MachineState, capabilities: Capabilities) -> Action[DiskInfo]:
             disk = self._named("disk", name, self._spec.disk(name))
+            if disk.file is not None and disk.readonly:
+                raise OperationFailed(
+                    f"disk {name!r} is an image that is only read",
+                    hint="plug it without readonly to have it grow",
+                    machine=self.name,
+                    hypervisor=self._hypervisor.name,
+                    operation="resize_disk",
+                )
             grown = build(Disk, {**disk.model_dump(), "size": size})
             changed = self._spec.with_changes(
                 disks=[grown if other.name == name else other for other in self._spec.disks]

@@ -34,6 +34,7 @@ class Capability(StrEnum):
     HOTPLUG_MEMORY = "hotplug-memory"
     RESIZE = "resize"
     RESIZE_DISK = "resize-disk"
+    DISK_IN_PLACE = "disk-in-place"
     PINNING = "pinning"
     NUMA = "numa"
     CONSOLE = "console"
@@ -63,6 +64,7 @@ DESCRIPTIONS: dict[Capability, str] = {
     Capability.HOTPLUG_MEMORY: "change the memory of a running machine",
     Capability.RESIZE: "change vCPUs and memory of a machine at rest",
     Capability.RESIZE_DISK: "grow a disk",
+    Capability.DISK_IN_PLACE: "use an image where it is, and keep it when its disk goes",
     Capability.PINNING: "bind vCPUs to CPUs of the host",
     Capability.NUMA: "show the guest several NUMA nodes",
     Capability.CONSOLE: "a serial console that can be read and written",

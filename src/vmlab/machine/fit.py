@@ -44,6 +44,9 @@ def needed_capabilities(spec: MachineSpec) -> list[tuple[str, Capability]]:
         needed.append(("cpus.maximum", Capability.HOTPLUG_VCPU))
     if spec.memory.maximum is not None and spec.memory.maximum > spec.memory.size:
         needed.append(("memory.maximum", Capability.HOTPLUG_MEMORY))
+    for position, disk in enumerate(spec.disks):
+        if disk.file is not None:
+            needed.append((f"disks.{position}.file", Capability.DISK_IN_PLACE))
     for position, share in enumerate(spec.shares):
         if share.kind is not ShareKind.AUTO:
             needed.append((f"shares.{position}.kind", _SHARES[share.kind]))

@@ -188,13 +188,18 @@ class Boot(_Part):
 
 
 class Disk(_Part):
-    """One disk: empty of a size, or on top of an image that it does not change."""
+    """One disk: empty of a size, on top of an image that it does not change, or an image itself."""
 
     name: Name = Field(description="name of the disk, one of its kind in the machine")
-    size: Size | None = Field(None, description="size; that of `source` if left out")
+    size: Size | None = Field(None, description="size; that of `source` or `file` if left out")
     source: HostPath | None = Field(None, description="image to start from; it is never written to")
+    file: HostPath | None = Field(
+        None,
+        description="image that is the disk: it is written to where it is, and kept when the disk "
+        "or its machine goes",
+    )
     format: Literal["raw", "qcow2"] | None = Field(
-        None, description="format of `source`; found out if left out"
+        None, description="format of `source`, found out if left out, or of `file`"
     )
     bus: Literal["virtio", "scsi"] = Field("virtio", description="how the guest sees it")
     readonly: Flag = Field(False, description="whether the guest cannot write to it")
@@ -212,11 +217,21 @@ class Disk(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.size is None and self.source is None:
+        if self.size is None and self.source is None and self.file is None:
             raise Wrong("size", None, 'size or source has to be given, such as size = "1G"')
+        if self.file is not None and self.source is not None:
+            raise Wrong("source", self.source, "nothing beside file, which is the disk itself")
+        if self.file is not None and self.format is None:
+            # A guest that can write its first bytes could make any format of a raw image.
+            raise Wrong("format", None, '"raw" or "qcow2", because it has a file')
         if self.size is not None and (self.size == 0 or self.size % _SECTOR):
             raise Wrong("size", self.size, f"a positive multiple of {_SECTOR} bytes")
         return self
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the guest writes to a file that is not the machine's own."""
+        return self.file is not None and not self.readonly
 
 
 class Forward(_Part):
@@ -374,6 +389,8 @@ class MachineSpec(_Part):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _refuse_twins("disks", "name", (disk.name for disk in self.disks))
+        files = (str(disk.file) if disk.file is not None else None for disk in self.disks)
+        _refuse_twins("disks", "file", files)
         _refuse_twins("nics", "name", (nic.name for nic in self.nics))
         _refuse_twins("nics", "mac", (nic.mac for nic in self.nics))
         _refuse_twins("shares", "tag", (share.tag for share in self.shares))

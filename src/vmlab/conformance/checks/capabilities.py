@@ -10,7 +10,7 @@ from vmlab.conformance.registry import check
 from vmlab.machine.capabilities import Capability, sorted_names
 from vmlab.machine.errors import UnsupportedOperation, VmlabError
 from vmlab.machine.sizes import MIB
-from vmlab.machine.spec import HostDevice, Share, ShareKind
+from vmlab.machine.spec import Disk, HostDevice, Share, ShareKind
 from vmlab.machine.states import MachineState
 
 C = Capability
@@ -164,6 +164,8 @@ _SHARES = {
 async def unsupported_spec(lab: Bench) -> None:
     source = lab.hypervisor.owner.directory
     specs = dict(_SPECS)
+    in_place = Disk(name="kept", file=source / "kept.img", format="raw")
+    specs[C.DISK_IN_PLACE] = {"disks": [in_place]}
     for capability, kind in _SHARES.items():
         share = Share(tag="src", source=source, target="/src", kind=kind)
         specs[capability] = {"shares": [share]}

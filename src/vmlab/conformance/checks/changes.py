@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from vmlab.conformance.bench import Bench, of_type
 from vmlab.conformance.checks.snapshots import has_disks, write_disks
 from vmlab.conformance.registry import Means, check
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.capabilities import Capability
+from vmlab.machine.errors import OperationFailed
 from vmlab.machine.events import EventType
 from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, Nic
@@ -184,6 +186,61 @@ async def resize_disk(lab: Bench) -> None:
         await lab.guest(machine).write_disk(name, size - 4096, end)
         found = await lab.guest(machine).read_disk(name, size - 4096, 512)
         lab.equal(found, end, f"the new end of the disk, {what}")
+
+
+@check(
+    "change.disk-in-place",
+    clause="a disk that is a file is written to where it is, and the file stays, with what was "
+    "written, when the disk or the machine goes; one live machine writes to it at a time, and "
+    "while a guest can, the machine is not copied",
+    needs=[Capability.DISK_IN_PLACE],
+    means=[Means.GUEST],
+)
+async def disk_in_place(lab: Bench) -> None:
+    path = lab.directory("images") / "kept.img"
+    with path.open("xb") as image:
+        image.truncate(16 * MIB)
+    kept = Disk(name="kept", file=path, format="raw", bus=lab.profile.bus)
+    disks = [*lab.profile.spec.disks, kept]
+    machine = await lab.run(disks=disks)
+    lab.equal((await machine.info()).disks[-1].path, path, "the disk's path by info")
+    first, second = lab.bytes(), lab.bytes()
+    await _written(lab, machine, 4096, first)
+    other = await lab.create(disks=disks)
+    await lab.refuses(OperationFailed, other.start(), "a second live machine with the file")
+    for capability, copy in (
+        (Capability.SNAPSHOT, lambda: machine.snapshot("refused")),
+        (Capability.FORK, lambda: machine.fork(lab.name())),
+    ):
+        if lab.has(capability):
+            await lab.refuses(OperationFailed, copy(), f"{capability.value} of its machine")
+    if lab.has(Capability.HOTPLUG_DISK):
+        await machine.unplug_disk("kept")
+    await machine.delete(force=True)
+    lab.equal(_in_file(path, 4096), first, "the file, when its machine is gone")
+    await other.start()
+    found = await lab.guest(other).read_disk("kept", 4096, 512)
+    lab.equal(found, first, "what another machine reads")
+    await _written(lab, other, 8192, second)
+    await other.stop()
+    if lab.has(Capability.RESIZE_DISK):
+        await other.resize_disk("kept", 32 * MIB)
+        lab.equal(path.stat().st_size, 32 * MIB, "the file's size, grown at rest")
+    await other.unplug_disk("kept")
+    lab.equal(_in_file(path, 4096), first, "the file, when its disk is gone")
+    lab.equal(_in_file(path, 8192), second, "the file, when its disk is gone")
+
+
+async def _written(lab: Bench, machine: Machine, offset: int, data: bytes) -> None:
+    guest = lab.guest(machine)
+    await guest.write_disk("kept", offset, data)
+    await guest.flush("kept")
+
+
+def _in_file(path: Path, offset: int) -> bytes:
+    with path.open("rb") as image:
+        image.seek(offset)
+        return image.read(512)
 
 
 @check(

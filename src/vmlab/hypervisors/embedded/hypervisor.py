@@ -36,6 +36,7 @@ SUPPORTED: Final = frozenset(
         Capability.HOTPLUG_DISK,
         Capability.RESIZE,
         Capability.RESIZE_DISK,
+        Capability.DISK_IN_PLACE,
         Capability.CONSOLE,
         Capability.GUEST_CHANNELS,
         Capability.DETERMINISTIC,

@@ -1,12 +1,14 @@
 """Disk images of machines: which file a disk is in, and what makes it.
 
 A disk that the guest may write to is an image in the machine's directory; what lies below it, its
-`source`, is never written to.
+`source`, is never written to. One with a `file` of its own is that file, which nobody removes here.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -25,8 +27,9 @@ _LONGEST_SERIAL = 20
 class DiskFile:
     """A disk of a machine and the file that holds it; `size` in bytes.
 
-    `made` tells a file that was made for the machine, and goes with it, from a `source`; one that
-    is `breakable` is served by a process of its own, where the machine's process would not do.
+    `made` tells a file that was made for the machine, and goes with it, from a `source` that is
+    only read or a `file` that is written to; one that is `breakable` is served by a process of
+    its own, where the machine's process would not do.
     """
 
     name: str
@@ -132,19 +135,17 @@ async def make_disk(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) 
     """Make a machine's disk: an image at `path`, or nothing where `source` is only read.
 
     Raises:
-        InvalidSpec: `source` is not there, is larger than `size`, or is no disk image.
+        InvalidSpec: `source` or `file` is not there, has not a fitting `size`, or is no disk image.
         OperationFailed: it cannot be made.
     """
+    if disk.file is not None:
+        return await _in_place(disk, disk.file.absolute(), maker, hypervisor)
     if disk.source is None:
         assert disk.size is not None
         made = await maker.create(path, disk.size, None, "")
         return DiskFile(disk.name, path, made, disk.size, disk.readonly, True, disk.serial)
     source = disk.source.absolute()
-
-    def wrong(field: str, value: object, expected: str) -> InvalidSpec:
-        problem = SpecProblem(f"disks.{disk.name}.{field}", value, expected)
-        return InvalidSpec([problem], hypervisor=hypervisor)
-
+    wrong = partial(_wrong, disk, hypervisor)
     try:
         form: str
         form = await done_in_thread(image_format, source) if not disk.format else disk.format
@@ -159,3 +160,38 @@ async def make_disk(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) 
         return DiskFile(disk.name, source, form, size, True, False, disk.serial)
     made = await maker.create(path, size, source, form)
     return DiskFile(disk.name, path, made, size, disk.readonly, True, disk.serial)
+
+
+def _wrong(disk: Disk, hypervisor: str, field: str, value: object, expected: str) -> InvalidSpec:
+    problem = SpecProblem(f"disks.{disk.name}.{field}", value, expected)
+    return InvalidSpec([problem], hypervisor=hypervisor)
+
+
+async def _in_place(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) -> DiskFile:
+    """A disk that is a file of somebody else's, which stays where it is."""
+    wrong = partial(_wrong, disk, hypervisor)
+    assert disk.format is not None
+    try:
+        found = await done_in_thread(_looked_at, path, disk.readonly)
+    except OSError as error:
+        expected = f"an image that can be {'read' if disk.readonly else 'written to'}"
+        raise wrong("file", path, f"{expected}: {error.strerror}") from error
+    if disk.format == "qcow2" and found != "qcow2":
+        raise wrong("format", disk.format, f'"raw": {path} is no image in qcow2')
+    size = await maker.virtual_size(path, disk.format)
+    if size == 0 or size % _SECTOR:
+        expected = f"an image of a positive multiple of {_SECTOR} bytes: it has {size}"
+        raise wrong("file", path, expected)
+    if disk.size not in {None, size}:
+        raise wrong("size", disk.size, f"left out, or the {size} that its file has")
+    return DiskFile(disk.name, path, disk.format, size, disk.readonly, False, disk.serial)
+
+
+def _looked_at(path: Path, readonly: bool) -> str:
+    """The format of an image by its first bytes.
+
+    Raises:
+        OSError: it cannot be opened as it has to be.
+    """
+    os.close(os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC))
+    return image_format(path)

@@ -259,16 +259,16 @@ class RecordedMachine(OperatedMachine, Generic[E]):
         return self.disk_directory / f"{disk}.{number}.qcow2"
 
     def growing_disk(self, name: str) -> DiskFile:
-        """A disk that can grow, since its file is the machine's own.
+        """A disk that can grow, since its file may be written to.
 
         Raises:
-            OperationFailed: it is not.
+            OperationFailed: it may not.
         """
         disk = self.disks[name]
-        if not disk.made:
+        if not disk.made and disk.readonly:
             raise OperationFailed(
-                f"disk {name!r} is its source itself, which is never written to",
-                hint="give it a size larger than its source when the machine is created",
+                f"disk {name!r} is an image that is only read",
+                hint="with a source, give it a size larger than that when the machine is created",
                 machine=self.name,
                 hypervisor=self._hypervisor.name,
                 operation="resize_disk",

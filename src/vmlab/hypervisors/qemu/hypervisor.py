@@ -66,6 +66,7 @@ SUPPORTED: Final = frozenset(
         Capability.HOTPLUG_MEMORY,
         Capability.RESIZE,
         Capability.RESIZE_DISK,
+        Capability.DISK_IN_PLACE,
         Capability.PINNING,
         Capability.NUMA,
         Capability.CONSOLE,

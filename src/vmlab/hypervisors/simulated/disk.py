@@ -6,10 +6,11 @@ write cache is on (virtio 1.2, 5.2.6.1: VIRTIO_BLK_F_FLUSH).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Final, Literal
 
-from vmlab.hypervisors.simulated.sparse import Base, Sparse
+from vmlab.hypervisors.simulated.sparse import Base, InPlace, Sparse
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.spec import Disk
 
@@ -57,8 +58,11 @@ class SimulatedDisk:
         """The disk that a specification asks for; `field` is where it stands there.
 
         Raises:
-            InvalidSpec: its source cannot be read, or is no raw image.
+            InvalidSpec: its source or file cannot be used, or is no raw image.
         """
+        if disk.file is not None:
+            contents = _in_place(disk, field)
+            return cls(disk.name, contents, bus=disk.bus, readonly=disk.readonly)
         base = _base(disk, field) if disk.source is not None else None
         size = disk.size if disk.size is not None else base.size if base is not None else 0
         if base is not None and size < base.size:
@@ -116,7 +120,8 @@ class SimulatedDisk:
 
     def grow(self, size: int) -> None:
         """Give it `size` bytes; the new ones are zero."""
-        self.stable.size = self.cache.size = size
+        self.stable.grow(size)
+        self.cache.grow(size)
 
     def contents(self) -> Sparse:
         """A copy of what the guest sees now."""
@@ -126,8 +131,12 @@ class SimulatedDisk:
         return copied
 
     def copy(self) -> SimulatedDisk:
-        """An independent disk with counters of its own; pages are shared until one side writes."""
-        copied = SimulatedDisk(self.name, self.stable.copy(), bus=self.bus, readonly=self.readonly)
+        """An independent disk with counters of its own; pages are shared until one side writes.
+
+        One that is a file is that file: whoever copies it is to be its only user.
+        """
+        stable = self.stable if isinstance(self.stable, InPlace) else self.stable.copy()
+        copied = SimulatedDisk(self.name, stable, bus=self.bus, readonly=self.readonly)
         copied.cache.pages.update(self.cache.pages)
         return copied
 
@@ -158,3 +167,24 @@ def _base(disk: Disk, field: str) -> Base:
         raise InvalidSpec([problem], hint="check the path")
     # Disks are made of sectors; a file that ends inside one is filled up with zeros.
     return Base(path.resolve(), -(-size // 512) * 512)
+
+
+def _in_place(disk: Disk, field: str) -> InPlace:
+    path = Path(disk.file or "").absolute()
+    try:
+        with path.open("rb" if disk.readonly else "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+    except OSError as error:
+        expected = f"an image that can be {'read' if disk.readonly else 'written to'}"
+        problem = SpecProblem(f"{field}.file", str(path), f"{expected} ({error.strerror})")
+        raise InvalidSpec([problem], hint="check the path") from error
+    if disk.format != "raw":
+        problem = SpecProblem(f"{field}.format", disk.format, '"raw": no other format is read')
+        raise InvalidSpec([problem], hint="`qemu-img convert -O raw` makes one of it")
+    if size == 0 or size % 512:
+        expected = f"an image of a positive multiple of 512 bytes: it has {size}"
+        raise InvalidSpec([SpecProblem(f"{field}.file", str(path), expected)], hint="check it")
+    if disk.size not in {None, size}:
+        expected = f"left out, or the {size} that its file has"
+        raise InvalidSpec([SpecProblem(f"{field}.size", disk.size, expected)], hint="leave it out")
+    return InPlace(path, size)

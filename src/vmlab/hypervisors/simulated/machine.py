@@ -235,6 +235,7 @@ class SimulatedMachine(OperatedMachine):
 
         def boot() -> None:
             self._hypervisor.world.require_power(hardware, hardware.vcpus, hardware.ram.size)
+            self._hypervisor.world.require_file(hardware, *hardware.disks.values())
             before = (hardware.power, hardware.cause)
 
             def back() -> None:
@@ -497,6 +498,8 @@ class SimulatedMachine(OperatedMachine):
 
         def plug() -> DiskInfo:
             built = self._hypervisor.world.build_disk(hardware, disk)
+            if hardware.has_power:
+                self._hypervisor.world.require_file(hardware, built)
             self.way_back(operation, lambda: hardware.disks.pop(disk.name, None))
             hardware.disks[disk.name] = built
             return disk_info(built)
@@ -513,7 +516,7 @@ class SimulatedMachine(OperatedMachine):
                 hardware.disks = kept
 
             self.way_back(operation, back)
-            del hardware.disks[disk.name]
+            hardware.disks.pop(disk.name).flush_quietly()
 
         await self._hypervisor.conduct("unplug_disk", self, operation, unplug)
 

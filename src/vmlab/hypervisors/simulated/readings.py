@@ -9,6 +9,7 @@ from vmlab.hypervisors.simulated.disk import SimulatedDisk
 from vmlab.hypervisors.simulated.hardware import Hardware, Power
 from vmlab.hypervisors.simulated.network import SimulatedNic
 from vmlab.hypervisors.simulated.saved import SavedState
+from vmlab.hypervisors.simulated.sparse import InPlace
 from vmlab.machine.metrics import (
     CpuMetrics,
     DiskMetrics,
@@ -77,8 +78,9 @@ def metrics_of(hardware: Hardware) -> MachineMetrics:
 
 
 def disk_info(disk: SimulatedDisk) -> DiskInfo:
-    """A disk as it is."""
-    return DiskInfo(name=disk.name, size=disk.size, bus=disk.bus, readonly=disk.readonly)
+    """A disk as the hypervisor has it."""
+    path = disk.stable.path if isinstance(disk.stable, InPlace) else None
+    return DiskInfo(name=disk.name, size=disk.size, bus=disk.bus, readonly=disk.readonly, path=path)
 
 
 def nic_info(nic: SimulatedNic) -> NicInfo:

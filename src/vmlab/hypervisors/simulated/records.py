@@ -17,7 +17,7 @@ from vmlab.hypervisors.simulated.guest import Guest, GuestState
 from vmlab.hypervisors.simulated.hardware import Hardware, Power
 from vmlab.hypervisors.simulated.network import SimulatedNic
 from vmlab.hypervisors.simulated.saved import SavedMemory, SavedState
-from vmlab.hypervisors.simulated.sparse import Base, Sparse
+from vmlab.hypervisors.simulated.sparse import Base, InPlace, Sparse
 from vmlab.hypervisors.simulated.world import World
 from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
@@ -32,20 +32,24 @@ class _Record(BaseModel):
 
 
 class ContentsRecord(_Record):
-    """Sparse contents: the pages that differ from the base."""
+    """Sparse contents: the pages that differ from the base, or the file that they are."""
 
     size: int
     base: tuple[Path, int] | None = None
+    file: Path | None = None
     pages: dict[int, bytes] = {}
 
     @classmethod
     def of(cls, contents: Sparse) -> ContentsRecord:
         base = contents.base
         under = (base.path, base.size) if isinstance(base, Base) else None
-        return cls(size=contents.size, base=under, pages=contents.pages)
+        file = contents.path if isinstance(contents, InPlace) else None
+        return cls(size=contents.size, base=under, file=file, pages=contents.pages)
 
     def build(self) -> Sparse:
         """The contents again."""
+        if self.file is not None:
+            return InPlace(self.file, self.size)
         base = Base(*self.base) if self.base is not None else None
         return Sparse(self.size, dict(self.pages), base)
 

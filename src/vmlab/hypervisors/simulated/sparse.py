@@ -2,7 +2,7 @@
 
 Pages are immutable, so a copy shares all of them until one side writes (copy-on-write), and
 contents can be compared and hashed. A file or other contents may lie underneath, which are read
-and never written.
+and never written; or a file may be the contents.
 """
 
 from __future__ import annotations
@@ -115,6 +115,10 @@ class Sparse:
         kept = {index: page for index, page in self.pages.items() if index * PAGE < size}
         return Sparse(size, kept, self.base)
 
+    def grow(self, size: int) -> None:
+        """Be of another size; new bytes are zero."""
+        self.size = size
+
     def check(self, offset: int, length: int) -> None:
         """Refuse a range that is not inside (ValueError)."""
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -138,3 +142,37 @@ class Sparse:
             total.update(index.to_bytes(8, "big"))
             total.update(self.pages[index])
         return total.digest()
+
+
+class InPlace(Sparse):
+    """The bytes of a raw image file, which are read and written where they are.
+
+    What is copied of it lies on top of the file, and is right as long as nobody writes to that.
+    """
+
+    __slots__ = ("path",)
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(size)
+        self.path = path
+
+    def copy(self) -> Sparse:
+        """What is there now, for as long as nobody writes to the file."""
+        return Sparse(self.size, base=Base(self.path, self.size))
+
+    def page(self, index: int) -> bytes:
+        """All bytes of one page."""
+        return Base(self.path, self.size).page(index)
+
+    def put(self, index: int, page: bytes) -> None:
+        """Write one page into the file."""
+        file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(file, page[: self.size - index * PAGE], index * PAGE)
+        finally:
+            os.close(file)
+
+    def grow(self, size: int) -> None:
+        """Give the file another size."""
+        os.truncate(self.path, size)
+        self.size = size

@@ -12,8 +12,9 @@ from vmlab.hypervisors.simulated.chances import Chances
 from vmlab.hypervisors.simulated.disk import SimulatedDisk
 from vmlab.hypervisors.simulated.hardware import Hardware
 from vmlab.hypervisors.simulated.network import Ports, SimulatedNic
+from vmlab.hypervisors.simulated.sparse import InPlace
 from vmlab.machine.capabilities import Limits
-from vmlab.machine.errors import InvalidSpec, ResourceExhausted, SpecProblem
+from vmlab.machine.errors import InvalidSpec, OperationFailed, ResourceExhausted, SpecProblem
 from vmlab.machine.sizes import format_size
 from vmlab.machine.spec import Disk, MachineSpec, Nic
 
@@ -138,6 +139,9 @@ class World:
         for nic in spec.nics:
             if nic.name not in hardware.nics:
                 hardware.nics[nic.name] = self.build_nic(hardware, nic, copy=True)
+        for name, held in hardware.disks.items():
+            if spec.disk(name) is None:
+                held.flush_quietly()
         hardware.disks = {
             disk.name: hardware.disks.get(disk.name) or self.build_disk(hardware, disk)
             for disk in spec.disks
@@ -180,6 +184,21 @@ class World:
             return
         used = sum(disk.size for other in self.machines.values() for disk in other.disks.values())
         _require(machine, "disk space", used, more, limit, size=True)
+
+    def require_file(self, hardware: Hardware, *disks: SimulatedDisk) -> None:
+        """Refuse files that another live machine of the host writes to (OperationFailed)."""
+        wanted = {disk.stable.path for disk in disks if isinstance(disk.stable, InPlace)}
+        for other in self.machines.values():
+            if not wanted or other is hardware or not other.has_power:
+                continue
+            for disk in other.disks.values():
+                held = disk.stable.path if isinstance(disk.stable, InPlace) else None
+                if held in wanted and not disk.readonly:
+                    raise OperationFailed(
+                        f"the file {held} is in use: machine {other.name!r} writes to it",
+                        hint="unplug it there first, or stop that machine",
+                        machine=hardware.name,
+                    )
 
     def require_power(self, hardware: Hardware, vcpus: int, memory: int) -> None:
         """Refuse vCPUs and bytes of memory that live machines leave no room for.

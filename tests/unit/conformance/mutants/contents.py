@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from mutants.base import BrokenHypervisor, BrokenMachine, mutant, wipe
 from vmlab.hypervisors.base import DiskInfo, NicInfo, Snapshot
 from vmlab.hypervisors.operation import Operation
+from vmlab.hypervisors.simulated.disk import SimulatedDisk
+from vmlab.hypervisors.simulated.sparse import InPlace
 from vmlab.machine.errors import DeadlineExceeded
 from vmlab.machine.events import Event, EventType
 from vmlab.machine.spec import Disk, Nic
@@ -276,6 +278,17 @@ class GrowsEmpty(BrokenMachine):
         if not self.hardware.has_power:
             wipe(self.hardware.disks[disk.name])
         return grown
+
+
+@mutant("change.disk-in-place")
+class LeavesFileAlone(BrokenMachine):
+    """Uses a copy of the file that a disk is to be."""
+
+    async def _do_create(self, operation: Operation) -> None:
+        await super()._do_create(operation)
+        for name, disk in self.hardware.disks.items():
+            if isinstance(disk.stable, InPlace):
+                self.hardware.disks[name] = SimulatedDisk(name, disk.stable.copy())
 
 
 @mutant("change.at-rest")
