@@ -1,0 +1,121 @@
+"""What the manager is told about itself: where it keeps things, how much it may use.
+
+Read from the environment (`VMLAB_...`) or given by whoever makes it; nothing here is kept in the
+store. A value that cannot work is refused by the name that the person wrote.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vmlab.hypervisors.ownership import Home
+from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.problems import invalid
+from vmlab.machine.sizes import Size
+
+__all__ = ["Limits", "Settings"]
+
+
+class Limits(BaseModel):
+    """How much all machines together may take; what is None is limited by the host alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vcpus: int | None = Field(None, ge=1, description="vCPUs of all live machines")
+    memory: Size | None = Field(None, description="memory of all live machines")
+    disk: Size | None = Field(None, description="sizes of all disks of the store")
+    machines: int | None = Field(None, ge=1, description="machines that are there")
+
+
+class Settings(BaseModel):
+    """How a manager works. Times are seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    home: Home
+    database_url: str | None = Field(
+        None, description='database, such as "postgresql://user@host/vmlab"; SQLite if left out'
+    )
+    power_safe: bool = Field(
+        False,
+        description="wait for the disk at each change, so that a power failure loses nothing",
+    )
+    dry_run: bool = Field(False, description="say what would be done and touch nothing")
+    workers: int = Field(4, ge=1, le=256, description="operations that run at once")
+    sweep_seconds: float = Field(5.0, gt=0, description="interval of the observer's sweeps")
+    stop_seconds: float = Field(30.0, gt=0, description="time that a guest has to shut down")
+    limits: Limits = Field(default_factory=Limits)
+    rate_limit: float | None = Field(
+        None, gt=0, description="requests per second of one client; no limit if left out"
+    )
+    events_kept: int = Field(100_000, ge=1, description="events that can be replayed")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Self:
+        """Settings as the environment has them; `given` has precedence.
+
+        Raises:
+            InvalidSpec: a variable or an argument is no value of its setting.
+            VmlabError: the home cannot be used.
+        """
+        environment = os.environ if environment is None else environment
+        values: dict[str, Any] = {}
+        limits: dict[str, Any] = {}
+        for variable, field in _VARIABLES.items():
+            text = environment.get(variable)
+            if not text:
+                continue
+            if field.startswith("limits."):
+                limits[field.removeprefix("limits.")] = text
+            else:
+                values[field] = text
+        if limits:
+            values["limits"] = limits
+        values.update(given)
+        if "home" not in values:
+            values["home"] = Home.open()
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InvalidSpec(
+                [
+                    SpecProblem(_variable(problem.field), problem.value, problem.expected)
+                    for problem in invalid(error, cls).problems
+                ],
+                what="settings of the manager",
+                operation="open the manager",
+            ) from None
+
+    @property
+    def directory(self) -> Path:
+        """Where the manager keeps all that is its own; made, for its user alone, if missing."""
+        directory = self.home.directory / "manager"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        return directory
+
+
+_VARIABLES: Final = {
+    "VMLAB_DATABASE_URL": "database_url",
+    "VMLAB_POWER_SAFE": "power_safe",
+    "VMLAB_DRY_RUN": "dry_run",
+    "VMLAB_WORKERS": "workers",
+    "VMLAB_SWEEP_SECONDS": "sweep_seconds",
+    "VMLAB_STOP_SECONDS": "stop_seconds",
+    "VMLAB_RATE_LIMIT": "rate_limit",
+    "VMLAB_EVENTS_KEPT": "events_kept",
+    "VMLAB_LIMIT_VCPUS": "limits.vcpus",
+    "VMLAB_LIMIT_MEMORY": "limits.memory",
+    "VMLAB_LIMIT_DISK": "limits.disk",
+    "VMLAB_LIMIT_MACHINES": "limits.machines",
+}
+"""Which setting a variable of the environment is."""
+
+
+def _variable(field: str) -> str:
+    """The variable that a setting comes from; the setting itself if there is none."""
+    return next((name for name, setting in _VARIABLES.items() if setting == field), field)
