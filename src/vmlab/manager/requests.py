@@ -223,7 +223,9 @@ class AttachDisk(_OnDisk):
 
     kind: Literal["disk.attach"] = "disk.attach"
     machine: str
-    bus: Literal["virtio", "scsi"] = "virtio"
+    bus: Literal["virtio", "scsi"] | None = Field(
+        None, description="bus; one that a running machine lets go of if left out"
+    )
     readonly: Flag = False
     mount_point: str | None = Field(None, description="where its guest is expected to have it")
 
