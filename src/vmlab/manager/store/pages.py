@@ -20,8 +20,9 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.fields import LARGEST
 from vmlab.manager.documents import Page
+from vmlab.manager.store.words import is_text
 
-__all__ = ["LARGEST_PAGE", "refuse", "take_page"]
+__all__ = ["LARGEST_PAGE", "refuse", "take_page", "text"]
 
 LARGEST_PAGE: Final = 1_000
 """Items of the largest page."""
@@ -77,6 +78,17 @@ def refuse(field: str, value: object, expected: str) -> InvalidSpec:
     return InvalidSpec([SpecProblem(field, value, expected)], what="query", operation="list")
 
 
+def text(field: str, value: str) -> str:
+    """`value`, if a database can have it.
+
+    Raises:
+        InvalidSpec: it cannot, naming the field.
+    """
+    if not is_text(value):
+        raise refuse(field, value, "text without NUL and lone surrogates")
+    return value
+
+
 def _cursor(values: Sequence[Any]) -> str:
     plain = [value.isoformat() if isinstance(value, datetime) else value for value in values]
     return base64.urlsafe_b64encode(json.dumps(plain).encode()).decode().rstrip("=")
@@ -103,8 +115,6 @@ def _typed(value: Any, kind: type) -> Any:
         return moment
     if type(value) is not kind or (isinstance(value, int) and abs(value) > LARGEST):
         raise ValueError
-    if isinstance(value, str):
-        value.encode()  # a lone surrogate is no text of a database's
-        if "\0" in value:
-            raise ValueError
+    if isinstance(value, str) and not is_text(value):
+        raise ValueError
     return value

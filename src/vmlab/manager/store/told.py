@@ -1,0 +1,362 @@
+"""Documents of rows: what leaves the store.
+
+Where a document tells something that is counted, the function for many rows asks once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ipaddress import IPv4Address, ip_network
+from typing import Final
+
+from sqlalchemy import case, func, select
+from sqlalchemy.orm import Session, joinedload, selectinload
+
+from vmlab.machine.states import LIVE, MachineState
+from vmlab.manager.documents import (
+    AddressDocument,
+    AttachedDisk,
+    DiskDocument,
+    EventDocument,
+    FindingDocument,
+    HostDocument,
+    MachineDocument,
+    NetworkDocument,
+    NicDocument,
+    OperationDocument,
+    SnapshotDocument,
+    StepDocument,
+    TemplateDocument,
+)
+from vmlab.manager.networks.ipam import Subnet, pools
+from vmlab.manager.requests import MachinePolicy, Metadata
+from vmlab.manager.store.tables import (
+    AddressRow,
+    DiskRow,
+    EventRow,
+    FindingRow,
+    HostRow,
+    MachineRow,
+    NetworkRow,
+    NicRow,
+    OperationRow,
+    SnapshotRow,
+    TemplateRow,
+)
+
+__all__ = [
+    "WITH_PARTS",
+    "address_document",
+    "disk_document",
+    "event_document",
+    "finding_document",
+    "host_document",
+    "host_documents",
+    "machine_document",
+    "network_document",
+    "network_documents",
+    "operation_document",
+    "snapshot_document",
+    "template_document",
+    "template_documents",
+]
+
+_LIVE: Final = sorted(state.value for state in LIVE)
+
+
+WITH_PARTS: Final = (
+    joinedload(MachineRow.template),
+    selectinload(MachineRow.disks),
+    selectinload(MachineRow.nics).options(
+        joinedload(NicRow.network), selectinload(NicRow.addresses)
+    ),
+)
+
+
+def machine_document(s: Session, row: MachineRow) -> MachineDocument:
+    """A machine, as it is told."""
+    return MachineDocument(
+        id=row.id,
+        name=row.name,
+        state=MachineState(row.state),
+        wanted=row.wanted,
+        reason=row.reason,
+        host=row.host,
+        hypervisor=row.hypervisor,
+        template=row.template.name if row.template else None,
+        image=row.image,
+        architecture=row.architecture,
+        vcpus=row.vcpus,
+        memory=row.memory,
+        spec=dict(row.spec),
+        labels=dict(row.labels),
+        policy=MachinePolicy.model_validate(row.policy),
+        metadata=Metadata.model_validate(row.metadata_),
+        disks=tuple(
+            AttachedDisk(id=disk.id, name=disk.name, device=disk.device or "", size=disk.size)
+            for disk in row.disks
+        ),
+        nics=tuple(
+            NicDocument(
+                name=nic.name,
+                network=nic.network.name if nic.network else nic.mode,
+                mac=nic.mac,
+                addresses=tuple(taken.address for taken in nic.addresses),
+            )
+            for nic in row.nics
+        ),
+        operation=row.operation_id,
+        version=row.version,
+        created=row.created,
+        updated=row.updated,
+        started=row.started,
+    )
+
+
+def disk_document(s: Session, row: DiskRow) -> DiskDocument:
+    """A disk, as it is told."""
+    return DiskDocument(
+        id=row.id,
+        name=row.name,
+        size=row.size,
+        format=row.format,
+        state=row.state,
+        machine=row.machine.name if row.machine else None,
+        machine_id=row.machine_id,
+        device=row.device,
+        mount_point=row.mount_point,
+        version=row.version,
+        created=row.created,
+        updated=row.updated,
+    )
+
+
+def network_document(s: Session, row: NetworkRow) -> NetworkDocument:
+    """A network, as it is told."""
+    return network_documents(s, [row])[0]
+
+
+def network_documents(s: Session, rows: Sequence[NetworkRow]) -> list[NetworkDocument]:
+    return [
+        NetworkDocument(
+            id=row.id,
+            name=row.name,
+            mode=row.mode,
+            vlan=row.vlan,
+            bridge=row.bridge,
+            subnet=row.subnet,
+            subnet6=row.subnet6,
+            gateway=row.gateway,
+            dns=tuple(row.dns),
+            ranges=tuple(row.ranges),
+            reserved=tuple(row.reserved),
+            dhcp=row.dhcp,
+            used=used,
+            free=free,
+            version=row.version,
+            created=row.created,
+        )
+        for row, (used, free) in zip(rows, _use(s, rows), strict=True)
+    ]
+
+
+def _use(s: Session, rows: Sequence[NetworkRow]) -> list[tuple[int, int | None]]:
+    """How many addresses of each network are taken, and how many of its IPv4 addresses are free."""
+    taken: dict[tuple[str, str], int] = {}
+    version = func.substr(AddressRow.number, 1, 1)
+    counts = (
+        select(AddressRow.network_id, version, func.count())
+        .where(AddressRow.network_id.in_([row.id for row in rows]))
+        .group_by(AddressRow.network_id, version)
+    )
+    for network, ip_version, number in s.execute(counts):
+        taken[network, ip_version] = number
+    # Where only some addresses are given by themselves, others may have been asked for.
+    given: dict[str, list[IPv4Address]] = {row.id: [] for row in rows if row.ranges}
+    for network, address in s.execute(
+        select(AddressRow.network_id, AddressRow.address).where(
+            AddressRow.network_id.in_(given), version == "4"
+        )
+    ):
+        given[network].append(IPv4Address(address))
+    found: list[tuple[int, int | None]] = []
+    for row in rows:
+        used = taken.get((row.id, "4"), 0)
+        free = None
+        if row.subnet is not None:
+            subnets: list[Subnet] = [ip_network(row.subnet)]
+            if row.subnet6 is not None:
+                subnets.append(ip_network(row.subnet6))
+            pool = pools(subnets, gateway=row.gateway, ranges=row.ranges, reserved=row.reserved)[0]
+            free = pool.free(given[row.id]) if row.id in given else pool.size - used
+        found.append((used + taken.get((row.id, "6"), 0), free))
+    return found
+
+
+def address_document(s: Session, row: AddressRow) -> AddressDocument:
+    """An address that is taken, as it is told."""
+    return AddressDocument(
+        network=row.network.name,
+        address=row.address,
+        machine=row.machine.name if row.machine else None,
+        nic=row.nic.name if row.nic else None,
+        mac=row.mac,
+        since=row.since,
+    )
+
+
+def template_document(s: Session, row: TemplateRow) -> TemplateDocument:
+    """A template, as it is told."""
+    return template_documents(s, [row])[0]
+
+
+def template_documents(s: Session, rows: Sequence[TemplateRow]) -> list[TemplateDocument]:
+    machines: dict[str | None, int] = {
+        row.template_id: row.number
+        for row in s.execute(
+            select(MachineRow.template_id, func.count().label("number"))
+            .where(MachineRow.template_id.in_([row.id for row in rows]))
+            .group_by(MachineRow.template_id)
+        )
+    }
+    return [
+        TemplateDocument(
+            name=row.name,
+            image=row.image,
+            vcpus=row.vcpus,
+            memory=row.memory,
+            spec=dict(row.spec) if row.spec is not None else None,
+            labels=dict(row.labels),
+            machines=machines.get(row.id, 0),
+            version=row.version,
+            created=row.created,
+        )
+        for row in rows
+    ]
+
+
+def snapshot_document(s: Session, row: SnapshotRow) -> SnapshotDocument:
+    """A snapshot, as it is told."""
+    return SnapshotDocument(
+        machine=row.machine.name,
+        name=row.name,
+        memory=row.memory,
+        size=row.size,
+        scheduled=row.scheduled,
+        expires=row.expires,
+        created=row.created,
+    )
+
+
+def operation_document(s: Session, row: OperationRow) -> OperationDocument:
+    """An operation with its journal, as it is told."""
+    return OperationDocument(
+        id=row.id,
+        kind=row.kind,
+        state=row.state,
+        dry_run=row.dry_run,
+        target=row.target,
+        target_name=row.target_name,
+        request=dict(row.request),
+        result=dict(row.result) if row.result is not None else None,
+        error=dict(row.error) if row.error is not None else None,
+        steps=tuple(
+            StepDocument(
+                name=step.name,
+                state=step.state,
+                text=step.text,
+                started=step.started,
+                ended=step.ended,
+                data=dict(step.data),
+            )
+            for step in row.steps
+        ),
+        progress=row.progress,
+        message=row.message,
+        attempts=row.attempts,
+        cancelling=row.cancelling,
+        actor=row.actor,
+        request_id=row.request_id,
+        undo_of=row.undo_of,
+        created=row.created,
+        started=row.started,
+        ended=row.ended,
+        deadline=row.deadline,
+    )
+
+
+def event_document(s: Session, row: EventRow) -> EventDocument:
+    """An event, as it is told."""
+    return EventDocument(
+        id=row.id,
+        at=row.at,
+        kind=row.kind,
+        subject=row.subject,
+        name=row.name,
+        operation=row.operation,
+        request_id=row.request_id,
+        data=dict(row.data),
+    )
+
+
+def finding_document(s: Session, row: FindingRow) -> FindingDocument:
+    """A finding, as it is told."""
+    return FindingDocument(
+        id=row.id,
+        code=row.code,
+        severity=row.severity,
+        subject=row.subject,
+        name=row.name,
+        message=row.message,
+        hint=row.hint,
+        evidence=dict(row.evidence),
+        policy=row.policy,
+        actions=tuple(row.actions),
+        first_seen=row.first_seen,
+        last_seen=row.last_seen,
+        resolved=row.resolved,
+        operation=row.operation_id,
+    )
+
+
+def host_document(s: Session, row: HostRow) -> HostDocument:
+    """A host, as it is told."""
+    return host_documents(s, [row])[0]
+
+
+def host_documents(s: Session, rows: Sequence[HostRow]) -> list[HostDocument]:
+    live = MachineRow.state.in_(_LIVE)
+    taken = {
+        host: numbers
+        for host, *numbers in s.execute(
+            select(
+                MachineRow.host,
+                func.count(),
+                func.sum(case((live, 1), else_=0)),
+                func.sum(case((live, MachineRow.vcpus), else_=0)),
+                func.sum(case((live, MachineRow.memory), else_=0)),
+            )
+            .where(MachineRow.host.in_([row.name for row in rows]))
+            .group_by(MachineRow.host)
+        )
+    }
+    documents = []
+    for row in rows:
+        machines, running, vcpus, memory = map(int, taken.get(row.name, (0, 0, 0, 0)))
+        documents.append(
+            HostDocument(
+                name=row.name,
+                hypervisor=row.hypervisor,
+                options=dict(row.options),
+                available=row.available,
+                reason=row.reason,
+                breaker=row.breaker,
+                failures=row.failures,
+                machines=machines,
+                live=running,
+                vcpus=vcpus,
+                memory=memory,
+                limits=dict(row.limits),
+            )
+        )
+    return documents
