@@ -6,19 +6,21 @@ store. A value that cannot work is refused by the name that the person wrote.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vmlab.hypervisors.ownership import Home
 from vmlab.machine.errors import InvalidSpec, SpecProblem
+from vmlab.machine.fields import Name
 from vmlab.machine.problems import invalid
 from vmlab.machine.sizes import Size
 
-__all__ = ["Limits", "Settings"]
+__all__ = ["HostSetting", "Limits", "Settings"]
 
 
 class Limits(BaseModel):
@@ -30,6 +32,16 @@ class Limits(BaseModel):
     memory: Size | None = Field(None, description="memory of all live machines")
     disk: Size | None = Field(None, description="sizes of all disks of the store")
     machines: int | None = Field(None, ge=1, description="machines that are there")
+
+
+class HostSetting(BaseModel):
+    """Where machines may run: a hypervisor with its options, under a name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name = Field(description="name of the host")
+    hypervisor: str = Field(min_length=1, description="name of its hypervisor")
+    options: dict[str, str] = Field(default_factory=dict, description="what it is opened with")
 
 
 class Settings(BaseModel):
@@ -50,10 +62,34 @@ class Settings(BaseModel):
     sweep_seconds: float = Field(5.0, gt=0, description="interval of the observer's sweeps")
     stop_seconds: float = Field(30.0, gt=0, description="time that a guest has to shut down")
     limits: Limits = Field(default_factory=Limits)
+    hosts: tuple[HostSetting, ...] | None = Field(
+        None,
+        min_length=1,
+        description='where machines may run, as JSON: [{"name": ..., "hypervisor": ..., '
+        '"options": {...}}]; each hypervisor that works here if left out',
+    )
     rate_limit: float | None = Field(
         None, gt=0, description="requests per second of one client; no limit if left out"
     )
     events_kept: int = Field(100_000, ge=1, description="events that can be replayed")
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def _read_hosts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"a list of hosts as JSON ({error})") from None
+
+    @field_validator("hosts")
+    @classmethod
+    def _no_twins(cls, value: tuple[HostSetting, ...] | None) -> tuple[HostSetting, ...] | None:
+        names = [host.name for host in value or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("hosts with a name of its own each")
+        return value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> Self:
@@ -108,6 +144,7 @@ _VARIABLES: Final = {
     "VMLAB_STOP_SECONDS": "stop_seconds",
     "VMLAB_RATE_LIMIT": "rate_limit",
     "VMLAB_EVENTS_KEPT": "events_kept",
+    "VMLAB_HOSTS": "hosts",
     "VMLAB_LIMIT_VCPUS": "limits.vcpus",
     "VMLAB_LIMIT_MEMORY": "limits.memory",
     "VMLAB_LIMIT_DISK": "limits.disk",
