@@ -33,10 +33,10 @@ from sqlalchemy.orm.exc import StaleDataError
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.documents import EventDocument
 from vmlab.manager.settings import Settings
-from vmlab.manager.store import changes, queries
+from vmlab.manager.store import changes, migrations, queries
 from vmlab.manager.store.events import EventStream
 from vmlab.manager.store.failures import Conflict, StoreUnavailable
-from vmlab.manager.store.tables import Base, EventRow
+from vmlab.manager.store.tables import EventRow
 
 __all__ = ["Database"]
 
@@ -84,7 +84,7 @@ class Database:
                 "or leave it out for SQLite",
             ) from None
         try:
-            database._prepare()
+            database._prepare(settings)
         except BaseException as error:
             database.close()
             if isinstance(error, OperationalError):
@@ -92,9 +92,12 @@ class Database:
             raise
         return database
 
-    def _prepare(self) -> None:
-        with self._writing.begin() as connection:
-            Base.metadata.create_all(connection)
+    def _prepare(self, settings: Settings) -> None:
+        migrating = _engine(self.url, settings, write=True, foreign_keys=False)
+        try:
+            migrations.upgrade(migrating)
+        finally:
+            migrating.dispose()
         oldest, latest = self.read_now(_range_of_events)
         self.events = EventStream(self._load_events, oldest=oldest, latest=latest)
 
@@ -260,11 +263,11 @@ def _unavailable(url: URL, error: DBAPIError) -> StoreUnavailable:
 # ------------------------------------------------------------------------ engines
 
 
-def _engine(url: URL, settings: Settings, *, write: bool) -> Engine:
+def _engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = True) -> Engine:
     """Connections for transactions that write, or for those that only read."""
     match url.get_backend_name():
         case "sqlite":
-            return _sqlite_engine(url, settings, write=write)
+            return _sqlite_engine(url, settings, write=write, foreign_keys=foreign_keys)
         case "postgresql":
             return create_engine(
                 url,
@@ -281,7 +284,7 @@ def _engine(url: URL, settings: Settings, *, write: bool) -> Engine:
             )
 
 
-def _sqlite_engine(url: URL, settings: Settings, *, write: bool) -> Engine:
+def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool) -> Engine:
     engine = create_engine(
         url,
         pool_size=1 if write else _READERS,
@@ -298,7 +301,7 @@ def _sqlite_engine(url: URL, settings: Settings, *, write: bool) -> Engine:
         # NORMAL: what is committed survives the process's death, and the database any death of
         # the host; FULL: what is committed survives that, too.
         cursor.execute(f"PRAGMA synchronous = {'FULL' if settings.power_safe else 'NORMAL'}")
-        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
         # As PostgreSQL's LIKE.
         cursor.execute("PRAGMA case_sensitive_like = ON")
         if not write:
