@@ -1,0 +1,277 @@
+"""Consoles and commands in guests, over WebSockets.
+
+A console is bytes both ways. A command begins with a text message that says what to run; then
+binary messages carry a byte for the stream (0 stdin, 1 stdout, 2 stderr) and what goes there, and
+text messages {"resize": [rows, columns]}, {"signal": number} or {"eof": true}. The last one is
+{"exit": status, "signal": number}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from websockets.asyncio.client import ClientConnection, connect, unix_connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from vmlab.guests.command import Sink
+from vmlab.machine.errors import ChannelClosed, OperationFailed, VmlabError, from_record
+from vmlab.manager.client.replies import Unreachable, error_of
+from vmlab.manager.client.sending import Sender, path_of
+
+__all__ = ["Exit", "RemoteCommand", "RemoteConsole", "commanded", "consoled", "perform"]
+
+_STDIN: Final = b"\x00"
+_OUTPUTS: Final = {1: "stdout", 2: "stderr"}
+_LARGEST: Final = 16 << 20
+"""Bytes of the largest message that is taken."""
+_NORMAL: Final = 1000
+"""Close code of a connection that has done what it was for (RFC 6455, 7.4.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a command ended: by itself with a code, or by a signal."""
+
+    code: int
+    signal: int | None = None
+
+    @property
+    def status(self) -> int:
+        """What a shell would tell of it."""
+        return 128 + self.signal if self.signal else self.code
+
+
+@asynccontextmanager
+async def _connected(sender: Sender, path: str) -> AsyncIterator[ClientConnection]:
+    """A WebSocket to the manager."""
+    uri = "ws" + sender.address.url.removeprefix("http") + path
+    options: dict[str, Any] = {
+        "additional_headers": sender.headers,
+        "max_size": _LARGEST,
+        "compression": None,
+        # What is on this host is not reached through a proxy.
+        "proxy": None if sender.address.loopback else True,
+        # The other side is busy as long as its machine is; a connection that broke is told by TCP.
+        "ping_interval": None,
+    }
+    if sender.tls is not None:
+        options["ssl"] = sender.tls
+
+    async def ask() -> ClientConnection:
+        if sender.address.socket is not None:
+            return await unix_connect(str(sender.address.socket), uri, **options)
+        return await connect(uri, **options)
+
+    try:
+        connection = await sender.attempt(ask)
+    except InvalidStatus as error:
+        answer = error.response
+        raise error_of(answer.status_code, bytes(answer.body or b""), sender.address) from error
+    except InvalidHandshake as error:
+        raise Unreachable(
+            f"what answers at {sender.address} is no manager: {error}", hint="is the address right?"
+        ) from error
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def _ended(closed: ConnectionClosed, what: str) -> VmlabError:
+    """Why a connection ended before what it was for."""
+    received = closed.rcvd
+    reason = received.reason if received is not None else ""
+    with contextlib.suppress(ValueError):
+        record = json.loads(reason)
+        if isinstance(record, Mapping):
+            return from_record(record)
+    return ChannelClosed(
+        f"{what} ended: {reason or 'the manager went away'}",
+        hint="`vmlab show` tells what became of the machine",
+    )
+
+
+def _message(text: str) -> dict[str, Any]:
+    """A text message of the manager's.
+
+    Raises:
+        VmlabError: it tells of one.
+    """
+    try:
+        message = json.loads(text)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict):
+        raise OperationFailed(f"the manager sent what is no message: {text[:100]!r}")
+    if isinstance(message.get("error"), Mapping):
+        raise from_record(message["error"])
+    return message
+
+
+# ------------------------------------------------------------------------------------- consoles
+
+
+class RemoteConsole:
+    """A machine's console, as it is now."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    async def read(self) -> bytes:
+        """What it prints next; nothing when it has ended.
+
+        Raises:
+            ChannelClosed: the manager went away.
+            VmlabError: what it raised.
+        """
+        try:
+            received = await self._connection.recv()
+        except ConnectionClosed as closed:
+            if closed.rcvd is not None and closed.rcvd.code == _NORMAL and not closed.rcvd.reason:
+                return b""
+            raise _ended(closed, "the console") from closed
+        if isinstance(received, str):
+            _message(received)
+            return await self.read()
+        return received
+
+    async def write(self, data: bytes) -> None:
+        """Type on it.
+
+        Raises:
+            ChannelClosed: it has ended.
+        """
+        try:
+            await self._connection.send(data)
+        except ConnectionClosed as closed:
+            raise _ended(closed, "the console") from closed
+
+
+@asynccontextmanager
+async def consoled(sender: Sender, machine: str) -> AsyncIterator[RemoteConsole]:
+    """The live console of a machine.
+
+    Raises:
+        VmlabError: it has none, or is not there.
+    """
+    async with _connected(sender, path_of("machines", machine, "console")) as connection:
+        yield RemoteConsole(connection)
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+class RemoteCommand:
+    """A command that runs in a guest."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+
+    async def signal(self, number: int) -> None:
+        """Send it a signal."""
+        await self._tell({"signal": number})
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Tell its terminal how large it is."""
+        await self._tell({"resize": [rows, columns]})
+
+    async def write(self, data: bytes) -> None:
+        """Give it input."""
+        with contextlib.suppress(ConnectionClosed):
+            await self._connection.send(_STDIN + data)
+
+    async def end_of_input(self) -> None:
+        """Give it no more input."""
+        await self._tell({"eof": True})
+
+    async def feed(self, given: AsyncIterator[bytes] | None) -> None:
+        """Give it all of an input, and its end."""
+        if given is not None:
+            async for data in given:
+                await self.write(data)
+        await self.end_of_input()
+
+    async def wait(self, *, stdout: Sink, stderr: Sink) -> Exit:
+        """Hand on what it prints, until it has ended.
+
+        Raises:
+            ChannelClosed: the manager or the guest went away.
+            VmlabError: what the manager raised.
+        """
+        sinks = {"stdout": stdout, "stderr": stderr}
+        while True:
+            try:
+                received = await self._connection.recv()
+            except ConnectionClosed as closed:
+                raise _ended(closed, "the command") from closed
+            if isinstance(received, bytes):
+                name = _OUTPUTS.get(received[0]) if received else None
+                if name is None:
+                    raise OperationFailed("the manager sent output of no stream")
+                await sinks[name](received[1:])
+                continue
+            message = _message(received)
+            if "exit" in message or "signal" in message:
+                code, number = message.get("exit"), message.get("signal")
+                return Exit(code if isinstance(code, int) else 0, number)
+
+    async def _tell(self, message: Mapping[str, object]) -> None:
+        # It has ended, which whoever waits for it is told.
+        with contextlib.suppress(ConnectionClosed):
+            await self._connection.send(json.dumps(message))
+
+
+@asynccontextmanager
+async def commanded(
+    sender: Sender,
+    machine: str,
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    terminal: tuple[int, int] | None = None,
+) -> AsyncIterator[RemoteCommand]:
+    """A command in the guest of a machine, from its beginning; it ends with the block.
+
+    Args:
+        sender: The manager.
+        machine: Name or id of the machine.
+        argv: Program and arguments.
+        env: More of its environment.
+        cwd: Its directory.
+        terminal: Rows and columns of the terminal that it gets; None is no terminal.
+
+    Raises:
+        VmlabError: the machine is not there or its guest does not answer.
+    """
+    request: dict[str, Any] = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "tty": False}
+    if terminal is not None:
+        request |= {"tty": True, "rows": terminal[0], "columns": terminal[1]}
+    async with _connected(sender, path_of("machines", machine, "exec")) as connection:
+        command = RemoteCommand(connection)
+        await connection.send(json.dumps(request))
+        yield command
+
+
+async def perform(
+    command: RemoteCommand, given: AsyncIterator[bytes] | None, *, stdout: Sink, stderr: Sink
+) -> Exit:
+    """Feed a command and hand on what it prints, until it has ended; its input may go on."""
+    waiting = asyncio.ensure_future(command.wait(stdout=stdout, stderr=stderr))
+    feeding = asyncio.ensure_future(command.feed(given))
+    try:
+        await asyncio.wait({waiting, feeding}, return_when=asyncio.FIRST_COMPLETED)
+        if feeding.done():
+            # An input that cannot be read is an end that the command must not take for its end.
+            feeding.result()
+        return await waiting
+    finally:
+        for task in (waiting, feeding):
+            task.cancel()
+        await asyncio.wait({waiting, feeding})
