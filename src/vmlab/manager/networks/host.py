@@ -1,0 +1,361 @@
+"""Networks on this host: made, looked at, and removed without a trace; knows no store.
+
+What is made for a network is written down in a directory of its own before it is made, and that
+directory goes last: whatever ends a manager, the next one finds what there may be. Interfaces say
+by their alias which home and which network they are for. Everything can be called again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from vmlab.hypervisors.monitored.networks import segment_group
+from vmlab.hypervisors.ownership import Owner
+from vmlab.machine.errors import OperationFailed
+from vmlab.manager.networks import dnsmasq, links, names, nat, segment_server
+from vmlab.manager.networks.daemons import Daemon
+from vmlab.manager.networks.layout import Layout, Lease, Record
+from vmlab.manager.networks.switch import Switch
+from vmlab.report import write_atomically
+
+__all__ = ["HostNetworks"]
+
+_SWITCH: Final = "switch"
+"""The directory of the switch, and what its own interfaces say that they are for."""
+_FORWARDING: Final = "forwarding.json"
+
+
+class HostNetworks:
+    """The networks of one home on this host.
+
+    Args:
+        directory: Where the state of each is, in a directory that bears its id.
+        machines: Whose machines are on isolated networks.
+    """
+
+    def __init__(self, directory: Path, machines: Owner) -> None:
+        self.directory = directory
+        self.home = names.digest(directory)
+        self.switch = Switch(directory / _SWITCH)
+        self._machines = machines
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        # What networks share: the switch, forwarding.
+        self._shared = asyncio.Lock()
+
+    # ------------------------------------------------------------- making
+
+    async def ensure(
+        self, layout: Layout, leases: Sequence[Lease] = (), taps: Collection[str] = ()
+    ) -> Layout:
+        """Have all of a network there; what is there already stays as it is.
+
+        Args:
+            layout: The network.
+            leases: Who is told which addresses.
+            taps: Names of the taps that live machines have on a network with a tag.
+
+        Returns:
+            The layout, which says now whether its bridge is the host's own.
+
+        Raises:
+            OperationFailed: a program, a right or something of the kernel's is missing, or the
+                host has something else under the same name or addresses.
+        """
+        async with self._locks[layout.network]:
+            if layout.mode == "user":
+                return layout
+            directory = self.path(layout.network)
+            record = await asyncio.to_thread(Record.read, directory)
+            if record is not None and not record.here:
+                # Of another boot or namespace: its programs serve nobody here.
+                await self._end_daemons(layout.network)
+                record = None
+            if layout.mode == "bridged":
+                if record is not None:
+                    layout = replace(layout, foreign=record.layout.foreign)
+                else:
+                    layout = await asyncio.to_thread(self._claim, layout)
+            if record is None or record.layout != layout:
+                await asyncio.to_thread(_write_down, layout, directory)
+            if layout.mode == "isolated":
+                await self._serve_segment(layout, leases)
+            else:
+                await self._raise(layout, leases, taps)
+            return layout
+
+    async def plug(self, layout: Layout, tap: str) -> None:
+        """Make a tap on a network with a tag; the network is there."""
+        assert layout.vlan is not None, "taps are made by hypervisors elsewhere"
+        await asyncio.to_thread(links.make_tap, tap, names.alias(self.home, layout.network))
+        await self.switch.add_port(layout.bridge, tap, layout.vlan)
+
+    async def unplug(self, tap: str) -> None:
+        """Remove a tap; again does nothing."""
+        await self.switch.remove_port(tap)
+        await asyncio.to_thread(links.remove, tap)
+
+    def _claim(self, layout: Layout) -> Layout:
+        """Find out whether the bridge can be ours, before it is written down as such."""
+        there = links.links()
+        found = there.get(layout.bridge)
+        mine = found is not None and names.of_alias(self.home, found.alias) in {
+            layout.network,
+            _SWITCH,
+        }
+        foreign = found is not None and not mine
+        if foreign and found is not None and (layout.vlan is not None or found.kind != "bridge"):
+            raise OperationFailed(
+                f"the host has an interface {layout.bridge} already"
+                + (" that is no bridge" if found.kind != "bridge" else ""),
+                hint="name another bridge; a network with a VLAN needs one of its own",
+            )
+        if not foreign:
+            own = {name for name, link in there.items() if self._is_of(link, layout.network)}
+            for name, address in links.addresses():
+                for subnet in layout.subnets:
+                    if name in own or address.version != subnet.version:
+                        continue
+                    if subnet.overlaps(address.network):
+                        raise OperationFailed(
+                            f"{subnet} overlaps {address}, which the host has on {name}",
+                            hint="give the network another subnet",
+                        )
+        return replace(layout, foreign=foreign)
+
+    def _is_of(self, link: links.Link, network: str) -> bool:
+        return names.of_alias(self.home, link.alias) == network
+
+    async def _raise(self, layout: Layout, leases: Sequence[Lease], taps: Collection[str]) -> None:
+        alias = names.alias(self.home, layout.network)
+        if layout.foreign:
+            return  # the host's own: whoever made it serves it
+        if layout.vlan is None:
+            await asyncio.to_thread(links.make_bridge, layout.bridge, alias)
+        else:
+            async with self._shared:
+                await self._raise_port(layout, alias)
+            for tap in taps:
+                await self.plug(layout, tap)
+        await asyncio.to_thread(links.add_addresses, layout.interface, layout.gateways)
+        await asyncio.to_thread(nat.apply, layout)
+        if any(subnet.version == 4 for subnet in layout.subnets):
+            async with self._shared:
+                await asyncio.to_thread(self._forward)
+        await self._serve_bridge(layout, leases)
+
+    async def _raise_port(self, layout: Layout, alias: str) -> None:
+        assert layout.vlan is not None
+        await self.switch.up()
+        await self.switch.add_bridge(layout.bridge)
+        await self.switch.add_port(layout.bridge, layout.interface, layout.vlan, own=True)
+        for name, said in (
+            (layout.bridge, names.alias(self.home, _SWITCH)),
+            (layout.interface, alias),
+        ):
+            await asyncio.to_thread(links.set_alias, name, said)
+        await asyncio.to_thread(links.set_up, layout.interface)
+
+    async def _serve_bridge(self, layout: Layout, leases: Sequence[Lease]) -> None:
+        if not layout.gateways:
+            return
+        link = (await asyncio.to_thread(links.links))[layout.interface]
+        directory = self.path(layout.network)
+        text = dnsmasq.configuration(layout, leases, index=link.index, directory=directory)
+        await self._dnsmasq(layout.network).keep(text, dnsmasq.command, ready=dnsmasq.READY)
+
+    async def _serve_segment(self, layout: Layout, leases: Sequence[Lease]) -> None:
+        group = segment_group(self._machines, names.segment(layout.network))
+        text = segment_server.configuration(layout, leases, group)
+        server = self._segment_server(layout.network)
+        if text:
+            await server.keep(text, segment_server.command, ready=segment_server.READY)
+        else:
+            await server.end()
+
+    def _forward(self) -> None:
+        """Have the kernel forward packets of IPv4, and write down first whether it did."""
+        if nat.FORWARDING.read_text("ascii").strip() != "0":
+            return
+        record = {"namespace": links.namespace(), "before": "0"}
+        write_atomically(self.directory / _FORWARDING, json.dumps(record).encode())
+        nat.FORWARDING.write_text("1", "ascii")
+
+    # ------------------------------------------------------------- removing
+
+    async def remove(self, network: str) -> list[str]:
+        """Remove all that was made for a network; again does nothing.
+
+        Returns:
+            What was removed, for a person.
+        """
+        async with self._locks[network]:
+            directory = self.path(network)
+            record = await asyncio.to_thread(Record.read, directory)
+            removed = await self._end_daemons(network)
+            if record is not None and record.here and record.layout.mode == "bridged":
+                removed += await self._lower(record.layout)
+            if directory.exists():
+                await asyncio.to_thread(shutil.rmtree, directory)
+            return removed
+
+    async def _lower(self, layout: Layout) -> list[str]:
+        removed = []
+        there = await asyncio.to_thread(links.links)
+        for name in [name for name, link in there.items() if self._is_of(link, layout.network)]:
+            if name in {layout.bridge, layout.interface}:
+                continue
+            await self.unplug(name)
+            removed.append(f"tap {name}")
+        if not layout.foreign:
+            if await asyncio.to_thread(nat.remove, layout.table):
+                removed.append(f"packet filter {layout.table}")
+            if layout.vlan is None:
+                if await asyncio.to_thread(links.remove, layout.bridge):
+                    removed.append(f"bridge {layout.bridge}")
+            else:
+                async with self._shared:
+                    await self._lower_port(layout)
+                removed.append(f"port {layout.interface}")
+        async with self._shared:
+            others = [each for each in self.recorded().values() if each.layout != layout]
+            bridged = [each for each in others if each.here and each.layout.mode == "bridged"]
+            if not any(each.layout.gateways for each in bridged):
+                await asyncio.to_thread(self._forward_as_before)
+        return removed
+
+    async def _lower_port(self, layout: Layout) -> None:
+        await self.switch.remove_port(layout.interface)
+        tagged = [
+            each.layout
+            for each in self.recorded().values()
+            if each.here and each.layout.vlan is not None and each.layout.network != layout.network
+        ]
+        if not any(each.bridge == layout.bridge for each in tagged):
+            await self.switch.remove_bridge(layout.bridge)
+        if not tagged:
+            await self.switch.down()
+
+    def _forward_as_before(self) -> None:
+        path = self.directory / _FORWARDING
+        try:
+            record = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return
+        if record.get("namespace") == links.namespace():
+            nat.FORWARDING.write_text(str(record.get("before", "0")), "ascii")
+        path.unlink(missing_ok=True)
+
+    async def _end_daemons(self, network: str) -> list[str]:
+        removed = []
+        for daemon in (self._dnsmasq(network), self._segment_server(network)):
+            pids = daemon.pids()
+            await daemon.end()
+            removed += [f"process {pid} ({daemon.name})" for pid in pids]
+        return removed
+
+    # ------------------------------------------------------------- looking
+
+    def path(self, network: str) -> Path:
+        """The directory of a network, by its id."""
+        assert network.isalnum(), "an id that the manager made"
+        return self.directory / network
+
+    def recorded(self) -> dict[str, Record]:
+        """What was written down, by network."""
+        found = {}
+        with suppress(FileNotFoundError):
+            for path in sorted(self.directory.iterdir()):
+                if path.is_dir() and (record := Record.read(path)) is not None:
+                    found[path.name] = record
+        return found
+
+    async def missing(self, layout: Layout, taps: Collection[str] = ()) -> list[str]:
+        """What of a network is not there and should be, for a person; nothing is changed.
+
+        Args:
+            layout: The network; it was made once.
+            taps: Those that live machines have on it.
+        """
+        lost = []
+        if layout.mode == "bridged":
+            there = await asyncio.to_thread(links.links)
+            wanted = {layout.bridge: "bridge", layout.interface: "interface"}
+            for name, kind in {**wanted, **dict.fromkeys(taps, "tap")}.items():
+                if name not in there:
+                    lost.append(f"{kind} {name}")
+                elif not there[name].up and name != layout.bridge:
+                    lost.append(f"{kind} {name} (it is down)")
+            if not layout.foreign:
+                if layout.table not in await asyncio.to_thread(nat.tables):
+                    lost.append(f"packet filter {layout.table}")
+                if layout.gateways and self._dnsmasq(layout.network).running() is None:
+                    lost.append("dnsmasq")
+        elif layout.mode == "isolated":
+            served = segment_server.configuration(layout, (), ("", 0))
+            if served and self._segment_server(layout.network).running() is None:
+                lost.append("DHCP server")
+        return lost
+
+    def leftovers(self, known: Collection[str]) -> dict[str, list[str]]:
+        """What is on the host of networks that are none of those; names by network."""
+        found: dict[str, list[str]] = {}
+        for network in self.recorded():
+            if network not in known:
+                found[network] = [f"directory {self.path(network)}"]
+        for name, link in links.links().items():
+            its = names.of_alias(self.home, link.alias)
+            if its is not None and its != _SWITCH and its not in known:
+                found.setdefault(its, []).append(f"interface {name}")
+        return found
+
+    async def sweep(self, known: Collection[str]) -> list[str]:
+        """Remove what is on the host of networks that are none of those.
+
+        Returns:
+            What was removed, for a person.
+        """
+        removed = []
+        for network in sorted(await asyncio.to_thread(self.leftovers, known)):
+            removed += await self.remove(network)
+        # What no directory tells of any more is still told by its alias.
+        there = await asyncio.to_thread(links.links)
+        for name, link in there.items():
+            its = names.of_alias(self.home, link.alias)
+            if its is not None and its != _SWITCH and its not in known:
+                await self.unplug(name)
+                removed.append(f"interface {name}")
+        own = names.tables(self.home)
+        if shutil.which("nft") is not None and links.may_administer():
+            for table in sorted(await asyncio.to_thread(nat.tables)):
+                if table.startswith(own) and table.removeprefix(own) not in known:
+                    await asyncio.to_thread(nat.remove, table)
+                    removed.append(f"packet filter {table}")
+        async with self._shared:
+            tagged = [
+                each
+                for each in self.recorded().values()
+                if each.here and each.layout.vlan is not None
+            ]
+            if not tagged and self.switch.processes():
+                await self.switch.down()
+                removed.append("switch")
+        return removed
+
+    def _dnsmasq(self, network: str) -> Daemon:
+        return Daemon(self.path(network), "dnsmasq")
+
+    def _segment_server(self, network: str) -> Daemon:
+        return Daemon(self.path(network), "segment")
+
+
+def _write_down(layout: Layout, directory: Path) -> None:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    Record.now(layout).write(directory)

@@ -1,0 +1,145 @@
+"""What a network needs of the host, worked out from its row: interfaces, addresses, services.
+
+A layout is all that `host` and the services know of a network, and what is written down before
+anything of it is made; so a network can be removed from the host without its row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from vmlab.hypervisors.process_identity import boot_id
+from vmlab.manager.networks import ipam, names
+from vmlab.manager.networks.links import namespace
+from vmlab.report import write_atomically
+
+if TYPE_CHECKING:
+    from vmlab.manager.store.tables import NetworkRow
+
+__all__ = ["RECORD", "Layout", "Lease", "Record", "network_pools", "subnets_of"]
+
+RECORD: Final = "network.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Which addresses a NIC is to be told, by its MAC address, and its machine's host name."""
+
+    mac: str
+    hostname: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A network as the host is to have it.
+
+    Args:
+        network: Its id.
+        mode: Of the network.
+        bridge: The bridge, or with `vlan` the switch, that machines are on; "" of other modes.
+        vlan: Tag of its ports on the switch.
+        table: Of the packet filter; "" of other modes.
+        interface: Where the host itself is on it: the bridge, or a port of the switch.
+        gateways: The host's addresses on it, with prefix length.
+        dns: Servers that machines are told; none is the host itself, where it is on the network.
+        dhcp: Whether machines are told their addresses.
+        foreign: Whether the bridge is the host's own: nothing but machines is added to it.
+    """
+
+    network: str
+    mode: Literal["isolated", "user", "bridged"]
+    bridge: str
+    vlan: int | None
+    table: str
+    interface: str
+    gateways: tuple[str, ...]
+    dns: tuple[str, ...]
+    dhcp: bool
+    foreign: bool = False
+
+    @classmethod
+    def of(cls, row: NetworkRow, home: str) -> Layout:
+        """The layout of a network, in the home of that digest."""
+        bridged = row.mode == "bridged"
+        tagged = bridged and row.vlan is not None
+        kind: Literal["switch", "bridge"] = "switch" if tagged else "bridge"
+        # Networks with tags are on one switch unless they name another: that is what tags are for.
+        bridge = row.bridge or names.interface(kind, home if tagged else row.id)
+        return cls(
+            network=row.id,
+            mode="bridged" if bridged else "user" if row.mode == "user" else "isolated",
+            bridge=bridge if bridged else "",
+            vlan=row.vlan if tagged else None,
+            table=names.table(home, row.id) if bridged else "",
+            interface=(names.interface("gateway", row.id) if tagged else bridge) if bridged else "",
+            gateways=tuple(
+                f"{ipam.gateway_of(subnet, row.gateway)}/{subnet.prefixlen}"
+                for subnet in subnets_of(row)
+            ),
+            dns=tuple(row.dns),
+            dhcp=row.dhcp,
+            foreign=bool(row.data.get("foreign")),
+        )
+
+    @property
+    def subnets(self) -> tuple[ipam.Subnet, ...]:
+        """The subnets that it has."""
+        return tuple(ip_network(each, strict=False) for each in self.gateways)
+
+
+def subnets_of(row: NetworkRow) -> tuple[ipam.Subnet, ...]:
+    """The subnets of a network, IPv4 first."""
+    return tuple(ip_network(each) for each in (row.subnet, row.subnet6) if each is not None)
+
+
+def network_pools(row: NetworkRow) -> tuple[ipam.Pool, ...]:
+    """The pools of a network, one for each of its subnets.
+
+    Raises:
+        InvalidSpec: the row says what cannot be.
+    """
+    return ipam.pools(
+        subnets_of(row), gateway=row.gateway, ranges=row.ranges, reserved=row.reserved
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down of a network before anything of it is made on the host.
+
+    Interfaces and rules go with the network namespace and with the boot that they were made in.
+    """
+
+    layout: Layout
+    namespace: int
+    boot: str
+
+    @classmethod
+    def now(cls, layout: Layout) -> Record:
+        """Of a network that is made here and now."""
+        return cls(layout, namespace(), boot_id())
+
+    @property
+    def here(self) -> bool:
+        """Whether what was made may still be there, and within reach."""
+        return self.namespace == namespace() and self.boot == boot_id()
+
+    def write(self, directory: Path) -> None:
+        """Write it into a network's directory, durably."""
+        write_atomically(directory / RECORD, json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def read(cls, directory: Path) -> Record | None:
+        """The record in a network's directory; None if nothing was made yet."""
+        try:
+            data: dict[str, Any] = json.loads((directory / RECORD).read_bytes())
+            layout = data["layout"]
+            layout.update(gateways=tuple(layout["gateways"]), dns=tuple(layout["dns"]))
+            return cls(Layout(**layout), data["namespace"], data["boot"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return None  # written atomically: damaged is as good as never written

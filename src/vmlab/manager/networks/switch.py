@@ -1,0 +1,181 @@
+"""A switch with VLANs (IEEE 802.1Q): Open vSwitch with its datapath in user space, of our own.
+
+For kernels whose bridges have no VLAN filtering and that have no openvswitch module, as well as
+for those that have. One database and one daemon for a home, in a directory of their own and beside
+any Open vSwitch that the host runs; they live on while no manager runs. Its interfaces are taps of
+the daemon's: when that ends, they are gone. See ovs-vswitchd.conf.db(5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Final
+
+from vmlab.hypervisors.monitored.commands import run_command
+from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.processes import OwnedProcess, adopt, spawn
+from vmlab.machine.errors import OperationFailed
+
+__all__ = ["PROGRAMS", "Switch"]
+
+PROGRAMS: Final = ("ovsdb-tool", "ovsdb-server", "ovs-vsctl", "ovs-vswitchd")
+"""What is needed of Open vSwitch."""
+
+_SCHEMA: Final = Path("/usr/share/openvswitch/vswitch.ovsschema")
+_SECONDS: Final = 120
+_LOOK_SECONDS: Final = 0.05
+
+
+class Switch:
+    """The switch of a home.
+
+    Args:
+        directory: Its own.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._owner = Owner("store", "network-switch", directory)
+        self._lock = asyncio.Lock()
+
+    def processes(self) -> list[OwnedProcess]:
+        """Its processes that run."""
+        return adopt(self._owner) if self.directory.exists() else []
+
+    async def up(self) -> None:
+        """Have it run; what ran already stays, with its ports.
+
+        Raises:
+            OperationFailed: Open vSwitch is not installed, or does not start.
+        """
+        async with self._lock:
+            if len(self.processes()) == 2:
+                return
+            await self._down()
+            for program in PROGRAMS:
+                if shutil.which(program) is None:
+                    raise OperationFailed(
+                        f"networks with a VLAN need {program}, which is not installed",
+                        hint="install openvswitch-switch",
+                    )
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await self._begin()
+
+    async def _begin(self) -> None:
+        database, socket = self.directory / "conf.db", self._socket
+        # What it was is in the store, so it begins with nothing.
+        await self._run("ovsdb-tool", "create", str(database), str(_SCHEMA))
+        server = await self._spawn(
+            "ovsdb-server", str(database), f"--remote=punix:{socket}", "--no-chdir"
+        )
+        await self._until(server, socket)
+        await self.control("--no-wait", "init")
+        # Without it, frames of guests that leave checksums to their NIC arrive with wrong ones.
+        await self.control(
+            "--no-wait", "set", "Open_vSwitch", ".", "other_config:userspace-tso-enable=true"
+        )
+        await self._spawn("ovs-vswitchd", f"unix:{socket}", "--no-chdir", "--disable-system")
+        await self.control("show")
+
+    async def down(self) -> None:
+        """End it and remove all that it has; again does nothing."""
+        async with self._lock:
+            await self._down()
+
+    async def _down(self) -> None:
+        # The daemon first: it complains of a database that goes away.
+        for process in sorted(self.processes(), key=lambda each: each.argv[0], reverse=True):
+            await process.end()
+        if self.directory.exists():
+            await asyncio.to_thread(shutil.rmtree, self.directory)
+
+    async def add_bridge(self, name: str) -> None:
+        """Have a bridge of that name; one that is there stays."""
+        await self.control(
+            "--may-exist", "add-br", name, "--", "set", "bridge", name, "datapath_type=netdev"
+        )
+
+    async def add_port(self, bridge: str, name: str, tag: int, *, own: bool = False) -> None:
+        """Have an interface on a bridge, with a tag; one that is there gets that tag.
+
+        Args:
+            bridge: Its bridge.
+            name: Of the interface.
+            tag: VLAN of its untagged frames, the only one that it is in.
+            own: Whether the interface is the switch's to make, for the host to be on.
+        """
+        words = ["--may-exist", "add-port", bridge, name, "--", "set", "port", name, f"tag={tag}"]
+        if own:
+            words += ["--", "set", "interface", name, "type=internal"]
+        await self.control(*words)
+
+    async def remove_port(self, name: str) -> None:
+        """Take an interface off; again does nothing."""
+        if self.processes():
+            await self.control("--if-exists", "del-port", name)
+
+    async def bridges(self) -> list[str]:
+        """The bridges that it has."""
+        return (await self.control("list-br")).split() if self.processes() else []
+
+    async def ports(self, bridge: str) -> list[str]:
+        """The interfaces on a bridge, but for its own."""
+        return (await self.control("list-ports", bridge)).split()
+
+    async def remove_bridge(self, name: str) -> None:
+        """Remove a bridge with its ports; again does nothing."""
+        if self.processes():
+            await self.control("--if-exists", "del-br", name)
+
+    async def control(self, *words: str) -> str:
+        """What ovs-vsctl(8) says; it waits until the daemon has done what it was told.
+
+        Raises:
+            OperationFailed: it could not be done.
+        """
+        return await self._run(
+            "ovs-vsctl", f"--db=unix:{self._socket}", f"--timeout={_SECONDS}", *words
+        )
+
+    @property
+    def _socket(self) -> Path:
+        return self.directory / "db.sock"
+
+    async def _run(self, *words: str) -> str:
+        try:
+            status, said, complaint = await run_command(*words)
+        except FileNotFoundError as error:
+            raise OperationFailed(
+                f"{words[0]} is not installed", hint="install openvswitch-switch"
+            ) from error
+        if status != 0:
+            raise OperationFailed(
+                f"{' '.join(words)} failed: {complaint or said}",
+                hint=f"logs of the switch are in {self.directory}",
+            )
+        return said
+
+    async def _spawn(self, *words: str) -> OwnedProcess:
+        log = self.directory / f"{words[0]}.log"
+        environment = {
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "OVS_RUNDIR": str(self.directory),
+            "OVS_LOGDIR": str(self.directory),
+            "OVS_DBDIR": str(self.directory),
+        }
+        return await spawn(
+            words, owner=self._owner, stdout=log, stderr=log, cwd=self.directory,
+            environment=environment,
+        )  # fmt: skip
+
+    async def _until(self, process: OwnedProcess, path: Path) -> None:
+        """Wait for a socket to be there."""
+        there, log = path.exists, self.directory / f"{process.argv[0]}.log"
+        async with asyncio.timeout(_SECONDS):
+            while not there():
+                if not process.running:
+                    said = (await asyncio.to_thread(log.read_text, "utf-8", "replace"))[-2000:]
+                    raise OperationFailed(f"{process.argv[0]} ended: {said.strip()}")
+                await asyncio.sleep(_LOOK_SECONDS)
