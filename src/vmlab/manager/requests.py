@@ -301,6 +301,7 @@ class RepairFinding(_Request):
     name: str | None = Field(
         None, description="what is to be removed, typed once more; needed where data would go"
     )
+    undo: Flag = Field(False, description="put back what that repair has done, where it can be")
 
 
 Request = Annotated[

@@ -19,6 +19,7 @@ from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.fields import Name
 from vmlab.machine.problems import invalid
 from vmlab.machine.sizes import Size
+from vmlab.manager.requests import Policy
 
 __all__ = ["HostSetting", "Limits", "Settings"]
 
@@ -72,6 +73,19 @@ class Settings(BaseModel):
         None, gt=0, description="requests per second of one client; no limit if left out"
     )
     events_kept: int = Field(100_000, ge=1, description="events that can be replayed")
+    findings: dict[str, Policy] = Field(
+        default_factory=dict,
+        description='what is done about findings, by code: "CODE=POLICY,CODE=POLICY"; those left '
+        "out are reported",
+    )
+
+    @field_validator("findings", mode="before")
+    @classmethod
+    def _read_policies(cls, value: object) -> object:
+        # The observer's codes are known where they are used.
+        from vmlab.manager.observer.policies import read_policies
+
+        return read_policies(value)
 
     @field_validator("hosts", mode="before")
     @classmethod
@@ -145,6 +159,7 @@ _VARIABLES: Final = {
     "VMLAB_RATE_LIMIT": "rate_limit",
     "VMLAB_EVENTS_KEPT": "events_kept",
     "VMLAB_HOSTS": "hosts",
+    "VMLAB_FINDINGS": "findings",
     "VMLAB_LIMIT_VCPUS": "limits.vcpus",
     "VMLAB_LIMIT_MEMORY": "limits.memory",
     "VMLAB_LIMIT_DISK": "limits.disk",

@@ -1,0 +1,163 @@
+"""Addresses that two have or nobody, and interfaces that belong to nothing or are not there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from vmlab.machine.states import OFF, MachineState
+from vmlab.manager.networks.names import interface
+from vmlab.manager.observer.difference import Difference
+from vmlab.manager.observer.known import Known, KnownAddress
+from vmlab.manager.observer.seen import Seen
+
+__all__ = ["address_conflict", "leaked_address", "lost_interface"]
+
+_SWITCH = "switch"
+"""What the interfaces that networks with tags share say that they are for."""
+
+_ON = frozenset({MachineState.RUNNING, MachineState.PAUSED})
+
+
+def address_conflict(known: Known, seen: Seen) -> Iterator[Difference]:
+    """Addresses in use by somebody else than whose they are, or by two at once."""
+    if "leases" not in seen.looked:
+        return
+    taken = {(address.network, address.address): address for address in known.addresses}
+    users: dict[tuple[str, str], set[str]] = defaultdict(set)
+    sources: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for lease in seen.leases:
+        users[lease.network, lease.address].add(lease.mac)
+        sources[lease.network, lease.address].add(lease.source)
+    nics = {nic.mac: (machine, nic) for machine, nic in known.nic.values()}
+    for (network, address), macs in users.items():
+        owner = taken.get((network, address))
+        wrong = sorted(mac for mac in macs if owner is not None and mac != owner.mac)
+        if not wrong and len(macs) < 2:
+            continue
+        intruders = [nics[mac] for mac in wrong or sorted(macs)[1:] if mac in nics]
+        title = known.network[network].name if network in known.network else network
+        yield Difference(
+            code="address-conflict",
+            severity="error",
+            subject=f"{network}/{address}",
+            name=address,
+            message=f"address {address} of network {title!r} is used by {', '.join(sorted(macs))}"
+            + (f", and belongs to {_whose(known, owner)}" if owner is not None else ""),
+            hint="give the guest that took it an address of its own",
+            source="leases",
+            evidence={
+                "network": network,
+                "address": address,
+                "used_by": sorted(macs),
+                "belongs_to": owner.mac if owner is not None else None,
+                "intruders": [{"machine": m.id, "nic": n.name} for m, n in intruders],
+                "seen_in": sorted(sources[network, address]),
+            },
+            touches=frozenset({network} | {machine.id for machine, _ in intruders})
+            | frozenset(filter(None, (owner.machine if owner is not None else None,))),
+            actions=("quarantine",) if intruders else (),
+        )
+
+
+def _whose(known: Known, address: KnownAddress) -> str:
+    machine = known.machine.get(address.machine) if address.machine is not None else None
+    return f"machine {machine.name!r} ({address.mac})" if machine is not None else "nobody"
+
+
+def leaked_address(known: Known, seen: Seen) -> Iterator[Difference]:
+    """Addresses that are taken by nobody, or by a machine at rest that should have let go."""
+    for address in known.addresses:
+        machine = known.machine.get(address.machine) if address.machine is not None else None
+        if machine is None:
+            why = "is taken, and by no machine"
+        elif address.nic is None or address.nic not in known.nic:
+            why = f"is taken by machine {machine.name!r}, which has no such NIC any more"
+        elif machine.releases == "stop" and machine.state in OFF and machine.wanted == "stopped":
+            why = f"is taken by machine {machine.name!r}, which is {machine.state}"
+        else:
+            continue
+        title = known.network[address.network].name if address.network in known.network else "?"
+        yield Difference(
+            code="leaked-address",
+            severity="warning",
+            subject=address.id,
+            name=address.address,
+            message=f"address {address.address} of network {title!r} {why}",
+            hint="reconcile releases it",
+            source="store",
+            evidence={
+                "network": address.network,
+                "address": address.address,
+                "machine": address.machine,
+                "nic": address.nic,
+                "mac": address.mac,
+            },
+            touches=frozenset(filter(None, (address.id, address.network, address.machine))),
+            actions=("reconcile",),
+        )
+
+
+def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
+    """Interfaces of the host that belong to nothing, and those that are needed and not there."""
+    if "interfaces" not in seen.looked:
+        return
+    taps = {interface("tap", nic.id): machine for machine, nic in known.nic.values() if nic.network}
+    for found in seen.interfaces:
+        tap = found.name.startswith(interface("tap", ""))
+        if found.network == _SWITCH and any(each.vlan for each in known.network.values()):
+            continue
+        if found.network not in known.network:
+            why = "is of a network that the store does not have"
+        elif tap and found.name not in taps:
+            why = "is of no NIC that the store has"
+        elif tap and taps[found.name].state in OFF:
+            why = f"is of machine {taps[found.name].name!r}, which is {taps[found.name].state}"
+        else:
+            continue
+        owner = taps.get(found.name)
+        yield Difference(
+            code="lost-interface",
+            severity="warning",
+            subject=found.name,
+            name=found.name,
+            message=f"the {found.kind} {found.name!r} of the host {why}",
+            hint="reconcile removes it",
+            source="interfaces",
+            evidence={"interface": found.name, "kind": found.kind, "network": found.network},
+            touches=frozenset({found.network} | ({owner.id} if owner is not None else set())),
+            actions=("reconcile",),
+        )
+    yield from _lacking(known, seen)
+
+
+def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
+    """What running machines on bridged networks need and the host does not have."""
+    needed: dict[str, tuple[str, str, frozenset[str]]] = {}
+    for machine, nic in known.nic.values():
+        network = known.network.get(nic.network) if nic.network is not None else None
+        if network is None or network.mode != "bridged" or machine.state not in _ON:
+            continue
+        touches = frozenset({network.id, machine.id})
+        needed[network.bridge] = (network.id, "bridge", touches)
+        if network.vlan is not None:
+            # On a bridge without tags, a hypervisor makes taps of its own.
+            needed[interface("tap", nic.id)] = (network.id, "tap", touches)
+    for name, (id_, kind, touches) in needed.items():
+        if name in seen.every_interface:
+            continue
+        yield Difference(
+            code="lost-interface",
+            severity="error",
+            subject=name,
+            name=name,
+            message=f"network {known.network[id_].name!r} needs the {kind} {name!r}, "
+            "and the host does not have it",
+            hint="reconcile makes the bridge again; a tap comes with its machine's next start"
+            if kind == "bridge"
+            else "the machine has lost its wire: restart it",
+            source="interfaces",
+            evidence={"interface": name, "kind": kind, "network": id_},
+            touches=touches,
+            actions=("reconcile",) if kind == "bridge" else (),
+        )

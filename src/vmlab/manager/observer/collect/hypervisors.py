@@ -1,0 +1,118 @@
+"""What the hypervisors tell of their machines: states, and what those are made of.
+
+The state as the hypervisor's own events have it costs nothing and is taken of all machines; asking
+a machine for its state and its parts is taken in turns, so that thousands of them are no burden.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from vmlab.hypervisors.base import Hypervisor, Machine, MachineInfo
+from vmlab.machine.errors import MachineNotFound, VmlabError
+from vmlab.machine.states import OPERATIONS, MachineState
+from vmlab.manager.observer.known import Known
+from vmlab.manager.observer.seen import SeenDisk, SeenMachine, SeenNic
+
+__all__ = ["Turns", "machines_of"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+_AT_ONCE: Final = 64
+"""Machines that are asked at the same time."""
+_ASKING_SECONDS: Final = 30.0
+
+
+class Turns:
+    """Whose turn it is to be asked: `share` of many, so that all have theirs after some sweeps."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def next(self, names: Iterable[str], share: int) -> set[str]:
+        """The next `share` of those names, in their order, beginning where the last ones ended."""
+        ordered = sorted(names)
+        if len(ordered) <= share:
+            return set(ordered)
+        begin = next((n for n, name in enumerate(ordered) if name > self._last), 0)
+        chosen = (ordered + ordered)[begin : begin + share]
+        self._last = chosen[-1]
+        return set(chosen)
+
+
+async def machines_of(
+    host: str,
+    hypervisor: Hypervisor,
+    known: Known,
+    ask: Collection[str] | None,
+    *,
+    others: bool = True,
+) -> tuple[list[SeenMachine], set[str]]:
+    """The machines of one host.
+
+    Args:
+        host: Its name.
+        hypervisor: What runs there.
+        known: The store, to tell which parts belong to which of its machines.
+        ask: Names, at the hypervisor, of machines that are asked themselves; None is all.
+        others: Whether the others are told of, too, as far as is known without asking them.
+
+    Returns:
+        The machines, and what was looked at (see `Seen.looked`).
+
+    Raises:
+        VmlabError: it does not answer.
+    """
+    found = await hypervisor.list()
+    if not others and ask is not None:
+        found = [machine for machine in found if machine.name in ask]
+    turns = asyncio.Semaphore(_AT_ONCE)
+    looked = {f"host:{host}"}
+
+    async def look(machine: Machine) -> SeenMachine | None:
+        if ask is not None and machine.name not in ask:
+            return _seen(host, machine, machine.state)
+        async with turns:
+            return await _asked(host, machine, known, looked)
+
+    seen = await asyncio.gather(*map(look, found))
+    return [machine for machine in seen if machine is not None], looked
+
+
+async def _asked(host: str, machine: Machine, known: Known, looked: set[str]) -> SeenMachine | None:
+    try:
+        status = await machine.status(timeout=_ASKING_SECONDS)
+    except VmlabError as error:
+        _LOG.debug("machine %s of %s was not asked: %s", machine.name, host, error)
+        return _seen(host, machine, machine.state)
+    if status.state is MachineState.DELETED:
+        return None
+    stored = known.placed.get((host, machine.name))
+    if stored is None or status.state not in OPERATIONS["info"] or not status.state.is_stable:
+        return _seen(host, machine, status.state, status.reason)
+    try:
+        info = await machine.info(timeout=_ASKING_SECONDS)
+    except MachineNotFound:
+        return None
+    except VmlabError as error:
+        _LOG.debug("machine %s of %s did not tell its parts: %s", machine.name, host, error)
+        return _seen(host, machine, status.state, status.reason)
+    looked.add(f"parts:{stored.id}")
+    return _seen(host, machine, status.state, status.reason, info)
+
+
+def _seen(
+    host: str,
+    machine: Machine,
+    state: MachineState,
+    reason: str = "",
+    info: MachineInfo | None = None,
+) -> SeenMachine:
+    disks = nics = None
+    if info is not None:
+        disks = tuple(SeenDisk(disk.name, disk.size, disk.path) for disk in info.disks)
+        nics = tuple(SeenNic(nic.name, nic.network, nic.mac.lower()) for nic in info.nics)
+    return SeenMachine(host, machine.id, machine.name, state, reason, disks, nics)

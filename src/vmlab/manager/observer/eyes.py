@@ -1,0 +1,187 @@
+"""One look at the store and the world: which collectors are asked for what, and what they said.
+
+A look changes nothing. What fails to be looked at is left out of `Seen.looked`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.threads import done_in_thread
+from vmlab.machine.errors import VmlabError
+from vmlab.manager.networks import names
+from vmlab.manager.observer.collect import files, guests, hypervisors, locks, networks, processes
+from vmlab.manager.observer.collect.store import known_now
+from vmlab.manager.observer.known import Known
+from vmlab.manager.observer.seen import Seen, SeenGuest
+from vmlab.manager.operator.hosts import machine_name
+from vmlab.manager.store.tables import now
+
+if TYPE_CHECKING:
+    from vmlab.manager.manager import Manager
+
+__all__ = ["Eyes", "Scope"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+_HOST_SECONDS: Final = 120.0
+_GUESTS_AT_ONCE: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What of the world a look is at.
+
+    Attributes:
+        machines: Ids of the store's machines that it is about; None is all there is.
+        ask: Names, at their hypervisors, of machines that are asked themselves; None is all.
+        around: Whether processes, files, locks, networks and file systems are looked at.
+        guests: Ids of the machines whose guests are asked.
+        hypervisors: Whether those are looked at.
+    """
+
+    machines: frozenset[str] | None = None
+    ask: frozenset[str] | None = None
+    around: bool = True
+    guests: frozenset[str] = field(default_factory=frozenset)
+    hypervisors: bool = True
+
+
+class Eyes:
+    """What a manager looks with.
+
+    Args:
+        manager: Whose store, hosts, files and guests.
+        guest_seconds: Time that a guest has to answer.
+    """
+
+    def __init__(self, manager: Manager, guest_seconds: float) -> None:
+        self._manager = manager
+        self._guest_seconds = guest_seconds
+
+    async def know(self, scope: Scope) -> Known:
+        """What the store says."""
+        return await self._manager.database.read(
+            known_now, machine_name, self._manager.storage.path, self._digest, scope.machines
+        )
+
+    async def see(self, known: Known, scope: Scope) -> Seen:
+        """What the world shows."""
+        at = now()
+        parts: list[Mapping[str, Any]] = []
+        # Processes before machines, so that one whose machine is made meanwhile finds that.
+        if scope.around:
+            parts.append(await done_in_thread(self._around, known))
+        if scope.hypervisors:
+            parts += await asyncio.gather(
+                *(self._host(host, known, scope) for host in sorted(known.hosts))
+            )
+        if scope.guests:
+            parts.append(await self._guests(scope.guests))
+        if scope.machines is None and scope.hypervisors:
+            parts.append({"looked": {"store"}})
+        merged: dict[str, Any] = {}
+        for part in parts:
+            for name, value in part.items():
+                merged[name] = (
+                    frozenset(merged.get(name, frozenset()) | value)
+                    if isinstance(value, set | frozenset)
+                    else (*merged.get(name, ()), *value)
+                )
+        return Seen(at=at, **merged)
+
+    # ------------------------------------------------------------------ hypervisors
+
+    async def _host(self, host: str, known: Known, scope: Scope) -> Mapping[str, Any]:
+        """The machines of one host; nothing if it does not answer."""
+        ask: Collection[str] | None = scope.ask
+        if scope.machines is not None:
+            ask = {machine.at for machine in known.machines if machine.host == host}
+            if not ask:
+                return {}
+        try:
+            async with asyncio.timeout(_HOST_SECONDS):
+                hypervisor = await self._manager.hosts.get(host)
+                machines, looked = await hypervisors.machines_of(
+                    host, hypervisor, known, ask, others=scope.machines is None
+                )
+        except (VmlabError, OSError, TimeoutError) as error:
+            _LOG.info("host %s was not looked at: %s", host, error or type(error).__name__)
+            return {}
+        return {"machines": machines, "looked": looked}
+
+    @property
+    def owners(self) -> list[Owner]:
+        """The stores whose machines this manager has."""
+        hosts = self._manager.hosts
+        opened = [hosts.opened(name) for name in hosts.names]
+        found = {hypervisor.owner.id: hypervisor.owner for hypervisor in opened if hypervisor}
+        return list(found.values())
+
+    # ------------------------------------------------------------------ what is around them
+
+    def _around(self, known: Known) -> Mapping[str, Any]:
+        directory = self._manager.settings.directory
+        storage = self._manager.storage.directory
+        owners = self.owners
+        found: dict[str, Any] = {
+            "processes": processes.processes_of(owners, directory),
+            "files": files.disk_files(storage),
+            "volumes": files.volumes(self._places(directory, storage)),
+        }
+        looked = {"processes", "files", "volumes", "leases"}
+        held = locks.locks_of(owners, [directory / "manager.lock"])
+        if held is not None:
+            found["locks"] = held
+            looked.add("locks")
+        leases = networks.leases_of(networks.network_directories(directory))
+        if any(network.mode == "bridged" for network in known.networks) or leases:
+            interfaces = networks.interfaces_of(self._digest)
+        else:
+            interfaces = None
+        if interfaces is not None:
+            mine, every = interfaces
+            found["interfaces"], found["every_interface"] = mine, every
+            leases += networks.neighbours_of(mine)
+            looked.add("interfaces")
+        found["leases"] = leases
+        found["looked"] = looked
+        return found
+
+    @property
+    def _digest(self) -> str:
+        """What this home's interfaces are told by."""
+        return names.digest(self._manager.settings.directory / "networks")
+
+    @property
+    def _home(self) -> Path:
+        return self._manager.settings.home.directory
+
+    def _places(self, directory: Path, storage: Path) -> list[Path]:
+        home = self._home
+        return [directory, storage, home / "stores", home / "images"]
+
+    # ------------------------------------------------------------------ guests
+
+    async def _guests(self, machines: Collection[str]) -> Mapping[str, Any]:
+        turns = asyncio.Semaphore(_GUESTS_AT_ONCE)
+
+        async def ask(id_: str) -> SeenGuest | None:
+            async with turns:
+                try:
+                    machine = await self._manager.machine(id_)
+                except VmlabError:
+                    return None  # it was deleted, or nobody knows what it does
+                return await guests.asked(
+                    id_, machine, self._manager.guests.get, self._guest_seconds
+                )
+
+        told = await asyncio.gather(*map(ask, sorted(machines)))
+        heard = [guest for guest in told if guest is not None]
+        return {"guests": heard, "looked": {f"guest:{guest.machine}" for guest in heard}}

@@ -1,0 +1,216 @@
+"""The findings that are kept: raised, seen again, resolved; each change with its event.
+
+One finding is open for a code and a subject; when its difference is gone it is resolved, and a
+later one is a new finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from vmlab.manager.observer.collect.store import stirred_since
+from vmlab.manager.observer.difference import Difference
+from vmlab.manager.requests import Policy
+from vmlab.manager.store.changes import add_event
+from vmlab.manager.store.tables import FindingRow, now
+
+__all__ = ["Open", "Raised", "note", "open_findings", "recently_repaired"]
+
+_SOURCE: Final = "source"
+_TOUCHES: Final = "touches"
+"""Where, in a finding's evidence, it says what was looked at for it and what it is about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A finding that is open, as far as the observer needs it."""
+
+    id: str
+    code: str
+    subject: str
+    source: str
+    touches: frozenset[str]
+    message: str
+    policy: str
+    operation: str | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Which difference it is of."""
+        return self.code, self.subject
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """A difference that was confirmed, with the policy for it."""
+
+    difference: Difference
+    policy: Policy
+
+
+def open_findings(session: Session) -> list[Open]:
+    """All findings that are open, the oldest first."""
+    rows = session.scalars(
+        select(FindingRow)
+        .where(FindingRow.resolved.is_(None))
+        .order_by(FindingRow.first_seen, FindingRow.id)
+    )
+    return [_open(row) for row in rows]
+
+
+def _open(row: FindingRow) -> Open:
+    return Open(
+        id=row.id,
+        code=row.code,
+        subject=row.subject,
+        source=str(row.evidence.get(_SOURCE, "")),
+        touches=frozenset(row.evidence.get(_TOUCHES, ())),
+        message=row.message,
+        policy=row.policy,
+        operation=row.operation_id,
+    )
+
+
+def note(
+    session: Session,
+    found: Sequence[Raised],
+    gone: Collection[str],
+    *,
+    event: int,
+    moment: datetime,
+) -> list[str]:
+    """Write down what a look has shown.
+
+    Args:
+        session: A transaction that writes.
+        found: Differences that are there.
+        gone: Ids of findings whose difference is not there any more.
+        event: Number of the store's newest event when the look began.
+        moment: When that was.
+
+    Returns:
+        Ids of the findings that are open for `found`. A difference on what has changed since the
+        look began is none: it is left out, and looked at again.
+    """
+    stirred = stirred_since(session, event, moment)
+    present = now()
+    before = {
+        (row.code, row.subject): row
+        for row in session.scalars(select(FindingRow).where(FindingRow.resolved.is_(None)))
+    }
+    ids, again = [], []
+    for raised in found:
+        difference = raised.difference
+        if difference.touches & stirred:
+            continue
+        row = before.get(difference.key)
+        if row is None:
+            ids.append(_raise(session, raised, present).id)
+            continue
+        ids.append(row.id)
+        again.append(row.id)
+        _see_again(session, row, raised)
+    # One statement: thousands of findings that stay as they are would be thousands of updates.
+    for first in range(0, len(again), _AT_ONCE):
+        session.execute(
+            update(FindingRow)
+            .where(FindingRow.id.in_(again[first : first + _AT_ONCE]))
+            .values(last_seen=present)
+        )
+    for row in before.values():
+        if row.id in gone and not _touches(row) & stirred:
+            resolve(session, row)
+    return ids
+
+
+_AT_ONCE: Final = 500
+
+
+def _touches(row: FindingRow) -> frozenset[str]:
+    return frozenset(row.evidence.get(_TOUCHES, ()))
+
+
+def _evidence(difference: Difference) -> dict[str, Any]:
+    return {
+        **difference.evidence,
+        _SOURCE: difference.source,
+        _TOUCHES: sorted(difference.touches),
+    }
+
+
+def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
+    difference = raised.difference
+    row = FindingRow(
+        code=difference.code,
+        severity=difference.severity,
+        subject=difference.subject,
+        name=difference.name,
+        message=difference.message,
+        hint=difference.hint,
+        evidence=_evidence(difference),
+        policy=raised.policy,
+        actions=list(difference.actions),
+        first_seen=present,
+        last_seen=present,
+    )
+    session.add(row)
+    session.flush()
+    _tell(session, row, "finding.raised")
+    return row
+
+
+def _see_again(session: Session, row: FindingRow, raised: Raised) -> None:
+    """Take over what is different about a finding that is still there."""
+    difference = raised.difference
+    changed = (row.message, row.severity, row.policy) != (
+        difference.message,
+        difference.severity,
+        raised.policy,
+    )
+    row.evidence = _evidence(difference)
+    row.actions = list(difference.actions)
+    row.hint = difference.hint
+    row.policy = raised.policy
+    if changed:
+        row.message, row.severity = difference.message, difference.severity
+        _tell(session, row, "finding.seen")
+
+
+def resolve(session: Session, row: FindingRow, *, operation: str | None = None) -> None:
+    """Its difference is gone: by itself, or by that operation."""
+    row.resolved = now()
+    if operation is not None:
+        row.operation_id = operation
+    _tell(session, row, "finding.repaired" if operation else "finding.resolved", operation)
+
+
+def _tell(session: Session, row: FindingRow, kind: str, operation: str | None = None) -> None:
+    data: Mapping[str, Any] = {
+        "finding": row.id,
+        "code": row.code,
+        "severity": row.severity,
+        "message": row.message,
+        "policy": row.policy,
+    }
+    add_event(session, kind, subject=row.subject, name=row.name, operation=operation, data=data)
+
+
+def recently_repaired(session: Session, code: str, subject: str, within: timedelta) -> int:
+    """How many findings of that kind were repaired by operations in the last while."""
+    found = session.scalar(
+        select(func.count())
+        .select_from(FindingRow)
+        .where(
+            FindingRow.code == code,
+            FindingRow.subject == subject,
+            FindingRow.operation_id.is_not(None),
+            FindingRow.first_seen >= now() - within,
+        )
+    )
+    return int(found or 0)
