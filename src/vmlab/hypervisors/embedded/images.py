@@ -8,6 +8,7 @@ from pathlib import Path
 from vmlab.engine.devices.storage.overlay import create_overlay, open_disk
 from vmlab.hypervisors.monitored.disks import DiskFile
 from vmlab.hypervisors.threads import done_in_thread
+from vmlab.machine.errors import OperationFailed, VmlabError
 
 
 class EngineImages:
@@ -32,8 +33,13 @@ def _make_holes(path: Path, size: int) -> None:
 
 
 def _size_of(path: Path, form: str) -> int:
-    with closing(open_disk(path, form, read_only=True)) as disk:
-        return disk.size
+    try:
+        with closing(open_disk(path, form, read_only=True)) as disk:
+            return disk.size
+    except OperationFailed:
+        raise
+    except VmlabError as error:
+        raise OperationFailed(error.message, hint=error.hint, hypervisor="embedded") from error
 
 
 def grow(disk: DiskFile, size: int) -> None:

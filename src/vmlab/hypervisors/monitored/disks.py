@@ -172,13 +172,14 @@ async def _in_place(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) 
     wrong = partial(_wrong, disk, hypervisor)
     assert disk.format is not None
     try:
-        found = await done_in_thread(_looked_at, path, disk.readonly)
+        found, size = await done_in_thread(_looked_at, path, disk.readonly)
     except OSError as error:
         expected = f"an image that can be {'read' if disk.readonly else 'written to'}"
         raise wrong("file", path, f"{expected}: {error.strerror}") from error
     if disk.format == "qcow2" and found != "qcow2":
         raise wrong("format", disk.format, f'"raw": {path} is no image in qcow2')
-    size = await maker.virtual_size(path, disk.format)
+    if disk.format == "qcow2":
+        size = await maker.virtual_size(path, disk.format)
     if size == 0 or size % _SECTOR:
         expected = f"an image of a positive multiple of {_SECTOR} bytes: it has {size}"
         raise wrong("file", path, expected)
@@ -187,11 +188,12 @@ async def _in_place(disk: Disk, path: Path, maker: ImageMaker, hypervisor: str) 
     return DiskFile(disk.name, path, disk.format, size, disk.readonly, False, disk.serial)
 
 
-def _looked_at(path: Path, readonly: bool) -> str:
-    """The format of an image by its first bytes.
+def _looked_at(path: Path, readonly: bool) -> tuple[str, int]:
+    """The format of an image by its first bytes, and the bytes that it has as a raw one.
 
     Raises:
         OSError: it cannot be opened as it has to be.
     """
-    os.close(os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC))
-    return image_format(path)
+    with path.open("rb" if readonly else "r+b") as image:
+        size = image.seek(0, os.SEEK_END)
+    return image_format(path), size
