@@ -405,11 +405,7 @@ class Guest:
             return
         stream = trees.packed(source, name, without=large)
         if not large:
-            settle = _SETTLE.format(**words)
-            script = _UNPACK.format(**words, then=settle)
-            result = await self.execute(script, input=stream, timeout=timeout)
-            if not result.ok:
-                raise CommandFailed(result, "0", machine=self.machine.name)
+            await self.unpack(stream, target, timeout=timeout)
             return
         try:
             script = _UNPACK.format(**words, then="trap - EXIT")
@@ -428,6 +424,52 @@ class Guest:
             await uninterrupted(self._forget(scratch))
             raise
 
+    async def unpack(
+        self, stream: AsyncIterable[bytes], target: str, *, timeout: float | None = None
+    ) -> None:
+        """Unpack a tar stream of one file or tree, which bears the last name of `target`, there.
+
+        It appears as a whole: a file that is there is replaced, a directory that is there refused.
+
+        Raises:
+            CommandFailed: it cannot be written there, or is no such stream; nothing of it is left.
+        """
+        parent, name = _split(target)
+        words = {
+            "parent": quote(parent),
+            "target": quote(target),
+            "name": quote(f"./{name}"),
+            "scratch": quote(f"{parent.rstrip('/')}/.vmlab-copy-{secrets.token_hex(6)}"),
+        }
+        script = _UNPACK.format(**words, then=_SETTLE.format(**words))
+        result = await self.execute(script, input=stream, timeout=timeout)
+        if not result.ok:
+            raise CommandFailed(result, "0", machine=self.machine.name)
+
+    async def pack(self, source: str, take: Sink, *, timeout: float | None = None) -> None:
+        """A tar stream of a file or tree of the guest, under its last name.
+
+        Args:
+            source: An absolute path in the guest.
+            take: Takes the stream as it comes; while it waits, so does the guest.
+            timeout: Seconds for all of it.
+
+        Raises:
+            ResourceNotFound: there is nothing at `source`, or it cannot be read.
+        """
+        parent, name = _split(source)
+        result = await self.execute(
+            f"cd {quote(parent)} && exec tar -c -f - -- {quote(name)}",
+            stdout=take,
+            timeout=timeout,
+        )
+        if not result.ok and not _only_changed(result):
+            raise ResourceNotFound(
+                f"cannot copy {source!r} out of the guest: {result.stderr.strip()}",
+                machine=self.machine.name,
+                operation="copy_out",
+            )
+
     async def _forget(self, scratch: str) -> None:
         """Remove what a copy that failed has left, if the guest is there to do so."""
         with suppress(AgentRestarted, ChannelClosed, DeadlineExceeded):
@@ -442,23 +484,13 @@ class Guest:
             ResourceNotFound: there is nothing at `source`.
             OperationFailed: it cannot be written here.
         """
-        parent, name = _split(source)
+        _, name = _split(source)
         with trees.scratch(target) as scratch:
             unpacker = trees.Unpacker(scratch)
             try:
-                result = await self.execute(
-                    f"cd {quote(parent)} && exec tar -c -f - -- {quote(name)}",
-                    stdout=unpacker.take,
-                    timeout=timeout,
-                )
+                await self.pack(source, unpacker.take, timeout=timeout)
             finally:
                 await unpacker.finish()
-            if not result.ok and not _only_changed(result):
-                raise ResourceNotFound(
-                    f"cannot copy {source!r} out of the guest: {result.stderr.strip()}",
-                    machine=self.machine.name,
-                    operation="copy_out",
-                )
             unpacker.check()
             trees.settle(scratch / name, target)
 
