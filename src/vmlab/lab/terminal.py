@@ -12,7 +12,7 @@ import secrets
 import signal
 import termios
 import tty
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Final
 
@@ -55,24 +55,19 @@ async def run_on_terminal(
     Raises:
         ChannelClosed: the guest died.
     """
-    token = secrets.token_hex(8)
     text = shell_text(words)
-    # It is kept open all the time: a terminal that nobody has open forgets its size.
-    script = (
-        f"{_FIND}exec 9<>$t; stty -F $t sane {_size()}; "
-        f"setsid -c sh -c {quote(text)} <&9 >&9 2>&9 9<&-; s=$?; "
-        f"stty -F $t raw -echo; printf '\\001end {token}' >&9; exit $s"
-    )
+    size = os.get_terminal_size(1)
+    script, end = on_console(text, size.lines, size.columns)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     # A size that changes while an earlier change is being told is told afterwards.
-    resized = asyncio.Event()
+    changed = asyncio.Event()
     async with await session.machine.console(TERMINAL) as console:
-        with _raw(0), (resizing or _resizing)(resized.set):
+        with raw(0), (resizing or resizing_window)(changed.set):
             started = asyncio.Event()
-            showing = asyncio.ensure_future(_show(console, f"\x01end {token}".encode()))
+            showing = asyncio.ensure_future(_show(console, end))
             parts = [
                 asyncio.ensure_future(_type(console, started)),
-                asyncio.ensure_future(_follow_size(session, resized)),
+                asyncio.ensure_future(_follow_size(session, changed)),
             ]
             try:
                 status = await session.guest.channel.run(
@@ -104,7 +99,7 @@ async def show_console(machine: Machine, only_log: bool = False, name: str = "se
         await show(await console.log())
         if only_log:
             return 0
-        with _raw(0) if os.isatty(0) else nullcontext():
+        with raw(0) if os.isatty(0) else nullcontext():
             parts = {
                 asyncio.ensure_future(_show(console, b"")),
                 asyncio.ensure_future(_type_until_left(console)),
@@ -127,24 +122,50 @@ async def _type_until_left(console: Console) -> None:
             return
 
 
-def _size() -> str:
-    size = os.get_terminal_size(1)
-    return f"rows {size.lines} cols {size.columns}"
+def on_console(text: str, rows: int, columns: int) -> tuple[str, bytes]:
+    """What has a guest's shell run `text` on the console TERMINAL, and the mark of its output's end.
+
+    Args:
+        text: For the guest's shell.
+        rows: Lines of the terminal.
+        columns: Columns of the terminal.
+    """
+    token = secrets.token_hex(8)
+    # It is kept open all the time: a terminal that nobody has open forgets its size.
+    script = (
+        f"{_FIND}exec 9<>$t; stty -F $t sane rows {rows} cols {columns}; "
+        f"setsid -c sh -c {quote(text)} <&9 >&9 2>&9 9<&-; s=$?; "
+        f"stty -F $t raw -echo; printf '\\001end {token}' >&9; exit $s"
+    )
+    return script, f"\x01end {token}".encode()
 
 
-async def _show(console: Console, end: bytes) -> None:
-    """Print what comes from the console, until the mark that says that all has come, if any."""
-    show = to_file(1)
+def resized(rows: int, columns: int) -> str:
+    """What tells a guest's shell the size of the console TERMINAL, and whoever runs on it."""
+    return f"{_FIND}stty -F $t rows {rows} cols {columns}"
+
+
+async def printed(console: Console, end: bytes) -> AsyncIterator[bytes]:
+    """What comes from the console, until the mark that says that all has come, if any."""
     held = b""
     while data := await console.read():
         held += data
         position = held.find(end) if end else -1
         if position >= 0:
-            await show(held[:position])
+            if position:
+                yield held[:position]
             return
         keep = next((n for n in range(len(end) - 1, 0, -1) if held.endswith(end[:n])), 0)
-        await show(held[: len(held) - keep])
+        if len(held) > keep:
+            yield held[: len(held) - keep]
         held = held[len(held) - keep :]
+
+
+async def _show(console: Console, end: bytes) -> None:
+    """Print what comes from the console, until the mark that says that all has come, if any."""
+    show = to_file(1)
+    async for data in printed(console, end):
+        await show(data)
 
 
 async def _type(console: Console, started: asyncio.Event) -> None:
@@ -155,16 +176,17 @@ async def _type(console: Console, started: asyncio.Event) -> None:
             await console.write(data)
 
 
-async def _follow_size(session: Session, resized: asyncio.Event) -> None:
+async def _follow_size(session: Session, changed: asyncio.Event) -> None:
     while True:
-        await resized.wait()
-        resized.clear()
+        await changed.wait()
+        changed.clear()
+        size = os.get_terminal_size(1)
         with suppress(VmlabError):
-            await session.guest.execute(f"{_FIND}stty -F $t {_size()}", timeout=10)
+            await session.guest.execute(resized(size.lines, size.columns), timeout=10)
 
 
 @contextmanager
-def _raw(descriptor: int) -> Iterator[None]:
+def raw(descriptor: int) -> Iterator[None]:
     """The terminal passes every key on, Ctrl-C included, and is as before afterwards."""
     try:
         before = termios.tcgetattr(descriptor)
@@ -178,7 +200,7 @@ def _raw(descriptor: int) -> Iterator[None]:
 
 
 @contextmanager
-def _resizing(changed: Callable[[], None]) -> Iterator[None]:
+def resizing_window(changed: Callable[[], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGWINCH, changed)
     try:
