@@ -112,7 +112,7 @@ class Eyes:
                     host, hypervisor, known, ask, others=scope.machines is None
                 )
         except (VmlabError, OSError, TimeoutError) as error:
-            _LOG.info("host %s was not looked at: %s", host, error or type(error).__name__)
+            _LOG.info("host %s was not looked at: %s", host, str(error) or type(error).__name__)
             return {}
         return {"machines": machines, "looked": looked}
 

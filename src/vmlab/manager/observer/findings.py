@@ -14,17 +14,28 @@ from typing import Any, Final
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from vmlab.manager.documents import FindingDocument
 from vmlab.manager.observer.collect.store import stirred_since
 from vmlab.manager.observer.difference import Difference
 from vmlab.manager.requests import Policy
 from vmlab.manager.store.changes import add_event
+from vmlab.manager.store.queries import finding_document
 from vmlab.manager.store.tables import FindingRow, now
 
-__all__ = ["Open", "Raised", "note", "open_findings", "recently_repaired"]
+__all__ = ["Open", "Raised", "documents", "note", "open_findings", "resolve"]
 
 _SOURCE: Final = "source"
 _TOUCHES: Final = "touches"
 """Where, in a finding's evidence, it says what was looked at for it and what it is about."""
+
+_NEVER_THE_SAME: Final = frozenset({"clock-drift", "storage-low"})
+"""Codes whose message has a number that changes all the time: only what else changes is told."""
+
+_MOST_REPAIRS: Final = 5
+_WITHIN: Final = timedelta(hours=1)
+"""What was repaired so often in that time is not mended by that: it is only reported."""
+
+_AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,16 @@ def open_findings(session: Session) -> list[Open]:
         .order_by(FindingRow.first_seen, FindingRow.id)
     )
     return [_open(row) for row in rows]
+
+
+def documents(session: Session) -> list[FindingDocument]:
+    """All findings that are open, the oldest first, as they are told."""
+    rows = session.scalars(
+        select(FindingRow)
+        .where(FindingRow.resolved.is_(None))
+        .order_by(FindingRow.first_seen, FindingRow.id)
+    )
+    return [finding_document(session, row) for row in rows]
 
 
 def _open(row: FindingRow) -> Open:
@@ -129,9 +150,6 @@ def note(
     return ids
 
 
-_AT_ONCE: Final = 500
-
-
 def _touches(row: FindingRow) -> frozenset[str]:
     return frozenset(row.evidence.get(_TOUCHES, ()))
 
@@ -146,15 +164,20 @@ def _evidence(difference: Difference) -> dict[str, Any]:
 
 def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
     difference = raised.difference
+    policy, hint = raised.policy, difference.hint
+    repaired = _recently_repaired(session, difference.code, difference.subject)
+    if policy != "report" and repaired >= _MOST_REPAIRS:
+        policy = "report"
+        hint = f"it was repaired {repaired} times within an hour, and is left as it is; {hint}"
     row = FindingRow(
         code=difference.code,
         severity=difference.severity,
         subject=difference.subject,
         name=difference.name,
         message=difference.message,
-        hint=difference.hint,
+        hint=hint,
         evidence=_evidence(difference),
-        policy=raised.policy,
+        policy=policy,
         actions=list(difference.actions),
         first_seen=present,
         last_seen=present,
@@ -168,17 +191,20 @@ def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
 def _see_again(session: Session, row: FindingRow, raised: Raised) -> None:
     """Take over what is different about a finding that is still there."""
     difference = raised.difference
-    changed = (row.message, row.severity, row.policy) != (
-        difference.message,
+    given_up = row.policy == "report" and row.hint != difference.hint
+    policy = row.policy if given_up else raised.policy
+    changed = (row.severity, row.policy, list(row.actions)) != (
         difference.severity,
-        raised.policy,
-    )
+        policy,
+        list(difference.actions),
+    ) or (row.message != difference.message and difference.code not in _NEVER_THE_SAME)
     row.evidence = _evidence(difference)
     row.actions = list(difference.actions)
-    row.hint = difference.hint
-    row.policy = raised.policy
+    row.policy = policy
+    row.message, row.severity = difference.message, difference.severity
+    if not given_up:
+        row.hint = difference.hint
     if changed:
-        row.message, row.severity = difference.message, difference.severity
         _tell(session, row, "finding.seen")
 
 
@@ -201,8 +227,8 @@ def _tell(session: Session, row: FindingRow, kind: str, operation: str | None = 
     add_event(session, kind, subject=row.subject, name=row.name, operation=operation, data=data)
 
 
-def recently_repaired(session: Session, code: str, subject: str, within: timedelta) -> int:
-    """How many findings of that kind were repaired by operations in the last while."""
+def _recently_repaired(session: Session, code: str, subject: str) -> int:
+    """How many findings of that kind were repaired within the last hour."""
     found = session.scalar(
         select(func.count())
         .select_from(FindingRow)
@@ -210,7 +236,7 @@ def recently_repaired(session: Session, code: str, subject: str, within: timedel
             FindingRow.code == code,
             FindingRow.subject == subject,
             FindingRow.operation_id.is_not(None),
-            FindingRow.first_seen >= now() - within,
+            FindingRow.first_seen >= now() - _WITHIN,
         )
     )
     return int(found or 0)

@@ -54,6 +54,7 @@ class KnownMachine:
     wanted: Literal["running", "paused", "stopped"] = "stopped"
     started: datetime | None = None
     answers: bool = False
+    simulated: bool = False
     releases: Literal["stop", "delete"] = "delete"
     nics: tuple[KnownNic, ...] = ()
     policies: Mapping[str, str] = field(default_factory=dict)

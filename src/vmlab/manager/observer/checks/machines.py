@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from vmlab.machine.states import OFF, MachineState
@@ -13,6 +14,7 @@ from vmlab.manager.requests import Policy
 
 __all__ = ["orphan_machine", "orphan_process", "state_mismatch"]
 
+_NAME = re.compile(r"m-[0-9a-f]{12}")
 _NEVER_THERE = frozenset({MachineState.DELETING, MachineState.DELETED})
 
 
@@ -83,6 +85,9 @@ def orphan_machine(known: Known, seen: Seen) -> Iterator[Difference]:
     for found in seen.machines:
         if (found.host, found.at) in known.placed or not found.state.is_stable:
             continue
+        # A machine of the store's is found by its name, which is made of its id.
+        ours = _NAME.fullmatch(found.at) is not None
+        actions: tuple[Policy, ...] = ("quarantine", "reconcile")
         yield Difference(
             code="orphan-machine",
             severity="warning",
@@ -90,7 +95,8 @@ def orphan_machine(known: Known, seen: Seen) -> Iterator[Difference]:
             name=found.at,
             message=f"host {found.host!r} has a machine {found.at!r} ({found.state}) "
             "that the store does not know",
-            hint="adopt takes it in; reconcile deletes it with its disks, and wants its name typed",
+            hint=("adopt takes it in; " if ours else "")
+            + "reconcile deletes it with its disks, and wants its name typed",
             source=f"host:{found.host}",
             evidence={
                 "host": found.host,
@@ -99,7 +105,7 @@ def orphan_machine(known: Known, seen: Seen) -> Iterator[Difference]:
                 "seen": found.state.value,
             },
             touches=frozenset({found.at}),
-            actions=("adopt", "quarantine", "reconcile"),
+            actions=("adopt", *actions) if ours else actions,
         )
 
 

@@ -132,6 +132,7 @@ def _machines(
             wanted=wanted,
             started=started,
             answers=image is not None or hypervisor == "simulated",
+            simulated=hypervisor == "simulated",
             releases=policy.get("release_addresses", "delete"),
             nics=tuple(nics.get(id_, ())),
             policies=policy.get("findings", {}),
