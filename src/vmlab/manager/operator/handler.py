@@ -22,10 +22,28 @@ if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
     from vmlab.manager.operator.journal import Work
 
-__all__ = ["Handler", "PlannedStep", "Target", "handler_kinds", "handlers_for", "key", "register"]
+__all__ = [
+    "OPERATION",
+    "Handler",
+    "PlannedStep",
+    "Target",
+    "handler_kinds",
+    "handlers_for",
+    "key",
+    "operation_of",
+    "register",
+]
 
 R = TypeVar("R", bound=BaseModel)
 H = TypeVar("H", bound="type[Handler[Any]]")
+
+OPERATION: Final = "vmlab.operation"
+"""Where a session keeps the id of the operation that its transaction takes down."""
+
+
+def operation_of(session: Session) -> str:
+    """Id of the operation that is taken down in this transaction: for what `check` writes."""
+    return str(session.info[OPERATION])
 
 
 def key(noun: str, id_: str) -> str:
