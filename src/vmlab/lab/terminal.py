@@ -123,7 +123,7 @@ async def _type_until_left(console: Console) -> None:
 
 
 def on_console(text: str, rows: int, columns: int) -> tuple[str, bytes]:
-    """What has a guest's shell run `text` on the console TERMINAL, and the mark of its output's end.
+    """What has a guest's shell run `text` on the console TERMINAL, and the mark of its last output.
 
     Args:
         text: For the guest's shell.
