@@ -11,7 +11,7 @@ import asyncio
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,14 +53,17 @@ class HostNetworks:
     # ------------------------------------------------------------- making
 
     async def ensure(
-        self, layout: Layout, leases: Sequence[Lease] = (), taps: Collection[str] = ()
+        self,
+        layout: Layout,
+        leases: Sequence[Lease] = (),
+        taps: Mapping[str, str] | None = None,
     ) -> Layout:
         """Have all of a network there; what is there already stays as it is.
 
         Args:
             layout: The network.
             leases: Who is told which addresses.
-            taps: Names of the taps that live machines have on a network with a tag.
+            taps: Those that live machines have on a network with a tag: name to machine's id.
 
         Returns:
             The layout, which says now whether its bridge is the host's own.
@@ -88,19 +91,32 @@ class HostNetworks:
             if layout.mode == "isolated":
                 await self._serve_segment(layout, leases)
             else:
-                await self._raise(layout, leases, taps)
+                await self._raise(layout, leases, taps or {})
             return layout
 
-    async def plug(self, layout: Layout, tap: str) -> None:
-        """Make a tap on a network with a tag; the network is there."""
+    async def plug(self, layout: Layout, tap: str, machine: str) -> None:
+        """Make a tap for a machine on a network with a tag; the network is there."""
         assert layout.vlan is not None, "taps are made by hypervisors elsewhere"
-        await asyncio.to_thread(links.make_tap, tap, names.alias(self.home, layout.network))
+        alias = names.alias(self.home, layout.network, machine)
+        await asyncio.to_thread(links.make_tap, tap, alias)
         await self.switch.add_port(layout.bridge, tap, layout.vlan)
 
     async def unplug(self, tap: str) -> None:
         """Remove a tap; again does nothing."""
         await self.switch.remove_port(tap)
         await asyncio.to_thread(links.remove, tap)
+
+    async def unplug_machine(self, machine: str) -> list[str]:
+        """Remove the taps of a machine, by its id; returns their names."""
+        there = await asyncio.to_thread(links.links)
+        found = [
+            name
+            for name, link in there.items()
+            if names.machine_of_alias(self.home, link.alias) == machine
+        ]
+        for name in found:
+            await self.unplug(name)
+        return found
 
     def _claim(self, layout: Layout) -> Layout:
         """Find out whether the bridge can be ours, before it is written down as such."""
@@ -133,7 +149,9 @@ class HostNetworks:
     def _is_of(self, link: links.Link, network: str) -> bool:
         return names.of_alias(self.home, link.alias) == network
 
-    async def _raise(self, layout: Layout, leases: Sequence[Lease], taps: Collection[str]) -> None:
+    async def _raise(
+        self, layout: Layout, leases: Sequence[Lease], taps: Mapping[str, str]
+    ) -> None:
         alias = names.alias(self.home, layout.network)
         if layout.foreign:
             return  # the host's own: whoever made it serves it
@@ -142,9 +160,10 @@ class HostNetworks:
         else:
             async with self._shared:
                 await self._raise_port(layout, alias)
-            for tap in taps:
-                await self.plug(layout, tap)
-        await asyncio.to_thread(links.add_addresses, layout.interface, layout.gateways)
+            for tap, machine in taps.items():
+                await self.plug(layout, tap, machine)
+        served = [*layout.gateways, f"{nat.METADATA_ADDRESS}/32"] if layout.gateways else []
+        await asyncio.to_thread(links.add_addresses, layout.interface, served)
         await asyncio.to_thread(nat.apply, layout)
         if any(subnet.version == 4 for subnet in layout.subnets):
             async with self._shared:

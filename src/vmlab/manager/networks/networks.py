@@ -1,0 +1,380 @@
+"""The manager's networks: addresses in the store, and what the host needs, kept in step.
+
+What a machine's start and end need of its networks is here. The store says what there is to be;
+`host` makes it and writes down first what it makes, and `reconcile` clears what the two do not
+agree on, as after the manager was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import select
+
+from vmlab.hypervisors.ownership import Store
+from vmlab.machine.errors import OperationFailed, ResourceNotFound, VmlabError
+from vmlab.machine.states import MachineState
+from vmlab.manager.networks import addresses, links, names
+from vmlab.manager.networks.host import HostNetworks
+from vmlab.manager.networks.layout import Layout, Lease, subnets_of
+from vmlab.manager.networks.metadata import Instance, InstanceNic, MetadataService
+from vmlab.manager.networks.seed import Identity, SeedNic, write_seed
+from vmlab.manager.store.tables import AddressRow, MachineRow, NetworkRow, NicRow
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from vmlab.manager.settings import Settings
+    from vmlab.manager.store.database import Database
+
+__all__ = ["Networks"]
+
+_LOG: Final = logging.getLogger(__name__)
+
+_LIVE: Final = tuple(state.value for state in MachineState if state.is_live)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A network as the store has it: what the host needs for it, and who is on it."""
+
+    layout: Layout
+    leases: tuple[Lease, ...]
+    taps: Mapping[str, str]
+    live: bool
+
+
+class Networks:
+    """The networks of a manager.
+
+    `host` is what of them is on this host.
+
+    Args:
+        settings: Where its state is.
+        database: The store.
+    """
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._database = database
+        # The name tells this home's interfaces from another's, also where a link leads to it.
+        directory = settings.directory / "networks"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        self._seeds = settings.directory / "seeds"
+        self._seeds.mkdir(mode=0o700, exist_ok=True)
+        self.host = HostNetworks(directory, Store.open(settings.home, "manager").owner)
+        self._metadata = MetadataService(self._instance)
+        self._changes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def start(self) -> None:
+        """Clear what nobody needs, and serve what live machines are on."""
+        await self.reconcile()
+
+    async def close(self) -> None:
+        """Let go of what needs this process; networks and their programs stay for machines."""
+        await self._metadata.close_all()
+
+    # ------------------------------------------------------------- of machines
+
+    def prepare(self, s: Session, machine: MachineRow, *, operation: str | None = None) -> None:
+        """Take the addresses that a machine needs, in the transaction that starts it.
+
+        Raises:
+            ResourceExhausted: a network of its has none left.
+            Conflict: an address that was asked for is somebody else's.
+        """
+        addresses.take(s, machine, operation=operation)
+
+    async def nic_network(self, nic: NicRow | str) -> str:
+        """What a NIC's `network` is in a machine's specification, with its wire in place.
+
+        Args:
+            nic: The NIC, or its id.
+
+        Raises:
+            ResourceNotFound: there is no such NIC.
+            OperationFailed: its network cannot be made on this host.
+        """
+        id_ = nic if isinstance(nic, str) else nic.id
+        mode, network, machine = await self._database.read(_wire, id_)
+        if network is None:
+            return mode
+        layout = await self.ensure(network)
+        if layout.mode == "user":
+            return "user"
+        if layout.mode == "isolated":
+            return f"segment:{names.segment(network)}"
+        if layout.vlan is None:
+            return f"bridge:{layout.bridge}"
+        tap = names.interface("tap", id_)
+        await self.host.plug(layout, tap, machine)
+        return f"tap:{tap}"
+
+    async def machine_stopped(self, machine: str) -> None:
+        """A machine is at rest: its taps go, and its addresses if its policy says so."""
+        await self._let_go(machine, "stop")
+
+    async def machine_deleted(self, machine: str) -> None:
+        """A machine is no more, or about to be: its taps, addresses and seed go."""
+        await self._let_go(machine, "delete")
+        for suffix in (".iso", ".json"):
+            path = self._seed_path(machine).with_suffix(suffix)
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+
+    async def _let_go(self, machine: str, when: str) -> None:
+        await self.host.unplug_machine(machine)
+        on = await self._database.read(_networks_of, machine)
+        if await self._database.write(addresses.release, machine, when=when):
+            for network in on:
+                await self._tell_anew(network)
+
+    async def _tell_anew(self, network: str) -> None:
+        """Have who serves a network know who is on it now, if it is served."""
+        if network not in self.host.recorded():
+            return
+        try:
+            await self.ensure(network)
+        except VmlabError as error:
+            # The machine is gone either way; the next start on that network says what is wrong.
+            _LOG.warning("network %s could not be told of a change: %s", network, error)
+
+    def seed(self, machine: MachineRow) -> Path:
+        """A disk for the guest's cloud-init (NoCloud), as the store has the machine now."""
+        return write_seed(_identity(machine), self._seed_path(machine.id))
+
+    def _seed_path(self, machine: str) -> Path:
+        assert machine.isalnum(), "an id that the manager made"
+        return self._seeds / f"{machine}.iso"
+
+    # ------------------------------------------------------------- of networks
+
+    async def ensure(self, network: str) -> Layout:
+        """Have a network there as the store says, with all who are on it; again changes nothing.
+
+        Raises:
+            ResourceNotFound: the store has no network of that id.
+            OperationFailed: it cannot be made on this host, and why.
+        """
+        async with self._changes[network]:
+            wanted = await self._database.read(_wanted, network, self.host.home)
+            layout = await self.host.ensure(wanted.layout, wanted.leases, wanted.taps)
+            if layout.foreign != wanted.layout.foreign:
+                await self._database.write(_note_foreign, network, layout.foreign)
+            await self._serve_metadata(layout)
+            return layout
+
+    async def _serve_metadata(self, layout: Layout) -> None:
+        if layout.mode != "bridged" or layout.foreign or not layout.gateways:
+            return
+        link = (await asyncio.to_thread(links.links)).get(layout.interface)
+        if link is None:
+            raise OperationFailed(f"the interface {layout.interface} is gone again")
+        await self._metadata.open(layout, link.index)
+
+    async def teardown(self, network: str) -> list[str]:
+        """Remove all that the host has of a network; returns what was removed, for a person."""
+        async with self._changes[network]:
+            await self._metadata.close(network)
+            return await self.host.remove(network)
+
+    async def missing(self, network: str) -> list[str]:
+        """What of a network the host does not have and should; for a person.
+
+        Raises:
+            ResourceNotFound: the store has no network of that id.
+        """
+        wanted = await self._database.read(_wanted, network, self.host.home)
+        return await self.host.missing(wanted.layout, wanted.taps)
+
+    async def reconcile(self) -> list[str]:
+        """Remove what is of no network or no live machine of the store; repair what is needed.
+
+        A network that cannot be repaired is told in the log and does not keep others from it.
+
+        Returns:
+            What was removed, for a person.
+        """
+        known, live = await self._database.read(_all_networks)
+        removed = await self.host.sweep(known)
+        removed += await self._sweep_taps()
+        for machine in await self._database.read(_unreleased):
+            given = await self._database.write(addresses.release, machine, when="stop")
+            removed += [f"address {each}" for each in given]
+        for network in live:
+            try:
+                await self.ensure(network)
+            except VmlabError as error:
+                _LOG.warning("network %s cannot be made on this host: %s", network, error)
+        if removed:
+            _LOG.info("networks: removed %s", ", ".join(removed))
+        return removed
+
+    async def _sweep_taps(self) -> list[str]:
+        """Remove taps whose machines are at rest or no more."""
+        wanted = await self._database.read(_wanted_machines)
+        removed = []
+        there = await asyncio.to_thread(links.links)
+        for name, link in there.items():
+            machine = names.machine_of_alias(self.host.home, link.alias)
+            if machine is not None and machine not in wanted:
+                await self.host.unplug(name)
+                removed.append(f"tap {name}")
+        return removed
+
+    async def _instance(self, network: str, address: str) -> Instance | None:
+        return await self._database.read(_instance, network, address)
+
+
+# ------------------------------------------------------------------- what is asked of the store
+
+
+def _network(s: Session, network: str) -> NetworkRow:
+    row = s.get(NetworkRow, network)
+    if row is None:
+        raise ResourceNotFound(f"there is no network {network!r}")
+    return row
+
+
+def _wire(s: Session, nic: str) -> tuple[str, str | None, str]:
+    """A NIC's mode, the id of its network, the id of its machine."""
+    row = s.get(NicRow, nic)
+    if row is None:
+        raise ResourceNotFound(f"there is no NIC {nic!r}")
+    return row.mode, row.network_id, row.machine_id
+
+
+def _wanted(s: Session, network: str, home: str) -> _Wanted:
+    row = _network(s, network)
+    layout = Layout.of(row, home)
+    on = s.execute(
+        select(NicRow.id, NicRow.machine_id)
+        .join(MachineRow, MachineRow.id == NicRow.machine_id)
+        .where(NicRow.network_id == network, MachineRow.state.in_(_LIVE))
+    ).all()
+    taps = {names.interface("tap", nic): machine for nic, machine in on}
+    return _Wanted(
+        layout,
+        tuple(addresses.leases(s, network)),
+        taps if layout.vlan is not None else {},
+        bool(on),
+    )
+
+
+def _note_foreign(s: Session, network: str, foreign: bool) -> None:
+    row = s.get(NetworkRow, network)
+    if row is not None:
+        row.data = {**row.data, "foreign": foreign}
+
+
+def _networks_of(s: Session, machine: str) -> list[str]:
+    """The networks that a machine has addresses of."""
+    found = select(AddressRow.network_id).where(AddressRow.machine_id == machine).distinct()
+    return list(s.scalars(found))
+
+
+def _all_networks(s: Session) -> tuple[frozenset[str], list[str]]:
+    """The ids of all networks, and of those that live machines are on."""
+    live = (
+        select(NicRow.network_id)
+        .join(MachineRow, MachineRow.id == NicRow.machine_id)
+        .where(NicRow.network_id.is_not(None), MachineRow.state.in_(_LIVE))
+        .distinct()
+    )
+    on = [each for each in s.scalars(live) if each is not None]
+    return frozenset(s.scalars(select(NetworkRow.id))), sorted(on)
+
+
+def _wanted_machines(s: Session) -> frozenset[str]:
+    """Machines that are live, or that something is being done with."""
+    return frozenset(
+        s.scalars(
+            select(MachineRow.id).where(
+                MachineRow.state.in_(_LIVE) | MachineRow.operation_id.is_not(None)
+            )
+        )
+    )
+
+
+def _unreleased(s: Session) -> list[str]:
+    """Machines at rest that have addresses, and nothing is being done with."""
+    return list(
+        s.scalars(
+            select(AddressRow.machine_id)
+            .join(MachineRow, MachineRow.id == AddressRow.machine_id)
+            .where(MachineRow.state.not_in(_LIVE), MachineRow.operation_id.is_(None))
+            .distinct()
+        )
+    )
+
+
+def _identity(machine: MachineRow) -> Identity:
+    told = machine.metadata_
+    nics = []
+    for nic in machine.nics:
+        network = nic.network
+        if network is None or network.mode == "user":
+            if nic.mode != "none":
+                nics.append(SeedNic(nic.name, nic.mac, dhcp=frozenset({4})))
+            continue
+        subnets = {subnet.version: subnet for subnet in subnets_of(network)}
+        gateways = Layout.of(network, "").gateways if network.mode == "bridged" else ()
+        # On a bridge that is the host's own nobody of ours answers, and on a segment by IPv4 only.
+        served = {4, 6} if network.mode == "bridged" else {4}
+        if not network.dhcp or network.data.get("foreign"):
+            served = set()
+        versions = [(each.address, 6 if ":" in each.address else 4) for each in nic.addresses]
+        nics.append(
+            SeedNic(
+                nic.name,
+                nic.mac,
+                dhcp=frozenset(served & set(subnets)),
+                addresses=tuple(
+                    f"{address}/{subnets[version].prefixlen}"
+                    for address, version in versions
+                    if version in subnets
+                ),
+                gateways=tuple(each.partition("/")[0] for each in gateways),
+                dns=tuple(network.dns),
+            )
+        )
+    return Identity(
+        instance=f"i-{machine.id[:17]}",
+        hostname=addresses.host_name(machine),
+        ssh_keys=tuple(told.get("ssh_keys") or ()),
+        user_data=told.get("user_data"),
+        nics=nics,
+    )
+
+
+def _instance(s: Session, network: str, address: str) -> Instance | None:
+    found = addresses.machine_at(s, network, address)
+    if found is None:
+        return None
+    machine, asked = found
+    told = machine.metadata_
+    others = [nic for nic in machine.nics if nic.id != asked.id]
+    return Instance(
+        id=machine.id,
+        hostname=addresses.host_name(machine),
+        image=machine.image or "none",
+        kind=f"{machine.vcpus}x{machine.memory >> 20}m",
+        host=machine.host,
+        ssh_keys=tuple(told.get("ssh_keys") or ()),
+        user_data=told.get("user_data"),
+        nics=tuple(
+            InstanceNic(
+                nic.mac,
+                tuple(each.address for each in nic.addresses),
+                tuple(
+                    str(ip_network(each)) for each in map(str, subnets_of(nic.network))
+                ) if nic.network is not None else (),
+            )
+            for nic in (asked, *others)
+        ),
+    )  # fmt: skip
