@@ -62,8 +62,9 @@ class EventStream:
             self._check(after)
             subscription = Subscription(self, after)
             self._subscribers.add(subscription)
-            if self._closed:
-                subscription.close()
+            closed = self._closed
+        if closed:
+            subscription.close()
         return subscription
 
     def publish(self, events: Sequence[EventDocument], *, oldest: int) -> None:
@@ -79,7 +80,7 @@ class EventStream:
             subscription.wake()
 
     def close(self) -> None:
-        """End all subscriptions, once they have told what there is."""
+        """End all subscriptions, once they have told what is in memory."""
         with self._lock:
             self._closed = True
             subscribers = list(self._subscribers)
@@ -100,6 +101,8 @@ class EventStream:
             if recent and recent[0].id <= after + 1:
                 first = after + 1 - recent[0].id
                 return [recent[n] for n in range(first, min(first + limit, len(recent)))]
+            if self._closed:
+                return ()  # the table is closed, too: it is told by whoever opens it next
         events = await self._load(after, limit)
         if not events or events[0].id != after + 1:
             # They were removed between the check and the look.
