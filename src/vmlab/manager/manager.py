@@ -14,12 +14,15 @@ from typing import Final, Protocol, Self
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.locks import FileLock
 from vmlab.machine.errors import VmlabError
+from vmlab.manager.guests import Guests
 from vmlab.manager.operator import handlers as _handlers  # registers the kinds of requests
 from vmlab.manager.operator.hosts import Hosts
 from vmlab.manager.operator.operator import Operator
 from vmlab.manager.operator.placement import placed
 from vmlab.manager.operator.recovery import hosts_with_machines
+from vmlab.manager.operator.schedules import Schedules
 from vmlab.manager.settings import Settings
+from vmlab.manager.storage import Storage
 from vmlab.manager.store.database import Database
 
 __all__ = ["Manager"]
@@ -49,12 +52,15 @@ class Manager:
         self._machines: dict[str, Machine] = {}
         self._started: list[Part] = []
         self.hosts = Hosts(self)
+        self.storage = Storage(settings.directory / "disks")
+        self.guests = Guests(self)
         self.operator = Operator(self)
+        self.schedules = Schedules(self)
 
     @property
     def parts(self) -> list[Part]:
         """Its parts, in the order in which they begin; they end in the opposite one."""
-        return [self.hosts, self.operator]
+        return [self.hosts, self.storage, self.guests, self.operator, self.schedules]
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:

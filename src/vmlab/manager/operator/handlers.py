@@ -1,8 +1,23 @@
 """All kinds of requests that can be carried out: importing this registers them."""
 
 from vmlab.manager.operator import (
+    clones,
     creation,
+    disks,
     lifecycle,
+    migrations,
+    resizing,
+    snapshots,
+    templates,
 )
 
-__all__ = ["creation", "lifecycle"]
+__all__ = [
+    "clones",
+    "creation",
+    "disks",
+    "lifecycle",
+    "migrations",
+    "resizing",
+    "snapshots",
+    "templates",
+]
