@@ -274,6 +274,7 @@ def _engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = T
                 isolation_level="SERIALIZABLE" if write else "REPEATABLE READ",
                 pool_size=1 if write else _READERS,
                 max_overflow=0,
+                execution_options={"postgresql_readonly": not write},
                 # A server that was restarted has left dead connections behind.
                 pool_pre_ping=True,
             )
