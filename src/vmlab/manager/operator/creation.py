@@ -33,6 +33,13 @@ from vmlab.manager.operator.definition import (
     prepare,
     spec_of,
 )
+from vmlab.manager.operator.disks import (
+    all_attached,
+    claim_for,
+    disk_part,
+    fitting_bus,
+    let_go,
+)
 from vmlab.manager.operator.handler import (
     Handler,
     PlannedStep,
@@ -60,8 +67,9 @@ from vmlab.manager.operator.placement import (
     placed,
 )
 from vmlab.manager.requests import CreateMachine, DeleteMachine, NewNic, UpdateMachine
+from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict, add_event, set_machine_state
-from vmlab.manager.store.queries import find_machine, find_network, find_template
+from vmlab.manager.store.queries import find_disk, find_machine, find_network, find_template
 from vmlab.manager.store.tables import HostRow, MachineRow, NicRow, new_id
 
 _LIVE_DELETE: Final = OPERATIONS["delete"] | OPERATIONS["kill"]
@@ -101,7 +109,13 @@ class CreateHandler(Handler[CreateMachine]):
             operation=operation,
             data={"host": host, "image": row.image, "template": request.template},
         )
-        return Target(row.id, row.name, frozenset({key("machine", row.id)}))
+        keys = {key("machine", row.id)}
+        for name in request.disks:
+            disk = find_disk(session, name)
+            claim_for(session, disk, row)
+            disk.bus = fitting_bus(row)
+            keys.add(key("disk", disk.id))
+        return Target(row.id, row.name, frozenset(keys))
 
     def _admit(self, session: Session, request: PreparedMachine, operation: str) -> str:
         """The first host that has room for it.
@@ -198,10 +212,11 @@ class CreateHandler(Handler[CreateMachine]):
                     await defined(hypervisor, machine, spec)
 
                 await on_some_host(work, machine, action, movable=True)
+                step.also(all_attached, machine.id, work.operation_id)
 
     async def _specification(self, work: Work[CreateMachine], machine: Placed) -> MachineSpec:
         """The machine as its hypervisor is to make it."""
-        spec = await work.database.read(_spec_with_nics, machine.id)
+        spec = await work.database.read(_spec_with_parts, self.manager.storage, machine.id)
         hypervisor = self.manager.hosts.setting(machine.host).hypervisor
         if machine.image is None or hypervisor == SIMULATED:
             return spec.with_changes(boot={**spec.boot.model_dump(), "image": None})
@@ -222,13 +237,16 @@ def _nic_row(session: Session, position: int, nic: NewNic) -> NicRow:
     )
 
 
-def _spec_with_nics(session: Session, machine_id: str) -> MachineSpec:
-    """The machine's specification with the MAC addresses of its NICs."""
+def _spec_with_parts(session: Session, storage: Storage, machine_id: str) -> MachineSpec:
+    """The machine's specification with the MAC addresses of its NICs, and disks of the store."""
     row = find_machine(session, machine_id)
     macs = {nic.name: nic.mac for nic in row.nics}
     spec = spec_of(dict(row.spec))
     nics = tuple(nic.model_copy(update={"mac": macs[nic.name]}) for nic in spec.nics)
-    return spec.with_changes(nics=nics)
+    disks = [disk_part(storage, disk) for disk in row.disks]
+    return spec.with_changes(
+        nics=nics, disks=[*spec.disks, *(disk for disk in disks if spec.disk(disk.name) is None)]
+    )
 
 
 def _write_spec(session: Session, machine_id: str, spec: MachineSpec) -> None:
@@ -241,15 +259,7 @@ def _forget(session: Session, machine_id: str, operation: str | None) -> None:
     if row is None:
         return
     for disk in list(row.disks):
-        disk.machine_id, disk.device, disk.bus, disk.state = None, None, None, "available"
-        add_event(
-            session,
-            "disk.detached",
-            subject=disk.id,
-            name=disk.name,
-            operation=operation,
-            data={"machine": row.id},
-        )
+        let_go(session, disk.id, operation or "")
     session.flush()
     session.expire(row, ["disks"])
     session.delete(row)

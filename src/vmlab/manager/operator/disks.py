@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.base import DiskInfo, Machine
@@ -53,7 +54,16 @@ from vmlab.manager.store.tables import DiskRow, MachineRow, new_id
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
 
-__all__ = ["attached", "claim_for", "device_of", "disk_part", "let_go", "serial_of"]
+__all__ = [
+    "all_attached",
+    "attached",
+    "claim_for",
+    "device_of",
+    "disk_part",
+    "fitting_bus",
+    "let_go",
+    "serial_of",
+]
 
 _SECTOR: Final = 512
 _LONGEST_SERIAL: Final = 20
@@ -131,6 +141,13 @@ def attached(session: Session, disk_id: str, bus: str, operation: str) -> None:
     row = session.get_one(DiskRow, disk_id)
     row.state, row.bus, row.reason = "attached", bus, ""
     _tell(session, row, "disk.attached", operation, machine=row.machine_id, device=row.device)
+
+
+def all_attached(session: Session, machine_id: str, operation: str) -> None:
+    """Write down that a machine that was made has the disks that were claimed for it."""
+    claimed = select(DiskRow).where(DiskRow.machine_id == machine_id, DiskRow.state == "attaching")
+    for row in session.scalars(claimed).all():
+        attached(session, row.id, row.bus or "virtio", operation)
 
 
 def let_go(session: Session, disk_id: str, operation: str, *, reason: str = "") -> None:
