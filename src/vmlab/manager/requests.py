@@ -212,6 +212,9 @@ class CreateDisk(_Request):
     size: Size | None = Field(None, description="size; that of `source` if left out")
     source: str | None = Field(None, description="disk of the store that it is a copy of")
     format: Literal["raw", "qcow2"] = "raw"
+    mount_point: str | None = Field(
+        None, max_length=4096, description="where a guest is expected to have it"
+    )
 
 
 class _OnDisk(_Request):

@@ -264,7 +264,12 @@ class CreateDiskHandler(Handler[CreateDisk]):
         self.manager.storage.check_format(request.format)
         require_room(session, self.manager, size, f"make disk {request.name!r}")
         row = DiskRow(
-            id=new_id(), name=request.name, size=size, format=request.format, state="creating"
+            id=new_id(),
+            name=request.name,
+            size=size,
+            format=request.format,
+            state="creating",
+            mount_point=request.mount_point,
         )
         session.add(row)
         session.flush()
