@@ -12,7 +12,7 @@ import select
 import signal
 import stat
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -174,7 +174,11 @@ async def run_here(
     command = Command(text, given, dict(environment or {}), directory)
     outlets = Outlet(1), Outlet(2)
     interrupts.to = pass_on
-    ending = asyncio.ensure_future(_end_unread(session, process, outlets))
+
+    async def send(number: int) -> None:
+        await session.guest.channel.signal(await process, number)
+
+    ending = asyncio.ensure_future(end_unread(send, outlets))
     try:
         status = await session.guest.channel.run(
             command, stdout=outlets[0].take, stderr=outlets[1].take, started=process.set_result
@@ -185,6 +189,17 @@ async def run_here(
         interrupts.to = None
         ending.cancel()
         await asyncio.wait({ending})
+    refuse_unwritten(outlets)
+    return status
+
+
+def refuse_unwritten(outlets: Sequence[Outlet]) -> None:
+    """Tell of output that was dropped; the outlets are those of stdout and stderr.
+
+    Raises:
+        BrokenPipeError: nobody reads one of them any more.
+        OperationFailed: one cannot be written, because the disk is full for example.
+    """
     for name, outlet in zip(("stdout", "stderr"), outlets, strict=True):
         if isinstance(outlet.error, BrokenPipeError):
             raise outlet.error
@@ -194,13 +209,12 @@ async def run_here(
                 "the command was ended",
                 operation="run",
             ) from outlet.error
-    return status
 
 
-async def _end_unread(
-    session: Session, process: asyncio.Future[int], outlets: Sequence[Outlet]
-) -> None:
+async def end_unread(send: Callable[[int], Awaitable[None]], outlets: Sequence[Outlet]) -> None:
     """End a command whose output goes nowhere any more, by what ends one here (pipe(7)).
+
+    `send` sends it a signal.
 
     One that ignores SIGPIPE would find out by its next write; here it is killed a little later.
     """
@@ -209,7 +223,7 @@ async def _end_unread(
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for number in (signal.SIGPIPE, signal.SIGKILL):
             with suppress(VmlabError):
-                await session.guest.channel.signal(await process, number)
+                await send(number)
             await asyncio.sleep(_KILL_AFTER)
     finally:
         for task in waiting:

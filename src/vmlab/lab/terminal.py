@@ -23,7 +23,8 @@ from vmlab.lab.passthrough import from_file, leash, shell_text, to_file
 from vmlab.lab.session import Session, death
 from vmlab.machine.errors import ChannelClosed, OperationFailed, VmlabError
 
-_ENVIRONMENT: Final = ("TERM", "COLORTERM", "LANG")
+ENVIRONMENT: Final = ("TERM", "COLORTERM", "LANG")
+"""What a command on a terminal is told of this process's environment."""
 
 # On ppc64le the first hvc is the serial console.
 _FIND: Final = (
@@ -58,7 +59,7 @@ async def run_on_terminal(
     text = shell_text(words)
     size = os.get_terminal_size(1)
     script, end = on_console(text, size.lines, size.columns)
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     # A size that changes while an earlier change is being told is told afterwards.
     changed = asyncio.Event()
     async with await session.machine.console(TERMINAL) as console:
@@ -94,22 +95,26 @@ async def show_console(machine: Machine, only_log: bool = False, name: str = "se
         only_log: Print what it has printed so far, and no more.
         name: Which one.
     """
-    show = to_file(1)
     async with await machine.console(name) as console:
-        await show(await console.log())
-        if only_log:
-            return 0
-        with raw(0) if os.isatty(0) else nullcontext():
-            parts = {
-                asyncio.ensure_future(_show(console, b"")),
-                asyncio.ensure_future(_type_until_left(console)),
-            }
-            try:
-                await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for part in parts:
-                    part.cancel()
-                await asyncio.wait(parts)
+        return await converse(console, only_log)
+
+
+async def converse(console: Console, only_log: bool = False) -> int:
+    """Show a console that is open, and type on it, until Ctrl-] is typed or it has ended."""
+    await to_file(1)(await console.log())
+    if only_log:
+        return 0
+    with raw(0) if os.isatty(0) else nullcontext():
+        parts = {
+            asyncio.ensure_future(_show(console, b"")),
+            asyncio.ensure_future(_type_until_left(console)),
+        }
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.wait(parts)
     return 0
 
 
@@ -201,6 +206,7 @@ def raw(descriptor: int) -> Iterator[None]:
 
 @contextmanager
 def resizing_window(changed: Callable[[], None]) -> Iterator[None]:
+    """`changed` is called whenever the terminal's window gets another size (SIGWINCH)."""
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGWINCH, changed)
     try:
