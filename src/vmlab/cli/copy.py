@@ -1,4 +1,4 @@
-"""``vmlab copy``: files and trees into and out of a machine that was kept."""
+"""``vmlab copy``: files and trees into and out of a machine that was kept, or the manager's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmlab.cli.manager.choice import KeeperOption, keepers
 from vmlab.cli.run import HolderOption, attached
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def copy(
     source: Annotated[str, typer.Argument(help="PATH here, or NAME:/PATH in a machine.")],
     target: Annotated[str, typer.Argument(help="NAME:/PATH in a machine, or PATH here.")],
     *,
+    store: KeeperOption = None,
     hypervisor: HolderOption = None,
 ) -> int:
     """Copy a file or a directory between here and a machine; modes and links are kept."""
@@ -36,17 +38,25 @@ def copy(
     if inside[0] is not None and (target.endswith("/") or place.is_dir()):
         place /= PurePosixPath(inside[0][1]).name
 
+    name = (inside[0] or inside[1] or ("", ""))[0]
+    into = out = None
+    if inside[1] is not None:
+        path = inside[1][1]
+        into = Path(source), path + Path(source).name if path.endswith("/") else path
+    elif inside[0] is not None:
+        out = inside[0][1], place
+    if keepers([name], store, hypervisor)[name] == "manager":
+        from vmlab.cli.manager.inside import copied
+
+        return copied(name, into=into, out=out)
+
     async def body(session: Session, interrupts: Interrupts) -> int:
-        if inside[1] is not None:
-            path = inside[1][1]
-            if path.endswith("/"):
-                path += Path(source).name
-            await session.guest.copy_in(Path(source), path)
-        elif inside[0] is not None:
-            await session.guest.copy_out(inside[0][1], place)
+        if into is not None:
+            await session.guest.copy_in(*into)
+        if out is not None:
+            await session.guest.copy_out(*out)
         return 0
 
-    name = (inside[0] or inside[1] or ("", ""))[0]
     return attached(name, body, hypervisor=hypervisor)
 
 

@@ -1,4 +1,4 @@
-"""``vmlab shell``: a shell in a machine that was kept, or in a fresh one."""
+"""``vmlab shell``: a shell in a machine that was kept, of the manager's, or in a fresh one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vmlab.cli.manager.choice import KeeperOption, keepers
+from vmlab.cli.manager.completing import completed
 from vmlab.cli.run import (
     AppendOption,
     CpusOption,
@@ -31,7 +33,11 @@ __all__ = ["shell"]
 
 def shell(
     name: Annotated[
-        str | None, typer.Argument(help="A machine that `vmlab run --keep` left; else a fresh one.")
+        str | None,
+        typer.Argument(
+            help="A machine that `vmlab run --keep` left, or the manager's; else a fresh one.",
+            autocompletion=completed("machines"),
+        ),
     ] = None,
     *,
     image: ImageOption = None,
@@ -46,6 +52,7 @@ def shell(
     disk: DiskOption = None,
     network: NetworkOption = False,
     gdb: GdbOption = False,
+    store: KeeperOption = None,
 ) -> int:
     """Open a shell in a machine; a fresh machine goes when the shell ends.
 
@@ -54,7 +61,12 @@ def shell(
     from vmlab.lab.boot import Wish
     from vmlab.lab.errand import Errand
 
-    errand = Errand(words=("/bin/sh", "-l"))
+    words = ("/bin/sh", "-l")
+    if name is not None and keepers([name], store, hypervisor)[name] == "manager":
+        from vmlab.cli.manager.inside import performed
+
+        return performed(name, words)
+    errand = Errand(words=words)
     if name is None:
         wish = Wish(
             image=image, kernel=kernel, initrd=initrd, modules=modules, append=append,

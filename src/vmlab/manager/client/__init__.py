@@ -6,9 +6,21 @@ Not the service, which `vmlab.manager.api` is. What goes in and comes out are th
 
 from __future__ import annotations
 
-from vmlab.manager.client.asynchronous import AsyncClient
-from vmlab.manager.client.blocking import Client
-from vmlab.manager.client.replies import Unreachable
-from vmlab.manager.client.streams import Exit, RemoteCommand, RemoteConsole
+from typing import TYPE_CHECKING
 
-__all__ = ["AsyncClient", "Client", "Exit", "RemoteCommand", "RemoteConsole", "Unreachable"]
+from vmlab.manager.client.asynchronous import AsyncClient
+from vmlab.manager.client.replies import Unreachable
+
+if TYPE_CHECKING:
+    from vmlab.manager.client.blocking import Client
+
+__all__ = ["AsyncClient", "Client", "Unreachable"]
+
+
+def __getattr__(name: str) -> object:
+    # A program that awaits has no need of a loop in a thread, nor of what that needs.
+    if name == "Client":
+        from vmlab.manager.client.blocking import Client
+
+        return Client
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

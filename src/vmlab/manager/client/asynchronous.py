@@ -39,7 +39,8 @@ class AsyncClient:
     """Speaks with one manager; use it as an asynchronous context manager, or call `close`.
 
     Attributes:
-        machines, disks, networks, templates, snapshots, hosts, findings, operations: The nouns.
+        machines, disks, networks, templates, snapshots, hosts, findings, operations, tokens: The
+            nouns.
         sender: What carries requests.
     """
 
@@ -53,6 +54,7 @@ class AsyncClient:
         self.hosts = nouns.Hosts(self)
         self.findings = nouns.Findings(self)
         self.operations = nouns.Operations(self)
+        self.tokens = nouns.Tokens(self)
 
     @classmethod
     def connect(
@@ -229,8 +231,14 @@ class AsyncClient:
                 return tuple(found)
 
     async def post(
-        self, path: str, model: type[T], data: object, headers: Mapping[str, str] | None = None
+        self,
+        path: str,
+        model: type[T],
+        data: object,
+        headers: Mapping[str, str] | None = None,
+        *,
+        safe: bool = True,
     ) -> T:
-        """What comes back for a document that is sent to a path."""
-        response = await self.sender.request("POST", path, json=data, headers=headers)
+        """What comes back for a document that is sent to a path; `safe` as `Sender.request` has."""
+        response = await self.sender.request("POST", path, json=data, headers=headers, safe=safe)
         return told(model, response.content, self.sender.address)

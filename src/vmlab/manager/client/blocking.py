@@ -6,7 +6,7 @@ Each is made of its asynchronous twin, whose documentation holds; they run on a 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 import httpx
 
@@ -14,8 +14,10 @@ from vmlab.hypervisors.ownership import Home
 from vmlab.lab.loop import LoopThread
 from vmlab.manager.client import nouns
 from vmlab.manager.client.asynchronous import AsyncClient
-from vmlab.manager.client.streams import Exit
 from vmlab.manager.documents import EventDocument
+
+if TYPE_CHECKING:
+    from vmlab.manager.client.streams import Exit
 
 __all__ = ["Client"]
 
@@ -170,11 +172,20 @@ class Operations(_Blocking[nouns.Operations]):
     cancel = blocking(nouns.Operations.cancel)
 
 
+class Tokens(_Blocking[nouns.Tokens]):
+    """Tokens of who may ask a manager that is not asked over its unix socket."""
+
+    list = blocking(nouns.Tokens.list)
+    create = blocking(nouns.Tokens.create)
+    revoke = blocking(nouns.Tokens.revoke)
+
+
 class Client(_Blocking[AsyncClient]):
     """Speaks with one manager; use it as a context manager, or call `close`.
 
     Attributes:
-        machines, disks, networks, templates, snapshots, hosts, findings, operations: The nouns.
+        machines, disks, networks, templates, snapshots, hosts, findings, operations, tokens: The
+            nouns.
     """
 
     submit = blocking(AsyncClient.submit)
@@ -191,6 +202,7 @@ class Client(_Blocking[AsyncClient]):
         self.hosts = Hosts(inner.hosts, loop)
         self.findings = Findings(inner.findings, loop)
         self.operations = Operations(inner.operations, loop)
+        self.tokens = Tokens(inner.tokens, loop)
 
     @classmethod
     def connect(

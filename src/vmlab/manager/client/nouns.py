@@ -17,8 +17,8 @@ from pydantic import BaseModel
 
 from vmlab.guests.command import Sink
 from vmlab.machine.documents import build
+from vmlab.machine.metrics import MachineMetrics
 from vmlab.manager import requests
-from vmlab.manager.client import streams
 from vmlab.manager.client.copying import copied_in, copied_out
 from vmlab.manager.client.replies import page_of
 from vmlab.manager.client.sending import path_of
@@ -36,6 +36,8 @@ from vmlab.manager.documents import (
 )
 
 if TYPE_CHECKING:
+    from vmlab.manager.api.security import IssuedToken, TokenDocument
+    from vmlab.manager.client import streams
     from vmlab.manager.client.asynchronous import AsyncClient
 
 D = TypeVar("D", bound=BaseModel)
@@ -240,12 +242,14 @@ class Machines(Noun[MachineDocument]):
         """What its console has printed so far."""
         return await self._client.get_bytes(path_of(self.word, machine, "console"))
 
-    async def metrics(self, machine: str) -> dict[str, Any]:
-        """What it uses now."""
-        return await self._client.get(path_of(self.word, machine, "metrics"), dict[str, Any])
+    async def metrics(self, machine: str) -> MachineMetrics:
+        """What it uses now; it has to be live."""
+        return await self._client.get(path_of(self.word, machine, "metrics"), MachineMetrics)
 
     def console(self, machine: str) -> AbstractAsyncContextManager[streams.RemoteConsole]:
         """Its console from now on, both ways; a context manager."""
+        from vmlab.manager.client import streams
+
         return streams.consoled(self._client.sender, machine)
 
     def command(
@@ -258,6 +262,8 @@ class Machines(Noun[MachineDocument]):
         terminal: tuple[int, int] | None = None,
     ) -> AbstractAsyncContextManager[streams.RemoteCommand]:
         """A command in its guest; a context manager. `terminal` is rows and columns of one."""
+        from vmlab.manager.client import streams
+
         return streams.commanded(
             self._client.sender, machine, argv, env=env, cwd=cwd, terminal=terminal
         )
@@ -278,6 +284,8 @@ class Machines(Noun[MachineDocument]):
         Raises:
             ChannelClosed: the guest or the manager went away meanwhile.
         """
+        from vmlab.manager.client import streams
+
         async with self.command(machine, argv, env=env, cwd=cwd) as command:
             return await streams.perform(
                 command, stdin, stdout=stdout or _drop, stderr=stderr or _drop
@@ -431,3 +439,30 @@ class Operations(Noun[OperationDocument]):
         return await self._client.post(
             path_of(self.word, operation, "cancel"), OperationDocument, None
         )
+
+
+class Tokens:
+    """Tokens of who may ask a manager that is not asked over its unix socket."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self) -> tuple[TokenDocument, ...]:
+        """Those that were not revoked, without what is secret about them."""
+        from vmlab.manager.api.security import TokenDocument
+
+        return await self._client.all_of(path_of("tokens"), TokenDocument)
+
+    async def create(self, /, name: str, **fields: object) -> IssuedToken:
+        """Make one, which is told this once; the fields are those of `NewToken`."""
+        from vmlab.manager.api.security import IssuedToken, NewToken
+
+        given = {key: value for key, value in fields.items() if value is not None}
+        wanted = build(NewToken, {"name": name, **given})
+        data = wanted.model_dump(mode="json", exclude_unset=True)
+        # Asked twice, it would be two.
+        return await self._client.post(path_of("tokens"), IssuedToken, data, safe=False)
+
+    async def revoke(self, token: str) -> None:
+        """Have it be good for nothing from now on; `token` is its id."""
+        await self._client.sender.request("DELETE", path_of("tokens", token))

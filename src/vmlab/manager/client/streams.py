@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +20,7 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from vmlab.guests.command import Sink
+from vmlab.hypervisors.base import Console
 from vmlab.machine.errors import ChannelClosed, OperationFailed, VmlabError, from_record
 from vmlab.manager.client.replies import Unreachable, error_of
 from vmlab.manager.client.sending import Sender, path_of
@@ -117,29 +118,40 @@ def _message(text: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- consoles
 
 
-class RemoteConsole:
-    """A machine's console, as it is now."""
+class RemoteConsole(Console):
+    """A machine's console, as it is now; its log is asked for beside."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    name = "serial"
+
+    def __init__(self, connection: ClientConnection, log: Callable[[], Awaitable[bytes]]) -> None:
         self._connection = connection
+        self._log = log
+        self._held = b""
 
-    async def read(self) -> bytes:
+    async def log(self) -> bytes:
+        """What it has printed so far."""
+        return await self._log()
+
+    async def read(self, size: int = 65536) -> bytes:
         """What it prints next; nothing when it has ended.
 
         Raises:
             ChannelClosed: the manager went away.
             VmlabError: what it raised.
         """
-        try:
-            received = await self._connection.recv()
-        except ConnectionClosed as closed:
-            if closed.rcvd is not None and closed.rcvd.code == _NORMAL and not closed.rcvd.reason:
-                return b""
-            raise _ended(closed, "the console") from closed
-        if isinstance(received, str):
-            _message(received)
-            return await self.read()
-        return received
+        while not self._held:
+            try:
+                received = await self._connection.recv()
+            except ConnectionClosed as closed:
+                if _is_over(closed):
+                    return b""
+                raise _ended(closed, "the console") from closed
+            if isinstance(received, str):
+                _message(received)
+            else:
+                self._held = received
+        piece, self._held = self._held[:size], self._held[size:]
+        return piece
 
     async def write(self, data: bytes) -> None:
         """Type on it.
@@ -152,6 +164,15 @@ class RemoteConsole:
         except ConnectionClosed as closed:
             raise _ended(closed, "the console") from closed
 
+    async def close(self) -> None:
+        """Let go of it; again does nothing."""
+        await self._connection.close()
+
+
+def _is_over(closed: ConnectionClosed) -> bool:
+    """Whether a connection has ended because all was said."""
+    return closed.rcvd is not None and closed.rcvd.code == _NORMAL and not closed.rcvd.reason
+
 
 @asynccontextmanager
 async def consoled(sender: Sender, machine: str) -> AsyncIterator[RemoteConsole]:
@@ -160,8 +181,13 @@ async def consoled(sender: Sender, machine: str) -> AsyncIterator[RemoteConsole]
     Raises:
         VmlabError: it has none, or is not there.
     """
-    async with _connected(sender, path_of("machines", machine, "console")) as connection:
-        yield RemoteConsole(connection)
+    path = path_of("machines", machine, "console")
+
+    async def log() -> bytes:
+        return (await sender.request("GET", path)).content
+
+    async with _connected(sender, path) as connection:
+        yield RemoteConsole(connection, log)
 
 
 # ------------------------------------------------------------------------------------- commands

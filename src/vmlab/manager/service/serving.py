@@ -1,7 +1,8 @@
 """A manager's life in a process: it takes the lock, opens the store, answers, and goes in order.
 
 Going is the reverse: no more is taken, what is under way is answered, the manager is closed, the
-lock is let go. Being killed at any moment loses nothing: the journal tells the next one what was begun.
+lock is let go. Being killed at any moment loses nothing: the journal tells the next one what was
+begun.
 """
 
 from __future__ import annotations

@@ -1,0 +1,175 @@
+"""Options and texts that several of the manager's commands have, and what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from vmlab.cli.manager.completing import completed
+from vmlab.machine.errors import InvalidSpec, SpecProblem
+
+if TYPE_CHECKING:
+    from vmlab.manager.documents import MachineDocument
+
+__all__ = [
+    "MachineArgument",
+    "MachinesArgument",
+    "ago",
+    "duration",
+    "facts",
+    "labels",
+    "metadata",
+    "moment",
+    "nics",
+    "policy",
+    "wrong",
+]
+
+MachineArgument = Annotated[
+    str, typer.Argument(help="Name or id of a machine.", autocompletion=completed("machines"))
+]
+MachinesArgument = Annotated[
+    list[str], typer.Argument(help="Names or ids.", autocompletion=completed("machines"))
+]
+
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_DURATION_RULE: Final = 'a number with s, m, h, d or w, such as "30m" or "7d"'
+
+
+def wrong(option: str, value: object, expected: str, *, command: str = "") -> InvalidSpec:
+    """The error for an option or argument that is not what it has to be."""
+    return InvalidSpec(
+        [SpecProblem(option, value, expected)],
+        what="command line",
+        hint=f"`vmlab {command} --help` shows what it takes".replace("  ", " "),
+    )
+
+
+def duration(option: str, text: str | None) -> timedelta | None:
+    """The time that "30m" or "7d" is.
+
+    Raises:
+        InvalidSpec: it is none.
+    """
+    if text is None:
+        return None
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise wrong(option, text, _DURATION_RULE)
+    try:
+        return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
+    except OverflowError:
+        raise wrong(option, text, "a time of less than some million years") from None
+
+
+def moment(option: str, text: str | None) -> datetime | None:
+    """When it is, that long from now."""
+    length = duration(option, text)
+    return None if length is None else datetime.now(UTC) + length
+
+
+def labels(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+    """The labels of "key=value" texts; a key alone has an empty value."""
+    found = {}
+    for text in texts or ():
+        key, _, value = text.partition("=")
+        if not key:
+            raise wrong(option, text, '"key=value"')
+        found[key] = value
+    return found
+
+
+def nics(texts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The interfaces of "NETWORK[,address=ADDRESS][,mac=MAC][,name=NAME]" texts."""
+    found = []
+    for text in texts or ():
+        network, *rest = text.split(",")
+        nic: dict[str, Any] = {"network": network}
+        for part in rest:
+            key, equals, value = part.partition("=")
+            if not equals or key not in {"address", "mac", "name"}:
+                raise wrong("--network", text, "NETWORK[,address=ADDRESS][,mac=MAC][,name=NAME]")
+            nic[key] = value
+        found.append(nic)
+    return found
+
+
+def policy(
+    *,
+    autostart: bool | None = None,
+    fallback: Sequence[str] | None = None,
+    release: str | None = None,
+    findings: Sequence[str] | None = None,
+    snapshot_every: str | None = None,
+    snapshot_keep: int | None = None,
+) -> dict[str, Any]:
+    """What options say of a machine's policy; nothing of what they do not say."""
+    every = duration("--snapshot-every", snapshot_every)
+    said = {
+        "autostart": autostart,
+        "fallback": tuple(fallback) if fallback else None,
+        "release_addresses": release,
+        "findings": labels("--on", findings) or None,
+        "snapshot_every": every,
+        "snapshot_keep": snapshot_keep,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def metadata(
+    *,
+    hostname: str | None = None,
+    user_data: Path | None = None,
+    ssh_keys: Sequence[Path] | None = None,
+) -> dict[str, Any]:
+    """What options say of what a guest is told; files are read.
+
+    Raises:
+        InvalidSpec: a file cannot be read.
+    """
+    keys = [
+        line
+        for path in ssh_keys or ()
+        for line in _text("--ssh-key", path).splitlines()
+        if line.strip()
+    ]
+    said = {
+        "hostname": hostname,
+        "user_data": None if user_data is None else _text("--user-data", user_data),
+        "ssh_keys": tuple(keys) or None,
+    }
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _text(option: str, path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise wrong(option, str(path), f"a file that can be read: {reason}") from error
+
+
+def facts(machine: MachineDocument) -> dict[str, Any]:
+    """A row of a table of machines."""
+    return {
+        **machine.model_dump(mode="json"),
+        "addresses": [address for nic in machine.nics for address in nic.addresses],
+        "disk_names": [disk.name for disk in machine.disks],
+    }
+
+
+def ago(when: datetime | None) -> str:
+    """How long ago something was, for a table."""
+    if when is None:
+        return "-"
+    seconds = (datetime.now(UTC) - when).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if abs(seconds) >= length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
