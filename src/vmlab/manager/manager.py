@@ -15,6 +15,7 @@ from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.locks import FileLock
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.guests import Guests
+from vmlab.manager.observer.observer import Observer
 from vmlab.manager.operator import handlers as _handlers  # registers the kinds of requests
 from vmlab.manager.operator.hosts import Hosts
 from vmlab.manager.operator.operator import Operator
@@ -56,11 +57,12 @@ class Manager:
         self.guests = Guests(self)
         self.operator = Operator(self)
         self.schedules = Schedules(self)
+        self.observer = Observer(self)
 
     @property
     def parts(self) -> list[Part]:
         """Its parts, in the order in which they begin; they end in the opposite one."""
-        return [self.hosts, self.storage, self.guests, self.operator, self.schedules]
+        return [self.hosts, self.storage, self.guests, self.operator, self.schedules, self.observer]
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:

@@ -20,7 +20,7 @@ from vmlab.manager.observer.collect import files, guests, hypervisors, locks, ne
 from vmlab.manager.observer.collect.store import known_now
 from vmlab.manager.observer.known import Known
 from vmlab.manager.observer.seen import Seen, SeenGuest
-from vmlab.manager.operator.hosts import machine_name
+from vmlab.manager.operator.hosts import machine_name, store_name
 from vmlab.manager.store.tables import now
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class Eyes:
             ask = {machine.at for machine in known.machines if machine.host == host}
             if not ask:
                 return {}
+        if not await done_in_thread(self._may_have_machines, host, known):
+            return {"looked": {f"host:{host}"}}
         try:
             async with asyncio.timeout(_HOST_SECONDS):
                 hypervisor = await self._manager.hosts.get(host)
@@ -115,6 +117,16 @@ class Eyes:
             _LOG.info("host %s was not looked at: %s", host, str(error) or type(error).__name__)
             return {}
         return {"machines": machines, "looked": looked}
+
+    def _may_have_machines(self, host: str, known: Known) -> bool:
+        """Whether a host can have machines at all: those that never had any are not opened."""
+        hosts = self._manager.hosts
+        if hosts.opened(host) is not None or any(each.host == host for each in known.machines):
+            return True
+        hypervisor = hosts.setting(host).hypervisor
+        store = self._home / "stores" / store_name(hosts.setting(host))
+        places = (store / "machines" / hypervisor, store / hypervisor)
+        return any(next(place.iterdir(), None) is not None for place in places if place.is_dir())
 
     @property
     def owners(self) -> list[Owner]:

@@ -1,5 +1,6 @@
 """All kinds of requests that can be carried out: importing this registers them."""
 
+from vmlab.manager.observer import handler as repairs
 from vmlab.manager.operator import (
     clones,
     creation,
@@ -17,6 +18,7 @@ __all__ = [
     "disks",
     "lifecycle",
     "migrations",
+    "repairs",
     "resizing",
     "snapshots",
     "templates",

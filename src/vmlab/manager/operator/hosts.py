@@ -33,7 +33,7 @@ from vmlab.manager.store.tables import HostRow, MachineRow
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
 
-__all__ = ["Hosts", "machine_name"]
+__all__ = ["Hosts", "machine_name", "store_name"]
 
 T = TypeVar("T")
 
@@ -49,6 +49,11 @@ _OPTIONS: Final[Mapping[str, Mapping[str, str]]] = {
 def machine_name(machine_id: str) -> str:
     """The name that a machine has at its hypervisor: made of its id, never of the user's name."""
     return f"m-{machine_id[:12]}"
+
+
+def store_name(setting: HostSetting) -> str:
+    """The name of the store that a host's machines belong to."""
+    return _STORE if setting.name == setting.hypervisor else f"{_STORE}-{setting.name}"
 
 
 def default_hosts() -> list[HostSetting]:
@@ -161,8 +166,7 @@ class Hosts:
             return hypervisor
 
     def _open(self, setting: HostSetting) -> Hypervisor:
-        name = _STORE if setting.name == setting.hypervisor else f"{_STORE}-{setting.name}"
-        owner = Store.open(self._manager.settings.home, name).owner
+        owner = Store.open(self._manager.settings.home, store_name(setting)).owner
         options = {**_OPTIONS.get(setting.hypervisor, {}), **setting.options}
         if "socket" in setting.options:
             # Who serves it chooses the rest.

@@ -30,7 +30,9 @@ def state_mismatch(known: Known, seen: Seen) -> Iterator[Difference]:
             continue
         found = seen.placed.get((machine.host, machine.at))
         if found is None:
-            yield _gone(machine)
+            # One that failed may be gone: it can be deleted, which is what is left to do.
+            if machine.state is not MachineState.FAILED:
+                yield _gone(machine)
         elif found.state.is_stable and doing(found.state) != doing(machine.state):
             yield _differs(machine, found)
 
@@ -57,7 +59,7 @@ def _differs(machine: KnownMachine, found: SeenMachine) -> Difference:
     severity: Severity = "error" if lost else "warning"
     reason = f" ({found.reason})" if found.reason else ""
     known_now = found.state is not MachineState.UNKNOWN
-    actions: tuple[Policy, ...] = ("adopt", "reconcile") if known_now else ("reconcile",)
+    actions: tuple[Policy, ...] = ("adopt", "reconcile") if known_now else ()
     return Difference(
         code="machine-state-mismatch",
         severity=severity,
@@ -65,8 +67,9 @@ def _differs(machine: KnownMachine, found: SeenMachine) -> Difference:
         name=machine.name,
         message=f"machine {machine.name!r} is {machine.state} in the store "
         f"and {found.state} in the world{reason}",
-        hint=f"reconcile brings it to {machine.wanted}"
-        + (f", adopt writes {found.state} into the store" if known_now else ""),
+        hint=f"reconcile brings it to {machine.wanted}, adopt writes {found.state} into the store"
+        if known_now
+        else "its hypervisor does not answer for it: look at that, or kill the machine",
         source=f"host:{machine.host}",
         evidence={
             "stored": machine.state.value,

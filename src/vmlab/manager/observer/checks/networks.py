@@ -124,7 +124,12 @@ def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
             message=f"the {found.kind} {found.name!r} of the host {why}",
             hint="reconcile removes it",
             source="interfaces",
-            evidence={"interface": found.name, "kind": found.kind, "network": found.network},
+            evidence={
+                "interface": found.name,
+                "kind": found.kind,
+                "network": found.network,
+                "lacking": False,
+            },
             touches=frozenset({found.network} | ({owner.id} if owner is not None else set())),
             actions=("reconcile",),
         )
@@ -157,7 +162,7 @@ def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
             if kind == "bridge"
             else "the machine has lost its wire: restart it",
             source="interfaces",
-            evidence={"interface": name, "kind": kind, "network": id_},
+            evidence={"interface": name, "kind": kind, "network": id_, "lacking": True},
             touches=touches,
             actions=("reconcile",) if kind == "bridge" else (),
         )
