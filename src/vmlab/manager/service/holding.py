@@ -22,7 +22,8 @@ from vmlab.machine.errors import OperationFailed
 
 __all__ = ["Holder", "end_holder", "hold", "holder"]
 
-_NAME: Final = "manager.lock"
+_NAME: Final = "service.lock"
+"""Not the lock of `Manager` itself, which says nothing of who has it."""
 _POLL: Final = 0.05
 _PATIENCE: Final = 120.0
 """Seconds that a manager has to come to its end: it lets what it answers be answered."""
@@ -115,7 +116,7 @@ def hold(directory: Path, *, background: bool, replace: bool = True) -> Hold:
         if found is not None and replace and not told:
             told = _tell_to_end(found)
         if time.monotonic() >= deadline:
-            raise busy(path, "the manager's lock", _PATIENCE)
+            raise busy(path, "the place of the manager", _PATIENCE)
         time.sleep(_POLL)
     return Hold(lock, background=background)
 

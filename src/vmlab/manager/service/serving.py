@@ -89,7 +89,7 @@ async def serve(
         OperationFailed: another manager runs in this home, or it cannot listen.
         VmlabError: the store or a part of the manager cannot be opened.
     """
-    from vmlab.manager.api import create_app
+    from vmlab.manager.api import create_app, end_streams
     from vmlab.manager.manager import Manager
 
     listening.check()
@@ -106,14 +106,15 @@ async def serve(
             if listening.socket is not None and listening.socket.absolute() != own.path:
                 listeners.append(UnixListener(listening.socket.absolute()))
                 stack.callback(listeners[-1].close)
-            activity = Activity(create_app(manager, authenticate=False))
+            apps = [create_app(manager, authenticate=False)]
+            activity = Activity(apps[0])
             servers = [_Server(_config(activity), each.socket) for each in listeners]
             urls = [f"unix:{each.path}" for each in listeners]
             if listening.port is not None:
                 tcp = tcp_listener(listening.host, listening.port)
                 stack.callback(tcp.close)
-                app = create_app(manager, authenticate=True)
-                servers.append(_Server(_config(app, listening), tcp))
+                apps.append(create_app(manager, authenticate=True))
+                servers.append(_Server(_config(apps[1], listening), tcp))
                 urls.append(_url(listening, tcp))
 
             def begun() -> None:
@@ -123,6 +124,8 @@ async def serve(
             def leaving() -> None:
                 for each in listeners:
                     each.unlink()
+                for app in apps:
+                    end_streams(app)
 
             idle = None if linger is None else until_idle(activity, manager.database, linger)
             await _live(servers, ending, idle, begun, leaving)
