@@ -43,13 +43,13 @@ from vmlab.manager.store.tables import (
     TemplateRow,
 )
 from vmlab.manager.store.told import (
-    WITH_PARTS,
+    MACHINE_COLUMNS,
     address_document,
     disk_document,
     event_document,
     finding_document,
     host_documents,
-    machine_document,
+    machine_documents,
     network_documents,
     operation_document,
     snapshot_document,
@@ -99,7 +99,7 @@ def list_machines(
     Raises:
         InvalidSpec: an argument is none.
     """
-    query = select(MachineRow).options(*WITH_PARTS)
+    query = select(*MACHINE_COLUMNS)
     if state is not None:
         query = query.where(MachineRow.state.in_(_states(state)))
     if label is not None:
@@ -116,7 +116,7 @@ def list_machines(
         s,
         query,
         key=(MachineRow.name,),
-        document=lambda s, rows: [machine_document(s, row) for row in rows],
+        document=machine_documents,
         limit=limit,
         cursor=cursor,
         count=count,

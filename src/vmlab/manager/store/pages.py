@@ -46,7 +46,7 @@ def take_page(
 
     Args:
         s: The session.
-        query: What is listed, without an order.
+        query: What is listed, without an order: rows, or columns of which `key` are some.
         key: The columns that it is ordered by, all in the same direction.
         document: Makes documents of the rows of a page, all at once.
         limit: How many at most.
@@ -65,7 +65,10 @@ def take_page(
         here, there = (key[0], values[0]) if len(key) == 1 else (tuple_(*key), tuple_(*values))
         query = query.where(here < there if descending else here > there)
     order = [column.desc() if descending else column.asc() for column in key]
-    rows = s.scalars(query.order_by(*order).limit(limit + 1)).all()
+    query = query.order_by(*order).limit(limit + 1)
+    rows: Sequence[Any] = (
+        s.scalars(query).all() if len(query.column_descriptions) == 1 else s.execute(query).all()
+    )
     following = None
     if len(rows) > limit:
         rows = rows[:limit]

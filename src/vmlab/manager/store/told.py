@@ -5,12 +5,13 @@ Where a document tells something that is counted, the function for many rows ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, ip_network
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import case, func, select
-from sqlalchemy.orm import Session, joinedload, selectinload
+from sqlalchemy import Row, case, func, inspect, select
+from sqlalchemy.orm import Session
 
 from vmlab.machine.states import LIVE, MachineState
 from vmlab.manager.documents import (
@@ -45,7 +46,7 @@ from vmlab.manager.store.tables import (
 )
 
 __all__ = [
-    "WITH_PARTS",
+    "MACHINE_COLUMNS",
     "address_document",
     "disk_document",
     "event_document",
@@ -53,6 +54,7 @@ __all__ = [
     "host_document",
     "host_documents",
     "machine_document",
+    "machine_documents",
     "network_document",
     "network_documents",
     "operation_document",
@@ -64,53 +66,87 @@ __all__ = [
 _LIVE: Final = sorted(state.value for state in LIVE)
 
 
-WITH_PARTS: Final = (
-    joinedload(MachineRow.template),
-    selectinload(MachineRow.disks),
-    selectinload(MachineRow.nics).options(
-        joinedload(NicRow.network), selectinload(NicRow.addresses)
-    ),
+MACHINE_COLUMNS: Final = tuple(
+    getattr(MachineRow, attribute.key) for attribute in inspect(MachineRow).column_attrs
 )
+"""What a list of machines reads: rows that nobody changes need not be objects of the session."""
 
 
 def machine_document(s: Session, row: MachineRow) -> MachineDocument:
     """A machine, as it is told."""
-    return MachineDocument(
-        id=row.id,
-        name=row.name,
-        state=MachineState(row.state),
-        wanted=row.wanted,
-        reason=row.reason,
-        host=row.host,
-        hypervisor=row.hypervisor,
-        template=row.template.name if row.template else None,
-        image=row.image,
-        architecture=row.architecture,
-        vcpus=row.vcpus,
-        memory=row.memory,
-        spec=dict(row.spec),
-        labels=dict(row.labels),
-        policy=MachinePolicy.model_validate(row.policy),
-        metadata=Metadata.model_validate(row.metadata_),
-        disks=tuple(
-            AttachedDisk(id=disk.id, name=disk.name, device=disk.device or "", size=disk.size)
-            for disk in row.disks
-        ),
-        nics=tuple(
+    return machine_documents(s, [row])[0]
+
+
+def machine_documents(
+    s: Session, rows: Sequence[MachineRow] | Sequence[Row[Any]]
+) -> list[MachineDocument]:
+    """Machines, of rows or of `MACHINE_COLUMNS`."""
+    ids = [row.id for row in rows]
+    templates: dict[str | None, str] = {}
+    if wanted := {row.template_id for row in rows} - {None}:
+        found = select(TemplateRow.id, TemplateRow.name).where(TemplateRow.id.in_(wanted))
+        templates = {template.id: template.name for template in s.execute(found)}
+    disks: defaultdict[str | None, list[AttachedDisk]] = defaultdict(list)
+    for id_, name, device, size, machine in s.execute(
+        select(DiskRow.id, DiskRow.name, DiskRow.device, DiskRow.size, DiskRow.machine_id)
+        .where(DiskRow.machine_id.in_(ids))
+        .order_by(DiskRow.name)
+    ):
+        disks[machine].append(AttachedDisk(id=id_, name=name, device=device or "", size=size))
+    nics = _nics(s, ids)
+    return [
+        MachineDocument(
+            id=row.id,
+            name=row.name,
+            state=MachineState(row.state),
+            wanted=row.wanted,
+            reason=row.reason,
+            host=row.host,
+            hypervisor=row.hypervisor,
+            template=templates.get(row.template_id),
+            image=row.image,
+            architecture=row.architecture,
+            vcpus=row.vcpus,
+            memory=row.memory,
+            spec=dict(row.spec),
+            labels=dict(row.labels),
+            policy=MachinePolicy.model_validate(row.policy),
+            metadata=Metadata.model_validate(row.metadata_),
+            disks=tuple(disks[row.id]),
+            nics=tuple(nics[row.id]),
+            operation=row.operation_id,
+            version=row.version,
+            created=row.created,
+            updated=row.updated,
+            started=row.started,
+        )
+        for row in rows
+    ]
+
+
+def _nics(s: Session, machines: Sequence[str]) -> Mapping[str, Sequence[NicDocument]]:
+    """The NICs of each machine, with their addresses."""
+    addresses: defaultdict[str | None, list[str]] = defaultdict(list)
+    for nic, address in s.execute(
+        select(AddressRow.nic_id, AddressRow.address)
+        .join(AddressRow.nic)
+        .where(NicRow.machine_id.in_(machines))
+        .order_by(AddressRow.number)
+    ):
+        addresses[nic].append(address)
+    nics: defaultdict[str, list[NicDocument]] = defaultdict(list)
+    for machine, id_, name, mode, mac, network in s.execute(
+        select(NicRow.machine_id, NicRow.id, NicRow.name, NicRow.mode, NicRow.mac, NetworkRow.name)
+        .outerjoin(NicRow.network)
+        .where(NicRow.machine_id.in_(machines))
+        .order_by(NicRow.position, NicRow.name)
+    ):
+        nics[machine].append(
             NicDocument(
-                name=nic.name,
-                network=nic.network.name if nic.network else nic.mode,
-                mac=nic.mac,
-                addresses=tuple(taken.address for taken in nic.addresses),
+                name=name, network=network or mode, mac=mac, addresses=tuple(addresses[id_])
             )
-            for nic in row.nics
-        ),
-        operation=row.operation_id,
-        version=row.version,
-        created=row.created,
-        updated=row.updated,
-        started=row.started,
-    )
+        )
+    return nics
 
 
 def disk_document(s: Session, row: DiskRow) -> DiskDocument:
