@@ -67,6 +67,9 @@ __all__ = [
 
 _SECTOR: Final = 512
 _LONGEST_SERIAL: Final = 20
+_LET_GO: Final = frozenset({MachineState.FAILED, MachineState.DELETED})
+"""States in which a machine lets go of a disk although the contract has no such change: what is
+left of a failed one is killed first, and one that its hypervisor lost has no disk."""
 _GUEST_ANSWERS_S: Final = 10.0
 """Seconds that a guest is given to say what disks it has; one that boots is not waited for."""
 _GUEST_SEES_S: Final = 120.0
@@ -156,7 +159,7 @@ def let_go(session: Session, disk_id: str, operation: str, *, reason: str = "") 
     if row is None:
         return
     machine, had = row.machine_id, row.state in {"attached", "detaching"}
-    row.machine_id = row.device = row.bus = row.mount_point = None
+    row.machine_id = row.device = row.bus = None
     row.readonly, row.state, row.reason = False, "available", reason
     if had:
         _tell(session, row, "disk.detached", operation, machine=machine)
@@ -379,7 +382,8 @@ class AttachDiskHandler(Handler[AttachDisk]):
         version = row.version
         claim_for(session, row, machine)
         row.bus = request.bus or fitting_bus(machine)
-        row.readonly, row.mount_point = request.readonly, request.mount_point
+        row.readonly = request.readonly
+        row.mount_point = request.mount_point or row.mount_point
         return Target(row.id, row.name, _keys(row), version)
 
     def plan(self, session: Session, request: AttachDisk) -> Sequence[PlannedStep]:
@@ -544,7 +548,7 @@ class DetachDiskHandler(Handler[DetachDisk]):
                 hint="`vmlab disk list` tells which machine has which disk",
             )
         machine = session.get_one(MachineRow, row.machine_id)
-        if actual_state(self.manager, machine) is not MachineState.FAILED:
+        if actual_state(self.manager, machine) not in _LET_GO:
             require_state(self.manager, machine, "unplug_disk", self.kind)
         version, row.state = row.version, "detaching"
         return Target(row.id, row.name, _keys(row), version)
@@ -730,7 +734,7 @@ class DeleteDiskHandler(Handler[DeleteDisk]):
         if row.machine_id is not None:
             machine = session.get_one(MachineRow, row.machine_id)
             state = actual_state(self.manager, machine)
-            if state not in OFF and machine.operation_id is None:
+            if state not in OFF | _LET_GO and machine.operation_id is None:
                 raise Conflict(
                     f"disk {row.name!r} belongs to machine {machine.name!r}, which is {state}",
                     hint=f"`vmlab disk detach {row.name}` first, or stop the machine",
