@@ -106,7 +106,9 @@ async def look(manager: Manager, machine: str) -> None:
 def actual_state(manager: Manager, row: MachineRow) -> MachineState:
     """What a machine does, as its hypervisor knows, or else as the store says."""
     machine = manager.known_machine(row.id, row.host)
-    if machine is not None and machine.state.is_stable:
+    gone = machine is not None and machine.state is MachineState.DELETED
+    # One that somebody deleted at its hypervisor is the store's to tell of.
+    if machine is not None and machine.state.is_stable and not gone:
         return machine.state
     return MachineState(row.state)
 
