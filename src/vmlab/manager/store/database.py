@@ -22,6 +22,7 @@ from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 from sqlalchemy import URL, Engine, create_engine, delete, event, func, insert, make_url, select
 from sqlalchemy.exc import (
     ArgumentError,
+    DatabaseError,
     DBAPIError,
     IntegrityError,
     NoSuchModuleError,
@@ -87,7 +88,8 @@ class Database:
             database._prepare(settings)
         except BaseException as error:
             database.close()
-            if isinstance(error, OperationalError):
+            # SQLite says of a file that is no database that it is a DatabaseError, and no more.
+            if isinstance(error, OperationalError) or type(error) is DatabaseError:
                 raise _unavailable(url, error) from error
             raise
         return database

@@ -9,9 +9,10 @@ hexadecimal digits.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from sqlalchemy import (
     JSON,
@@ -37,6 +38,9 @@ from sqlalchemy.orm import (
     relationship,
     validates,
 )
+
+from vmlab.machine.states import MachineState
+from vmlab.manager.documents import DiskState
 
 __all__ = [
     "AddressRow",
@@ -119,6 +123,12 @@ class Base(DeclarativeBase):
     }
 
 
+def _one_of(column: str, values: Iterable[str]) -> str:
+    """The condition that a column has one of those values."""
+    listed = ", ".join(f"'{value}'" for value in values)
+    return f"{column} IN ({listed})"
+
+
 class Versioned:
     """A row that counts its changes: one that is based on an older version is refused."""
 
@@ -190,7 +200,7 @@ class MachineRow(Versioned, Base):
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)
     policy: Mapped[dict[str, Any]] = mapped_column(default=dict)
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
-    operation_id: Mapped[str | None] = mapped_column(ForeignKey("operations.id"))
+    operation_id: Mapped[str | None] = mapped_column(ForeignKey("operations.id"), index=True)
     created: Mapped[datetime] = mapped_column(default=now)
     updated: Mapped[datetime] = mapped_column(default=now, onupdate=now)
     started: Mapped[datetime | None]
@@ -210,7 +220,10 @@ class MachineRow(Versioned, Base):
         passive_deletes=True,
     )
 
-    __table_args__ = (CheckConstraint("wanted IN ('running', 'paused', 'stopped')", name="wanted"),)
+    __table_args__ = (
+        CheckConstraint("wanted IN ('running', 'paused', 'stopped')", name="wanted"),
+        CheckConstraint(_one_of("state", [state.value for state in MachineState]), name="state"),
+    )
 
 
 class NetworkRow(Versioned, Base):
@@ -322,6 +335,7 @@ class DiskRow(Versioned, Base):
 
     __table_args__ = (
         UniqueConstraint("machine_id", "device"),
+        CheckConstraint(_one_of("state", get_args(DiskState)), name="state"),
         CheckConstraint("format IN ('raw', 'qcow2')", name="format"),
         CheckConstraint("size >= 0", name="size"),
     )

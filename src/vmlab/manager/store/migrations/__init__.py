@@ -16,7 +16,7 @@ from vmlab.manager.store.tables import Base
 
 __all__ = ["HEAD", "SchemaUnknown", "schema_of", "upgrade"]
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest version of the schema: the one that `tables` describes."""
 
 _LOCK: Final = 0x766D6C6162
