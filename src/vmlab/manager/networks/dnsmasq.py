@@ -34,7 +34,8 @@ def configuration(layout: Layout, leases: Sequence[Lease], *, index: int, direct
     """
     lines = [
         f"# interface {index}",
-        f"interface={layout.interface}",
+        # By address: the metadata service's is on the same interface, and not dnsmasq's to take.
+        *(f"listen-address={each.partition('/')[0]}" for each in layout.gateways),
         "except-interface=lo",
         "bind-interfaces",
         "no-hosts",

@@ -104,7 +104,6 @@ class HostNetworks:
     async def unplug(self, tap: str) -> None:
         """Remove a tap; again does nothing."""
         await self.switch.remove_port(tap)
-        await asyncio.to_thread(links.remove, tap)
 
     async def unplug_machine(self, machine: str) -> list[str]:
         """Remove the taps of a machine, by its id; returns their names."""
@@ -306,12 +305,15 @@ class HostNetworks:
         lost = []
         if layout.mode == "bridged":
             there = await asyncio.to_thread(links.links)
-            wanted = {layout.bridge: "bridge", layout.interface: "interface"}
+            wanted = {layout.bridge: "bridge"}
+            wanted.setdefault(layout.interface, "interface")
             for name, kind in {**wanted, **dict.fromkeys(taps, "tap")}.items():
                 if name not in there:
                     lost.append(f"{kind} {name}")
                 elif not there[name].up and name != layout.bridge:
                     lost.append(f"{kind} {name} (it is down)")
+            if layout.vlan is not None and not self.switch.works:
+                lost.append("switch")
             if not layout.foreign:
                 if layout.table not in await asyncio.to_thread(nat.tables):
                     lost.append(f"packet filter {layout.table}")
@@ -363,9 +365,17 @@ class HostNetworks:
                 for each in self.recorded().values()
                 if each.here and each.layout.vlan is not None
             ]
-            if not tagged and self.switch.processes():
-                await self.switch.down()
-                removed.append("switch")
+            if not tagged:
+                removed += await self._sweep_switch(there)
+        return removed
+
+    async def _sweep_switch(self, there: Mapping[str, links.Link]) -> list[str]:
+        """Remove the switch, which no network needs, and what its daemon left if it was killed."""
+        removed = ["switch"] if self.switch.processes() else []
+        await self.switch.down()
+        for name, link in there.items():
+            if names.of_alias(self.home, link.alias) == _SWITCH:
+                await asyncio.to_thread(links.remove, name)
         return removed
 
     def _dnsmasq(self, network: str) -> Daemon:

@@ -32,13 +32,17 @@ _IFA_F_NODAD: Final = 0x02  # linux/if_addr.h: nobody else can have an address o
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface: its kind ("bridge", "tun", "veth"; None of a real one), and what it is for."""
+    """An interface: its kind ("bridge", "tun", "veth"; None of a real one), and what it is for.
+
+    `carrier` of a tap is whether a process has it open.
+    """
 
     name: str
     index: int
     kind: str | None
     alias: str | None
     up: bool
+    carrier: bool
     master: int | None
 
 
@@ -182,6 +186,7 @@ def _link(message: Any) -> Link:
         kind=message.get(("linkinfo", "kind")),
         alias=message.get("ifalias"),
         up=bool(message["flags"] & 1),  # IFF_UP
+        carrier=bool(message.get("carrier")),
         master=message.get("master"),
     )
 

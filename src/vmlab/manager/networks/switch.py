@@ -2,8 +2,10 @@
 
 For kernels whose bridges have no VLAN filtering and that have no openvswitch module, as well as
 for those that have. One database and one daemon for a home, in a directory of their own and beside
-any Open vSwitch that the host runs; they live on while no manager runs. Its interfaces are taps of
-the daemon's: when that ends, they are gone. See ovs-vswitchd.conf.db(5).
+any Open vSwitch of the kernel's datapath that the host runs; they live on while no manager runs.
+A network namespace has one datapath in user space, whose tap has a fixed name: who comes second is
+refused. Its interfaces are taps that stay when the daemon is killed, so whoever ends it removes
+them. See ovs-vswitchd.conf.db(5).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from vmlab.hypervisors.monitored.commands import run_command
 from vmlab.hypervisors.ownership import Owner
 from vmlab.hypervisors.processes import OwnedProcess, adopt, spawn
 from vmlab.machine.errors import OperationFailed
+from vmlab.manager.networks import links
 
 __all__ = ["PROGRAMS", "Switch"]
 
@@ -24,6 +27,9 @@ PROGRAMS: Final = ("ovsdb-tool", "ovsdb-server", "ovs-vsctl", "ovs-vswitchd")
 """What is needed of Open vSwitch."""
 
 _SCHEMA: Final = Path("/usr/share/openvswitch/vswitch.ovsschema")
+_DATAPATH: Final = "ovs-netdev"
+"""The tap of the datapath in user space (dpif-netdev.c); Open vSwitch names it."""
+_PROCESSES: Final = 2
 _SECONDS: Final = 120
 _LOOK_SECONDS: Final = 0.05
 
@@ -44,6 +50,11 @@ class Switch:
         """Its processes that run."""
         return adopt(self._owner) if self.directory.exists() else []
 
+    @property
+    def works(self) -> bool:
+        """Whether all of it runs: half of it, as a crash leaves it, answers nobody."""
+        return len(self.processes()) == _PROCESSES
+
     async def up(self) -> None:
         """Have it run; what ran already stays, with its ports.
 
@@ -51,7 +62,7 @@ class Switch:
             OperationFailed: Open vSwitch is not installed, or does not start.
         """
         async with self._lock:
-            if len(self.processes()) == 2:
+            if self.works:
                 return
             await self._down()
             for program in PROGRAMS:
@@ -60,6 +71,13 @@ class Switch:
                         f"networks with a VLAN need {program}, which is not installed",
                         hint="install openvswitch-switch",
                     )
+            there = (await asyncio.to_thread(links.links)).get(_DATAPATH)
+            if there is not None and there.carrier:
+                raise OperationFailed(
+                    "another Open vSwitch has the datapath in user space, of which a network "
+                    f"namespace has one (its interface is {_DATAPATH})",
+                    hint="networks with a VLAN are possible in one home of a host at a time",
+                )
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             await self._begin()
 
@@ -88,8 +106,13 @@ class Switch:
         # The daemon first: it complains of a database that goes away.
         for process in sorted(self.processes(), key=lambda each: each.argv[0], reverse=True):
             await process.end()
-        if self.directory.exists():
-            await asyncio.to_thread(shutil.rmtree, self.directory)
+        if not self.directory.exists():
+            return
+        there = (await asyncio.to_thread(links.links)).get(_DATAPATH)
+        if there is not None and there.kind == "tun" and not there.carrier:
+            # Nobody has it open: it is what a daemon left that was killed.
+            await asyncio.to_thread(links.remove, _DATAPATH)
+        await asyncio.to_thread(shutil.rmtree, self.directory)
 
     async def add_bridge(self, name: str) -> None:
         """Have a bridge of that name; one that is there stays."""
@@ -112,13 +135,14 @@ class Switch:
         await self.control(*words)
 
     async def remove_port(self, name: str) -> None:
-        """Take an interface off; again does nothing."""
-        if self.processes():
+        """Take an interface off and remove it; again does nothing."""
+        if self.works:
             await self.control("--if-exists", "del-port", name)
+        await asyncio.to_thread(links.remove, name)
 
     async def bridges(self) -> list[str]:
         """The bridges that it has."""
-        return (await self.control("list-br")).split() if self.processes() else []
+        return (await self.control("list-br")).split() if self.works else []
 
     async def ports(self, bridge: str) -> list[str]:
         """The interfaces on a bridge, but for its own."""
@@ -126,8 +150,9 @@ class Switch:
 
     async def remove_bridge(self, name: str) -> None:
         """Remove a bridge with its ports; again does nothing."""
-        if self.processes():
+        if self.works:
             await self.control("--if-exists", "del-br", name)
+        await asyncio.to_thread(links.remove, name)
 
     async def control(self, *words: str) -> str:
         """What ovs-vsctl(8) says; it waits until the daemon has done what it was told.
@@ -150,7 +175,8 @@ class Switch:
             raise OperationFailed(
                 f"{words[0]} is not installed", hint="install openvswitch-switch"
             ) from error
-        if status != 0:
+        # ovs-vsctl(8) ends well also where the daemon could not do what it was told.
+        if status != 0 or "Error detected" in complaint:
             raise OperationFailed(
                 f"{' '.join(words)} failed: {complaint or said}",
                 hint=f"logs of the switch are in {self.directory}",

@@ -1,0 +1,443 @@
+"""Networks on a host: made, served, kept apart and removed; each test in a namespace of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmlab.machine.errors import OperationFailed
+from vmlab.manager.networks import links, names, nat
+from vmlab.manager.networks.layout import Layout, Lease
+from vmlab.manager.store.tables import NetworkRow
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def layout(bench: Any, id_: str = "a", **fields: Any) -> Layout:
+    base: dict[str, Any] = {
+        "mode": "bridged",
+        "subnet": "10.9.0.0/24",
+        "dns": [],
+        "ranges": [],
+        "reserved": [],
+        "dhcp": True,
+        "data": {},
+    }
+    return Layout.of(NetworkRow(id=id_ * 32, name=id_, **(base | fields)), bench.host.home)
+
+
+def lease(client: Any, *addresses: str, name: str = "guest") -> Lease:
+    return Lease(client.mac, name, addresses)
+
+
+def there() -> set[str]:
+    """The interfaces, but for the loopback and the tests' wires."""
+    return {name for name in links.links() if name != "lo" and not name.startswith("wire")}
+
+
+def test_a_bridged_network_is_made_and_removed_without_a_trace(bench: Any) -> None:
+    made = bench.run(bench.host.ensure(layout(bench, subnet6="fd00:9::/64")))
+    assert there() == {made.bridge}
+    assert {str(address) for name, address in links.addresses() if name == made.bridge} >= {
+        "10.9.0.1/24",
+        "fd00:9::1/64",
+        "169.254.169.254/32",
+    }
+    assert nat.tables() == {made.table}
+    assert nat.FORWARDING.read_text().strip() == "1"
+    assert bench.run(bench.host.missing(made)) == []
+    removed = bench.run(bench.host.remove(made.network))
+    assert [each.partition(" ")[0] for each in removed] == ["process", "packet", "bridge"]
+    assert there() == set()
+    assert nat.tables() == frozenset()
+    assert nat.FORWARDING.read_text().strip() == "0"
+    assert list(bench.directory.iterdir()) == []
+    assert bench.run(bench.host.remove(made.network)) == []
+
+
+def test_what_is_there_stays_until_somebody_else_is_to_be_told(bench: Any) -> None:
+    wanted = layout(bench)
+    bench.run(bench.host.ensure(wanted))
+    [path] = bench.directory.glob("*/processes/*")
+    before = path.read_text()
+    bench.run(bench.host.ensure(wanted))
+    assert path.read_text() == before
+    bench.run(bench.host.ensure(wanted, [Lease("52:54:00:00:00:01", "one", ("10.9.0.2",))]))
+    [path] = bench.directory.glob("*/processes/*")
+    assert path.read_text() != before
+
+
+def test_the_host_forwards_until_the_last_network_is_gone_and_then_as_before(bench: Any) -> None:
+    one, two = layout(bench), layout(bench, "b", subnet="10.10.0.0/24")
+    nat.FORWARDING.write_text("1")
+    bench.run(bench.host.ensure(one))
+    bench.run(bench.host.remove(one.network))
+    assert nat.FORWARDING.read_text().strip() == "1"
+    nat.FORWARDING.write_text("0")
+    for each in (one, two):
+        bench.run(bench.host.ensure(each))
+    bench.run(bench.host.remove(one.network))
+    assert nat.FORWARDING.read_text().strip() == "1"
+    bench.run(bench.host.remove(two.network))
+    assert nat.FORWARDING.read_text().strip() == "0"
+
+
+def test_what_is_lost_is_told_and_comes_again(bench: Any, sh: Callable[..., str]) -> None:
+    wanted = bench.run(bench.host.ensure(layout(bench)))
+    tagged = bench.run(bench.host.ensure(layout(bench, "b", vlan=7, subnet="10.10.0.0/24")))
+    isolated = bench.run(bench.host.ensure(layout(bench, "c", mode="isolated")))
+    sh("ip", "link", "del", wanted.bridge)
+    sh("nft", "delete", "table", "inet", wanted.table)
+    for process in bench.host.switch.processes():
+        process.kill()
+        bench.run(process.wait())
+    for record in bench.directory.glob("*/processes/*"):
+        os.kill(int(record.read_text().split()[0]), signal.SIGKILL)
+    host = bench.another()
+    assert bench.run(host.missing(wanted)) == [
+        f"bridge {wanted.bridge}",
+        f"packet filter {wanted.table}",
+        "dnsmasq",
+    ]
+    assert bench.run(host.missing(isolated)) == ["DHCP server"]
+    # The switch's own taps are there, and nobody has them open.
+    assert bench.run(host.missing(tagged, ["vmlt1"])) == ["tap vmlt1", "switch", "dnsmasq"]
+    for each in (wanted, tagged, isolated):
+        bench.run(host.ensure(each))
+        assert bench.run(host.missing(each)) == []
+
+
+def test_a_bridge_of_the_host_s_own_gets_nothing_and_stays(
+    bench: Any, sh: Callable[..., str]
+) -> None:
+    sh("ip", "link", "add", "br-own", "type", "bridge")
+    made = bench.run(bench.host.ensure(layout(bench, bridge="br-own")))
+    assert made.foreign
+    assert not [address for name, address in links.addresses() if name == "br-own"]
+    assert nat.tables() == frozenset()
+    # Also for who comes later.
+    assert bench.run(bench.another().ensure(layout(bench, bridge="br-own"))).foreign
+    bench.run(bench.host.remove(made.network))
+    assert there() == {"br-own"}
+
+
+def test_a_bridge_that_a_network_names_and_nobody_has_is_made_and_removed(bench: Any) -> None:
+    made = bench.run(bench.host.ensure(layout(bench, bridge="br-lab")))
+    assert not made.foreign
+    assert there() == {"br-lab"}
+    bench.run(bench.another().ensure(layout(bench, bridge="br-lab")))
+    bench.run(bench.host.remove(made.network))
+    assert there() == set()
+
+
+@pytest.mark.parametrize(
+    ("setup", "fields", "said"),
+    [
+        ("ip link add br-own type veth", {"bridge": "br-own"}, "no bridge"),
+        ("ip link add br-own type bridge", {"bridge": "br-own", "vlan": 5}, "already"),
+        ("ip addr add 10.9.0.77/16 dev lo", {}, "overlaps 10.9.0.77/16"),
+    ],
+)
+def test_what_the_host_has_already_is_not_taken_over(
+    bench: Any, sh: Callable[..., str], setup: str, fields: dict[str, Any], said: str
+) -> None:
+    sh(*setup.split())
+    before = there()
+    with pytest.raises(OperationFailed, match=said):
+        bench.run(bench.host.ensure(layout(bench, **fields)))
+    assert there() == before
+    assert list(bench.directory.iterdir()) == []
+
+
+def test_machines_get_the_addresses_of_the_store_by_dhcp_and_others_none(
+    bench: Any, client: Callable[[], Any]
+) -> None:
+    known, stranger = client(), client()
+    leases = [lease(known, "10.9.0.7", "fd00:9::7", name="known")]
+    made = bench.run(bench.host.ensure(layout(bench, subnet6="fd00:9::/64"), leases))
+    known.plug(made.bridge)
+    stranger.plug(made.bridge)
+    told = known.ask()
+    assert (told["ip"], told["mask"], told["router"]) == ("10.9.0.7", "24", "10.9.0.1")
+    assert told["dns"] == "10.9.0.1"
+    assert told["hostname"] == "known"
+    assert known.reaches("10.9.0.1")
+    assert stranger.ask(tries=3) == {}
+    # Names are answered on the network.
+    assert "10.9.0.7" in known.run("busybox", "nslookup", "known", "10.9.0.1")
+
+
+SOLICIT = """
+    import socket, sys, time
+    # RFC 8415: SOLICIT (8.), with a client identifier of type 3 (11.4) and an IA_NA (21.4).
+    mac = bytes.fromhex(sys.argv[1].replace(":", ""))
+    def option(code, data):
+        return code.to_bytes(2) + len(data).to_bytes(2) + data
+    ask = b"\\x01\\x01\\x02\\x03" + option(1, b"\\0\\3\\0\\1" + mac)
+    ask += option(3, b"\\0\\0\\0\\1" + bytes(8)) + option(8, b"\\0\\0")
+    wire = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    wire.bind(("::", 546))
+    wire.settimeout(2)
+    target = ("ff02::1:2", 547, 0, socket.if_nametoindex("eth0"))
+    for _ in range(60):
+        try:
+            wire.sendto(ask, target)
+            said = wire.recv(4096)
+        except TimeoutError:
+            continue
+        except OSError:  # its own address is not settled yet
+            time.sleep(0.5)
+            continue
+        if said[0] == 2:
+            at = said.index(b"\\0\\5\\0\\x18")
+            print(socket.inet_ntop(socket.AF_INET6, said[at + 4 : at + 20]))
+            break
+"""
+
+
+def test_machines_get_their_addresses_of_ipv6_by_dhcp(
+    bench: Any, client: Callable[[], Any]
+) -> None:
+    known = client()
+    leases = [lease(known, "fd00:9::7")]
+    made = bench.run(bench.host.ensure(layout(bench, subnet=None, subnet6="fd00:9::/64"), leases))
+    known.plug(made.bridge)
+    assert known.script(SOLICIT, known.mac) == "fd00:9::7\n"
+
+
+def test_machines_of_an_isolated_network_get_their_addresses_without_rights(bench: Any) -> None:
+    from vmlab.hypervisors.monitored.networks import segment_group
+    from vmlab.manager.networks.segment_server import join
+
+    wanted = layout(bench, mode="isolated")
+    mac = "52:54:00:00:00:01"
+    bench.run(bench.host.ensure(wanted, [Lease(mac, "one", ("10.9.0.2",))]))
+    [record] = bench.directory.glob("*/processes/*")
+    status = Path(f"/proc/{record.read_text().split()[0]}/status").read_text()
+    assert "VmRSS" in status
+    group, port = segment_group(bench.machines, names.segment(wanted.network))
+    hardware = bytes.fromhex(mac.replace(":", ""))
+    bootp = bytes([1, 1, 6, 0]) + b"1234" + bytes(20) + hardware.ljust(16, b"\0") + bytes(192)
+    bootp += b"\x63\x82\x53\x63\x35\x01\x01\xff"
+    udp = b"\0\x44\0\x43" + (8 + len(bootp)).to_bytes(2) + b"\0\0" + bootp
+    ip = b"\x45\0" + (20 + len(udp)).to_bytes(2) + bytes(4) + b"\x40\x11\0\0" + bytes(4)
+    frame = b"\xff" * 6 + hardware + b"\x08\0" + ip + b"\xff" * 4 + udp
+    with join(group, port) as wire:
+        wire.settimeout(120)
+        wire.sendto(frame, (group, port))
+        answer = next(data for data in iter(lambda: wire.recv(65536), b"") if data != frame)
+    assert answer[14 + 20 + 8 + 16 :][:4] == bytes([10, 9, 0, 2])
+
+
+@pytest.fixture
+def outside(client: Callable[[], Any], sh: Callable[..., str]) -> Any:
+    """A computer beyond the host, which has no way back into its networks."""
+    made = client()
+    made.run("ip", "addr", "add", "203.0.113.9/24", "dev", "eth0")
+    sh("ip", "addr", "add", "203.0.113.1/24", "dev", made.port)
+    return made
+
+
+def test_machines_reach_the_outside_and_neither_other_networks_nor_the_host_s_other_side(
+    bench: Any, client: Callable[[], Any], outside: Any, sh: Callable[..., str]
+) -> None:
+    one, two = client(), client()
+    first = bench.run(bench.host.ensure(layout(bench), [lease(one, "10.9.0.2")]))
+    second = layout(bench, "b", subnet="10.10.0.0/24")
+    bench.run(bench.host.ensure(second, [lease(two, "10.10.0.2")]))
+    for computer, network in ((one, first), (two, second)):
+        computer.plug(network.bridge)
+        assert computer.ask()
+        # The way there, by NAT: the outside knows no way back to the machines' addresses.
+        assert computer.reaches("203.0.113.9")
+    for address in ("10.10.0.2", "10.10.0.1", "203.0.113.1"):
+        assert not one.reaches(address, tries=2), address
+    outside.run("ip", "route", "add", "10.9.0.0/24", "via", "203.0.113.1")
+    assert not outside.reaches("10.9.0.2", tries=2)
+    # It is the packet filter that is in the way.
+    sh("nft", "delete", "table", "inet", first.table)
+    sh("nft", "delete", "table", "inet", second.table)
+    assert outside.reaches("10.9.0.2")
+    assert one.reaches("10.10.0.2")
+
+
+def test_machines_with_one_tag_reach_each_other_and_those_with_another_do_not(
+    bench: Any, client: Callable[[], Any]
+) -> None:
+    red, green = layout(bench, vlan=10), layout(bench, "b", vlan=20, subnet="10.10.0.0/24")
+    one, two, other = client(), client(), client()
+    leases = [lease(one, "10.9.0.2"), lease(two, "10.9.0.3")]
+    bench.run(bench.host.ensure(red, leases))
+    bench.run(bench.host.ensure(green, [lease(other, "10.10.0.2")]))
+    assert red.bridge == green.bridge
+    for computer, network in ((one, red), (two, red), (other, green)):
+        bench.run(bench.host.switch.add_port(network.bridge, computer.port, network.vlan))
+    assert one.ask()["ip"] == "10.9.0.2"
+    assert two.ask()["ip"] == "10.9.0.3"
+    assert other.ask()["ip"] == "10.10.0.2"
+    assert one.reaches("10.9.0.3")
+    # Also where it says that it is one of them.
+    other.run("ip", "addr", "add", "10.9.0.4/24", "dev", "eth0")
+    assert not other.reaches("10.9.0.2", tries=2)
+    assert not other.reaches("10.9.0.1", tries=2)
+    # Only the tag keeps it away.
+    bench.run(bench.host.switch.add_port(green.bridge, other.port, red.vlan))
+    assert other.reaches("10.9.0.2")
+    bench.run(bench.host.remove(red.network))
+    assert bench.host.switch.processes()
+    bench.run(bench.host.remove(green.network))
+    assert not bench.host.switch.processes()
+    assert there() == set()
+
+
+def test_a_switch_that_somebody_else_has_is_not_shared(bench: Any, tmp_path: Path) -> None:
+    other = type(bench.host)(tmp_path, bench.machines)
+    theirs = NetworkRow(
+        id="b" * 32, name="b", mode="bridged", vlan=5, subnet="10.10.0.0/24", dns=[], ranges=[],
+        reserved=[], dhcp=True, data={},
+    )  # fmt: skip
+    bench.run(other.ensure(Layout.of(theirs, other.home)))
+    before = there()
+    with pytest.raises(OperationFailed, match="another Open vSwitch"):
+        bench.run(bench.host.ensure(layout(bench, vlan=5)))
+    bench.run(bench.host.remove("a" * 32))
+    assert there() == before
+    bench.run(other.sweep([]))
+    bench.run(bench.host.ensure(layout(bench, vlan=5)))
+
+
+def test_a_machine_s_tap_has_its_network_s_tag_and_goes_with_the_machine(bench: Any) -> None:
+    wanted, machine = layout(bench, vlan=10), "d" * 32
+    bench.run(bench.host.ensure(wanted))
+    bench.run(bench.host.plug(wanted, "vmlt1", machine))
+    bench.run(bench.host.ensure(wanted, [], {"vmlt1": machine, "vmlt2": "e" * 32}))
+    assert set(bench.run(bench.host.switch.ports(wanted.bridge))) == {
+        wanted.interface,
+        "vmlt1",
+        "vmlt2",
+    }
+    assert bench.run(bench.host.switch.control("get", "port", "vmlt2", "tag")) == "10\n"
+    assert bench.run(bench.host.unplug_machine(machine)) == ["vmlt1"]
+    assert "vmlt1" not in there()
+    removed = bench.run(bench.host.remove(wanted.network))
+    assert "tap vmlt2" in removed
+    assert there() == set()
+
+
+def test_two_homes_on_one_host_do_not_touch_each_other_s_networks(
+    bench: Any, tmp_path: Path
+) -> None:
+    other = type(bench.host)(tmp_path, bench.machines)
+    mine = bench.run(bench.host.ensure(layout(bench)))
+    theirs = Layout.of(
+        NetworkRow(
+            id="b" * 32, name="b", mode="bridged", subnet="10.10.0.0/24", dns=[], ranges=[],
+            reserved=[], dhcp=True, data={},
+        ),
+        other.home,
+    )  # fmt: skip
+    bench.run(other.ensure(theirs))
+    assert bench.run(bench.host.sweep([mine.network])) == []
+    bench.run(other.sweep([]))
+    assert there() == {mine.bridge}
+    assert nat.tables() == {mine.table}
+
+
+def test_interfaces_that_no_record_tells_of_are_found_by_what_they_say(
+    bench: Any, sh: Callable[..., str]
+) -> None:
+    made = bench.run(bench.host.ensure(layout(bench)))
+    bench.run(bench.host._end_daemons(made.network))
+    (bench.directory / made.network / "network.json").unlink()
+    host = bench.another()
+    assert host.leftovers([]) == {made.network: [f"interface {made.bridge}"]}
+    assert host.leftovers([made.network]) == {}
+    sh("ip", "link", "add", "br-own", "type", "bridge")
+    bench.run(host.sweep([]))
+    assert there() == {"br-own"}
+    assert nat.tables() == frozenset()
+
+
+KILLED = """
+    import asyncio, os, signal, sys
+    from pathlib import Path
+    from vmlab.hypervisors import processes
+    from vmlab.hypervisors.ownership import Owner
+    from vmlab.manager.networks import daemons, links, nat, switch
+    from vmlab.manager.networks.host import HostNetworks
+    from vmlab.manager.networks.layout import Layout
+    from vmlab.manager.store.tables import NetworkRow
+
+    directory, left = Path(sys.argv[1]), int(sys.argv[2])
+
+    def counted(function):
+        def call(*arguments, **options):
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+
+    # Every call that changes the host, before it does.
+    for name in ("make_bridge", "make_tap", "add_addresses", "set_alias", "set_up", "remove"):
+        setattr(links, name, counted(getattr(links, name)))
+    nat.apply, nat.remove = counted(nat.apply), counted(nat.remove)
+    daemons.spawn = switch.spawn = counted(processes.spawn)
+    switch.Switch.control = counted(switch.Switch.control)
+
+    async def main():
+        host = HostNetworks(directory, Owner("store", "manager", directory))
+        for id_, vlan, subnet in (("a", None, "10.9.0.0/24"), ("b", 7, "10.10.0.0/24")):
+            layout = Layout.of(NetworkRow(id=id_ * 32, name=id_, mode="bridged", vlan=vlan,
+                subnet=subnet, dns=[], ranges=[], reserved=[], dhcp=True, data={}), host.home)
+            await host.ensure(layout, [], {"vmlt1": "d" * 32} if vlan else {})
+        for id_ in "ab":
+            await host.remove(id_ * 32)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_manager_that_is_killed_before_any_change_of_the_host(
+    bench: Any,
+) -> None:
+    script = textwrap.dedent(KILLED)
+    for point in range(1, 100):
+        words = [sys.executable, "-c", script, str(bench.directory), str(point)]
+        done = subprocess.run(words, check=False, timeout=280, capture_output=True)
+        removed = bench.run(bench.another().sweep([]))
+        assert there() == set(), (point, removed)
+        assert nat.tables() == frozenset(), (point, removed)
+        assert nat.FORWARDING.read_text().strip() == "0", (point, removed)
+        assert list(bench.directory.iterdir()) == [], (point, removed)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    else:
+        pytest.fail("it never got to its end")
+    assert point > 15, "it was killed in many places"
+
+
+def test_a_record_of_another_namespace_says_nothing_of_this_one(bench: Any) -> None:
+    from vmlab.manager.networks.layout import Record
+
+    wanted = layout(bench)
+    directory = bench.host.path(wanted.network)
+    directory.mkdir()
+    record = Record.now(wanted)
+    replace(record, namespace=record.namespace + 1).write(directory)
+    assert not (Record.read(directory) or record).here
+    made = bench.run(bench.host.ensure(wanted))
+    assert bench.run(bench.host.missing(made)) == []
+    assert (Record.read(directory) or record).here
