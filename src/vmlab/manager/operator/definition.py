@@ -249,6 +249,7 @@ def bootable(spec: MachineSpec, image: str, *, hostname: str) -> MachineSpec:
         cpus=spec.cpus.count,
         disks=spec.disks,
         nics=spec.nics,
+        terminal=True,
         name=hostname,
     )
     found = booted_by(wish, find_image(wish, ImageStore())).spec

@@ -1,0 +1,296 @@
+"""`/v1/disks`, `/v1/networks`, `/v1/templates`, `/v1/hosts`, `/v1/findings`: the other nouns."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+from starlette.responses import Response
+
+from vmlab.machine.documents import build
+from vmlab.manager import requests
+from vmlab.manager.api.changing import ANSWERS, Asked, route_of_change
+from vmlab.manager.api.problems import documented
+from vmlab.manager.api.service import Here, Paging, told, version_of
+from vmlab.manager.documents import (
+    AddressDocument,
+    DiskDocument,
+    DiskState,
+    FindingDocument,
+    HostDocument,
+    NetworkDocument,
+    OperationDocument,
+    Page,
+    Severity,
+    TemplateDocument,
+)
+from vmlab.manager.store import queries
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1")
+
+Pattern = Annotated[str | None, Query(description="* and ? stand for any characters")]
+Disk = Annotated[str, Path(description="name or id of the disk")]
+Network = Annotated[str, Path(description="name or id of the network")]
+Template = Annotated[str, Path(description="name of the template")]
+
+# ------------------------------------------------------------------- disks
+
+
+@router.get("/disks", response_model=Page[DiskDocument], responses=documented(404), tags=["disks"])
+async def list_disks(
+    here: Here,
+    paging: Paging,
+    state: DiskState | None = None,
+    machine: Annotated[str | None, Query(description="name or id of who has it")] = None,
+    name: Pattern = None,
+) -> Response:
+    """Disks, by name."""
+    return told(
+        await here.manager.database.read(
+            queries.list_disks, state=state, machine=machine, name=name, **paging.arguments()
+        )
+    )
+
+
+@router.post(
+    "/disks", status_code=202, response_model=OperationDocument, responses=ANSWERS, tags=["disks"]
+)
+async def create_disk(change: Asked, body: requests.CreateDisk) -> Response:
+    """Make a disk of the store's own."""
+    return await change.submit(body)
+
+
+@router.get("/disks/{disk}", response_model=DiskDocument, responses=documented(404), tags=["disks"])
+async def show_disk(here: Here, disk: Disk) -> Response:
+    """One disk; its ETag is its version."""
+    document = await here.manager.database.read(
+        lambda s: queries.disk_document(s, queries.find_disk(s, disk))
+    )
+    return told(document, headers=version_of(document))
+
+
+@router.delete(
+    "/disks/{disk}",
+    status_code=202,
+    response_model=OperationDocument,
+    responses=ANSWERS,
+    tags=["disks"],
+)
+async def delete_disk(change: Asked, disk: Disk) -> Response:
+    """Remove it: refused while a live machine has it."""
+    return await change.submit(build(requests.DeleteDisk, {"disk": disk}))
+
+
+for _action, _model in {
+    "attach": requests.AttachDisk,
+    "detach": requests.DetachDisk,
+    "resize": requests.ResizeDisk,
+}.items():
+    route_of_change(
+        router, f"/disks/{{disk}}/actions/{_action}", _model, noun="disk", name=f"{_action}_disk"
+    )
+
+# ------------------------------------------------------------------- networks
+
+
+@router.get(
+    "/networks", response_model=Page[NetworkDocument], responses=documented(), tags=["networks"]
+)
+async def list_networks(
+    here: Here, paging: Paging, name: Pattern = None, mode: str | None = None
+) -> Response:
+    """Networks, by name."""
+    return told(
+        await here.manager.database.read(
+            queries.list_networks, name=name, mode=mode, **paging.arguments()
+        )
+    )
+
+
+@router.post(
+    "/networks",
+    status_code=202,
+    response_model=OperationDocument,
+    responses=ANSWERS,
+    tags=["networks"],
+)
+async def create_network(change: Asked, body: requests.CreateNetwork) -> Response:
+    """Make a network."""
+    return await change.submit(body)
+
+
+@router.get(
+    "/networks/{network}",
+    response_model=NetworkDocument,
+    responses=documented(404),
+    tags=["networks"],
+)
+async def show_network(here: Here, network: Network) -> Response:
+    """One network; its ETag is its version."""
+    document = await here.manager.database.read(
+        lambda s: queries.network_document(s, queries.find_network(s, network))
+    )
+    return told(document, headers=version_of(document))
+
+
+@router.get(
+    "/networks/{network}/addresses",
+    response_model=Page[AddressDocument],
+    responses=documented(404),
+    tags=["networks"],
+)
+async def list_addresses(here: Here, paging: Paging, network: Network) -> Response:
+    """Its addresses that are taken, in their order."""
+    return told(
+        await here.manager.database.read(
+            queries.list_addresses, network=network, **paging.arguments()
+        )
+    )
+
+
+@router.delete(
+    "/networks/{network}",
+    status_code=202,
+    response_model=OperationDocument,
+    responses=ANSWERS,
+    tags=["networks"],
+)
+async def delete_network(change: Asked, network: Network) -> Response:
+    """Remove a network that no machine is on."""
+    return await change.submit(build(requests.DeleteNetwork, {"network": network}))
+
+
+# ------------------------------------------------------------------- templates
+
+
+@router.get(
+    "/templates", response_model=Page[TemplateDocument], responses=documented(), tags=["templates"]
+)
+async def list_templates(here: Here, paging: Paging, name: Pattern = None) -> Response:
+    """Templates, by name."""
+    return told(
+        await here.manager.database.read(queries.list_templates, name=name, **paging.arguments())
+    )
+
+
+@router.post(
+    "/templates",
+    status_code=202,
+    response_model=OperationDocument,
+    responses=ANSWERS,
+    tags=["templates"],
+)
+async def create_template(change: Asked, body: requests.CreateTemplate) -> Response:
+    """Keep a specification under a name, for machines to be made of."""
+    return await change.submit(body)
+
+
+@router.get(
+    "/templates/{template}",
+    response_model=TemplateDocument,
+    responses=documented(404),
+    tags=["templates"],
+)
+async def show_template(here: Here, template: Template) -> Response:
+    """One template; its ETag is its version."""
+    document = await here.manager.database.read(
+        lambda s: queries.template_document(s, queries.find_template(s, template))
+    )
+    return told(document, headers=version_of(document))
+
+
+@router.delete(
+    "/templates/{template}",
+    status_code=202,
+    response_model=OperationDocument,
+    responses=ANSWERS,
+    tags=["templates"],
+)
+async def delete_template(change: Asked, template: Template) -> Response:
+    """Remove a template that no machine was made of."""
+    return await change.submit(build(requests.DeleteTemplate, {"template": template}))
+
+
+# ------------------------------------------------------------------- hosts
+
+
+@router.get("/hosts", response_model=Page[HostDocument], responses=documented(), tags=["hosts"])
+async def list_hosts(here: Here) -> Response:
+    """All hosts, by name, with what of them is taken."""
+    return told(await here.manager.database.read(queries.list_hosts))
+
+
+@router.get("/hosts/{host}", response_model=HostDocument, responses=documented(404), tags=["hosts"])
+async def show_host(here: Here, host: str) -> Response:
+    """One host."""
+    return told(
+        await here.manager.database.read(
+            lambda s: queries.host_document(s, queries.find_host(s, host))
+        )
+    )
+
+
+@router.post(
+    "/emergency-stop",
+    status_code=202,
+    response_model=OperationDocument,
+    responses=ANSWERS,
+    tags=["hosts"],
+)
+async def emergency_stop(change: Asked, body: requests.EmergencyStop) -> Response:
+    """Kill every live machine of a host, of a label or all, and say what was done."""
+    return await change.submit(body)
+
+
+# ------------------------------------------------------------------- findings
+
+
+@router.get(
+    "/findings", response_model=Page[FindingDocument], responses=documented(), tags=["findings"]
+)
+async def list_findings(
+    *,
+    here: Here,
+    paging: Paging,
+    code: str | None = None,
+    severity: Severity | None = None,
+    resolved: Annotated[bool | None, Query(description="only those, or only the others")] = None,
+    subject: Annotated[str | None, Query(description="id or name of what it is about")] = None,
+) -> Response:
+    """What the observer has found, the newest first."""
+    return told(
+        await here.manager.database.read(
+            queries.list_findings,
+            code=code,
+            severity=severity,
+            resolved=resolved,
+            subject=subject,
+            **paging.arguments(),
+        )
+    )
+
+
+@router.get(
+    "/findings/{finding}",
+    response_model=FindingDocument,
+    responses=documented(404),
+    tags=["findings"],
+)
+async def show_finding(here: Here, finding: str) -> Response:
+    """One finding, with its evidence."""
+    return told(
+        await here.manager.database.read(
+            lambda s: queries.finding_document(s, queries.find_finding(s, finding))
+        )
+    )
+
+
+route_of_change(
+    router,
+    "/findings/{finding}/actions/repair",
+    requests.RepairFinding,
+    noun="finding",
+    name="repair_finding",
+)
