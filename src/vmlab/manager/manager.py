@@ -15,6 +15,7 @@ from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.locks import FileLock
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.guests import Guests
+from vmlab.manager.networks.networks import Networks
 from vmlab.manager.observer.observer import Observer
 from vmlab.manager.operator import handlers as _handlers  # registers the kinds of requests
 from vmlab.manager.operator.hosts import Hosts
@@ -55,6 +56,7 @@ class Manager:
         self.hosts = Hosts(self)
         self.storage = Storage(settings.directory / "disks")
         self.guests = Guests(self)
+        self.networks = Networks(settings, database)
         self.operator = Operator(self)
         self.schedules = Schedules(self)
         self.observer = Observer(self)
@@ -62,7 +64,15 @@ class Manager:
     @property
     def parts(self) -> list[Part]:
         """Its parts, in the order in which they begin; they end in the opposite one."""
-        return [self.hosts, self.storage, self.guests, self.operator, self.schedules, self.observer]
+        return [
+            self.hosts,
+            self.storage,
+            self.networks,
+            self.guests,
+            self.operator,
+            self.schedules,
+            self.observer,
+        ]
 
     @classmethod
     async def open(cls, settings: Settings) -> Self:

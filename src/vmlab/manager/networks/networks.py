@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
@@ -49,6 +49,15 @@ class _Wanted:
     leases: tuple[Lease, ...]
     taps: Mapping[str, str]
     live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Plug:
+    """A NIC, by the ids of itself, of its network, if it has one, and of its machine."""
+
+    nic: str
+    network: str | None
+    machine: str
 
 
 class Networks:
@@ -91,6 +100,23 @@ class Networks:
         """
         addresses.take(s, machine, operation=operation)
 
+    def wire(self, nic: NicRow) -> str:
+        """What a NIC's `network` is in a machine's specification; it stays so for its life.
+
+        The wire itself is there after `machine_starting`.
+        """
+        network = nic.network
+        if network is None:
+            return nic.mode
+        layout = Layout.of(network, self.host.home)
+        if layout.mode == "user":
+            return "user"
+        if layout.mode == "isolated":
+            return f"segment:{names.segment(network.id)}"
+        if layout.vlan is None:
+            return f"bridge:{layout.bridge}"
+        return f"tap:{names.interface('tap', nic.id)}"
+
     async def nic_network(self, nic: NicRow | str) -> str:
         """What a NIC's `network` is in a machine's specification, with its wire in place.
 
@@ -102,19 +128,33 @@ class Networks:
             OperationFailed: its network cannot be made on this host.
         """
         id_ = nic if isinstance(nic, str) else nic.id
-        mode, network, machine = await self._database.read(_wire, id_)
-        if network is None:
-            return mode
-        layout = await self.ensure(network)
-        if layout.mode == "user":
-            return "user"
-        if layout.mode == "isolated":
-            return f"segment:{names.segment(network)}"
-        if layout.vlan is None:
-            return f"bridge:{layout.bridge}"
-        tap = names.interface("tap", id_)
-        await self.host.plug(layout, tap, machine)
-        return f"tap:{tap}"
+        plug, wire = await self._database.read(self._plug, id_)
+        await self._connect([plug])
+        return wire
+
+    async def machine_starting(self, machine: str) -> None:
+        """Have the networks of a machine there, which knows of it, and its wires; again is fine.
+
+        Raises:
+            OperationFailed: one of them cannot be made on this host.
+        """
+        await self._connect(await self._database.read(_plugs_of, machine))
+
+    async def _connect(self, plugs: Sequence[_Plug]) -> None:
+        for network in sorted({plug.network for plug in plugs if plug.network is not None}):
+            layout = await self.ensure(network)
+            if layout.vlan is None:
+                continue
+            for plug in plugs:
+                if plug.network == network:
+                    tap = names.interface("tap", plug.nic)
+                    await self.host.plug(layout, tap, plug.machine)
+
+    def _plug(self, s: Session, nic: str) -> tuple[_Plug, str]:
+        row = s.get(NicRow, nic)
+        if row is None:
+            raise ResourceNotFound(f"there is no NIC {nic!r}")
+        return _Plug(row.id, row.network_id, row.machine_id), self.wire(row)
 
     async def machine_stopped(self, machine: str) -> None:
         """A machine is at rest: its taps go, and its addresses if its policy says so."""
@@ -241,12 +281,9 @@ def _network(s: Session, network: str) -> NetworkRow:
     return row
 
 
-def _wire(s: Session, nic: str) -> tuple[str, str | None, str]:
-    """A NIC's mode, the id of its network, the id of its machine."""
-    row = s.get(NicRow, nic)
-    if row is None:
-        raise ResourceNotFound(f"there is no NIC {nic!r}")
-    return row.mode, row.network_id, row.machine_id
+def _plugs_of(s: Session, machine: str) -> list[_Plug]:
+    rows = s.scalars(select(NicRow).where(NicRow.machine_id == machine).order_by(NicRow.position))
+    return [_Plug(row.id, row.network_id, row.machine_id) for row in rows]
 
 
 def _wanted(s: Session, network: str, home: str) -> _Wanted:

@@ -1,5 +1,6 @@
 """All kinds of requests that can be carried out: importing this registers them."""
 
+from vmlab.manager.networks import handlers as networks
 from vmlab.manager.observer import handler as repairs
 from vmlab.manager.operator import (
     clones,
@@ -18,6 +19,7 @@ __all__ = [
     "disks",
     "lifecycle",
     "migrations",
+    "networks",
     "repairs",
     "resizing",
     "snapshots",
