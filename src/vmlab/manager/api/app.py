@@ -41,7 +41,6 @@ from vmlab.manager.api.v1 import (
     things,
     tokens,
 )
-from vmlab.manager.web.routes import router as pages
 
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
@@ -72,6 +71,9 @@ def create_app(manager: Manager, *, authenticate: bool, limits: Limits | None = 
             the permissions of the file are the authentication.
         limits: How much is taken of one client.
     """
+    # The pages are built upon this package.
+    from vmlab.manager.web.routes import router as pages
+
     limits = limits or Limits()
     meters = Meters()
     service = Service(

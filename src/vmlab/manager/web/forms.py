@@ -6,6 +6,7 @@ out: forms cannot leave out a field.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -55,6 +56,21 @@ class Form:
     def lines(self, name: str) -> tuple[str, ...]:
         """The lines of a field that are not empty."""
         return tuple(line.strip() for line in self.raw(name).splitlines() if line.strip())
+
+    def json(self, name: str) -> object:
+        """The JSON of a field; None where it is empty.
+
+        Raises:
+            InvalidSpec: It is none.
+        """
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = SpecProblem(name, text, f"JSON ({error})")
+            raise InvalidSpec([problem], what="the form") from None
 
     def pairs(self, name: str) -> dict[str, str]:
         """Lines of "key=value", or words of it.

@@ -172,6 +172,7 @@ def _new(form: Form) -> requests.CreateMachine:
         name=form.text("name"),
         template=form.text("template"),
         image=form.text("image"),
+        spec=form.json("spec"),
         host=form.text("host"),
         vcpus=form.whole("vcpus"),
         memory=form.text("memory"),

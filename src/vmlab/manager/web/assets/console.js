@@ -21,14 +21,14 @@
   new ResizeObserver(() => fit.fit()).observe(place);
 
   let socket = null;
-  let wanted = false;
+  let again = false;
   const connect = () => {
     if (socket !== null) return;
     const address = new URL(place.dataset.address, location.href);
     address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
     socket = new WebSocket(address);
     socket.binaryType = "arraybuffer";
-    wanted = false;
+    again = false;
     let said = "";
     socket.onopen = () => {
       terminal.reset();
@@ -42,7 +42,7 @@
     socket.onclose = ({ reason }) => {
       socket = null;
       status.textContent = said || reason || "It is not connected.";
-      if (wanted) connect();
+      if (again) connect();
     };
   };
   const send = (data) => { if (socket?.readyState === WebSocket.OPEN) socket.send(data); };
@@ -61,10 +61,17 @@
     return false;
   });
 
-  // When something happened to the machine, it may have a console again.
-  document.getElementById("stream").addEventListener("news", () => {
-    if (socket === null) connect();
-    else wanted = true;
+  // A machine that was started anew may have a console anew; one that had none may have one.
+  const started = () => document.getElementById("state")?.dataset.started ?? "";
+  let since = started();
+  document.addEventListener("htmx:after:swap", () => {
+    if (socket !== null && started() !== since) {
+      again = true;
+      socket.close();
+    } else if (socket === null) {
+      connect();
+    }
+    since = started();
   });
   connect();
 }
