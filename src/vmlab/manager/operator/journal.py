@@ -160,12 +160,13 @@ class Work(Generic[R]):
             before: Run in the transaction that writes down that it is begun.
         """
         step = self._steps.get(name) or Step(name, text, len(self._steps))
+        if self.failure is not None and step.state in {"planned", "undone"}:
+            # Nothing behind it is left to be undone.
+            raise RollingBack
         if step.state in {"done", "skipped", "undone"} or "passed" in step.data:
             step.done_before = True
             yield step
             return
-        if self.failure is not None and step.state == "planned":
-            raise RollingBack
         if self.failure is None:
             self.check_cancelled()
             step.text = text or step.text

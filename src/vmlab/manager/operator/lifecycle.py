@@ -197,7 +197,7 @@ async def found_state(work: Work[Any], machine_id: str) -> tuple[MachineState, s
     except MachineNotFound:
         return MachineState.FAILED, "its hypervisor does not have it any more"
     except VmlabError as error:
-        return MachineState.UNKNOWN, str(error)
+        return MachineState.UNKNOWN, error.message
     return status.state, status.reason
 
 
@@ -312,11 +312,12 @@ async def _not_booted(work: Work[Any]) -> None:
             status = await machine.status()
         state, reason = status.state, status.reason
     except VmlabError as error:
-        state, reason = MachineState.FAILED, str(error)
+        state, reason = MachineState.FAILED, error.message
         if isinstance(error, HypervisorUnavailable):
             state = MachineState.UNKNOWN
     if not work.cancelled and not state.is_live and state is not MachineState.UNKNOWN:
-        state, reason = MachineState.FAILED, str(work.failure)
+        state = MachineState.FAILED
+        reason = work.failure.message if work.failure is not None else ""
     wanted = "stopped" if work.cancelled else None
     await work.database.write(
         write_state, machine_id, state, work.operation_id, reason=reason, wanted=wanted
