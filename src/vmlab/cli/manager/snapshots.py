@@ -1,9 +1,8 @@
-"""``vmlab snapshot``, ``restore``, ``clone``, ``migrate``, ``export``, ``import``."""
+"""``vmlab snapshot``, ``restore``, ``clone`` and ``migrate``."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from vmlab.manager.client import AsyncClient
     from vmlab.manager.documents import OperationDocument, SnapshotDocument
 
-__all__ = ["clone", "export", "import_", "migrate", "restore", "snapshot"]
+__all__ = ["Made", "clone", "migrate", "restore", "snapshot"]
 
 _COLUMNS = (
     Column("machine", "machine", no_wrap=True),
@@ -106,6 +105,23 @@ def restore(
     )
 
 
+class Made:
+    """The name of a machine that an operation has made."""
+
+    name = ""
+
+    async def looked_up(self, client: AsyncClient, operation: OperationDocument) -> None:
+        """Find it out, by the id that the operation's result has."""
+        machine = (operation.result or {}).get("machine")
+        if machine is not None:
+            self.name = (await client.machines.show(str(machine))).name
+
+    def told(self, operation: OperationDocument) -> str:
+        """The name, and what to do next."""
+        output.note(f"next: `vmlab show {self.name}`, `vmlab start {self.name}`")
+        return self.name
+
+
 def clone(
     machine: MachineArgument,
     name: Annotated[
@@ -122,11 +138,8 @@ def clone(
     """Make a second machine of one, from a snapshot or as it is now; prints its name."""
     wanted = request("CloneMachine", machine=machine, name=name, snapshot=snapshot)
 
-    def told(operation: OperationDocument) -> str:
-        made = (operation.result or {}).get("name") or name or operation.target_name or ""
-        return str(made)
-
-    return change([wanted], How(wait, dry_run, as_json), told)
+    made = Made()
+    return change([wanted], How(wait, dry_run, as_json), made.told, after=made.looked_up)
 
 
 def migrate(
@@ -149,39 +162,3 @@ def migrate(
         How(wait, dry_run, as_json),
         lambda operation: f"{operation.target_name or machine} is on {host}",
     )
-
-
-def export(
-    machine: MachineArgument,
-    path: Annotated[Path, typer.Argument(help="File to write (tar), where the manager runs.")],
-    *,
-    wait: WaitFlag = True,
-    dry_run: DryRunFlag = False,
-    as_json: JsonFlag = False,
-) -> int:
-    """Write a machine at rest, with its disks, to one file; `vmlab import` makes it again."""
-    wanted = request("ExportMachine", machine=machine, path=str(path.absolute()))
-    return change(
-        [wanted],
-        How(wait, dry_run, as_json),
-        lambda operation: str((operation.result or {}).get("path") or path.absolute()),
-    )
-
-
-def import_(
-    path: Annotated[Path, typer.Argument(help="File of `vmlab export`, where the manager runs.")],
-    name: Annotated[str | None, typer.Argument(help="Its name; as exported if left out.")] = None,
-    *,
-    wait: WaitFlag = True,
-    dry_run: DryRunFlag = False,
-    as_json: JsonFlag = False,
-) -> int:
-    """Make a machine of an exported file; prints its name."""
-    wanted = request("ImportMachine", path=str(path.absolute()), name=name)
-
-    def told(operation: OperationDocument) -> str:
-        made = (operation.result or {}).get("name") or operation.target_name or name or ""
-        output.note(f"next: `vmlab start {made}`")
-        return str(made)
-
-    return change([wanted], How(wait, dry_run, as_json), told)

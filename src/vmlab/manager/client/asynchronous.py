@@ -84,7 +84,7 @@ class AsyncClient:
     @classmethod
     def over(cls, transport: httpx.AsyncBaseTransport, *, token: str | None = None) -> Self:
         """A client whose requests are carried by `transport`, such as `httpx.ASGITransport`."""
-        return cls(Sender(address.Address("http://manager", token=token), transport=transport))
+        return cls(Sender(address.Address("http://localhost", token=token), transport=transport))
 
     async def __aenter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ they become the same kind of error again. What is no such answer at all is `Unre
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar, cast
@@ -30,6 +31,9 @@ D = TypeVar("D", bound=BaseModel)
 
 KINDS: Final = (Conflict, EventsGone, PreconditionFailed)
 """Errors that only a manager raises: an error's kind has to be imported to be raised again."""
+
+_RARE: Final = ("vmlab.manager.api.problems", "vmlab.guests.guest", "vmlab.images.errors")
+"""Where the kinds of errors are that are told rarely, and that take long to be imported."""
 
 _EXCERPT: Final = 200
 """Characters of an answer that nobody understands which its error quotes."""
@@ -88,7 +92,17 @@ def error_of(status: int, content: bytes, address: Address) -> VmlabError:
             f"what answers at {address} is no manager: status {status}{said}",
             hint="is the address right?",
         )
-    return from_record(_record(status, body))
+    return _of_its_kind(_record(status, body))
+
+
+def _of_its_kind(record: Mapping[str, Any]) -> VmlabError:
+    """The error of a record; where its kind is defined is imported if it is not known yet."""
+    error = from_record(record)
+    if type(error) is VmlabError and record.get("kind") != VmlabError.__name__:
+        for module in _RARE:
+            importlib.import_module(module)
+        error = from_record(record)
+    return error
 
 
 def _record(status: int, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +139,7 @@ def ended(operation: OperationDocument) -> OperationDocument:
         )
     if operation.state == "failed":
         if operation.error is not None:
-            raise from_record(operation.error)
+            raise _of_its_kind(operation.error)
         raise OperationFailed(
             f"{operation.kind} failed, and nothing says why", operation=operation.kind
         )

@@ -1,0 +1,140 @@
+"""``vmlab export`` and ``vmlab import``: a machine as one file.
+
+The manager has a directory of its own for such files, and takes names there alone. With the home's
+own manager, files anywhere on this host are moved out of it and linked into it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmlab.cli import output
+from vmlab.cli.manager import options
+from vmlab.cli.manager.changing import DryRunFlag, How, change, request
+from vmlab.cli.manager.options import MachineArgument
+from vmlab.cli.manager.snapshots import Made
+from vmlab.cli.output import JsonFlag
+from vmlab.machine.errors import OperationFailed
+
+if TYPE_CHECKING:
+    from vmlab.manager.client import AsyncClient
+    from vmlab.manager.documents import OperationDocument
+
+__all__ = ["export", "import_"]
+
+
+def export(
+    machine: MachineArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="File to write (tar); the machine's name and .tar if left out."),
+    ] = None,
+    *,
+    dry_run: DryRunFlag = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Write a machine at rest, with its disks, to one file; `vmlab import` makes it again.
+
+    Prints the file. Of a manager at a URL it is a name among that manager's exports.
+    """
+    target = file or Path(f"{machine}.tar")
+    if _is_elsewhere():
+        name = _name(target)
+    else:
+        name = f"export-{secrets.token_hex(8)}"
+        target = target.absolute()
+        if os.path.lexists(target) or not target.parent.is_dir():
+            raise options.wrong(
+                "FILE", str(file), "a place that is free, in a directory that is there",
+                command="export",
+            )  # fmt: skip
+    written = [""]
+
+    async def settled(client: AsyncClient, operation: OperationDocument) -> None:
+        if operation.dry_run:
+            return
+        written[0] = str((operation.result or {}).get("path", name))
+        if not _is_elsewhere():
+            try:
+                shutil.move(written[0], target)
+            except OSError as error:
+                raise OperationFailed(
+                    f"{written[0]} cannot be moved to {target}: {error.strerror or error}",
+                    hint="it stays where it is: move it yourself",
+                ) from error
+            written[0] = str(target)
+
+    wanted = request("ExportMachine", machine=machine, path=name)
+    return change([wanted], How(True, dry_run, as_json), lambda each: written[0], after=settled)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="File of `vmlab export`.")],
+    name: Annotated[str | None, typer.Argument(help="Its name; as exported if left out.")] = None,
+    *,
+    dry_run: DryRunFlag = False,
+    as_json: JsonFlag = False,
+) -> int:
+    """Make a machine of an exported file; prints its name.
+
+    Of a manager at a URL the file is a name among that manager's exports.
+    """
+    made = Made()
+    how = How(True, dry_run, as_json)
+    if _is_elsewhere():
+        wanted = request("ImportMachine", path=_name(file), name=name)
+        return change([wanted], how, made.told, after=made.looked_up)
+    lent = _lend(file)
+    try:
+        wanted = request("ImportMachine", path=lent.name, name=name)
+        return change([wanted], how, made.told, after=made.looked_up)
+    finally:
+        lent.unlink(missing_ok=True)
+
+
+def _is_elsewhere() -> bool:
+    """Whether the manager is not the home's own, whose files are here."""
+    return bool(os.environ.get("VMLAB_URL"))
+
+
+def _name(file: Path) -> str:
+    if file.name != str(file):
+        raise options.wrong(
+            "FILE", str(file), "a name: it is among the exports of the manager of VMLAB_URL"
+        )
+    return file.name
+
+
+def _lend(file: Path) -> Path:
+    """A second name of a file among the exports of the home's manager; a copy where it has to be.
+
+    Raises:
+        InvalidSpec: it is no file that can be read.
+    """
+    from vmlab.cli.manager.connecting import extra
+
+    with extra():
+        from vmlab.hypervisors.ownership import Home
+        from vmlab.manager.client.address import directory_of
+
+    directory = directory_of(Home.open()) / "exports"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    lent = directory / f"import-{secrets.token_hex(8)}"
+    try:
+        try:
+            os.link(file.resolve(strict=True), lent)
+        except OSError:
+            output.note(f"copying {file}")
+            shutil.copyfile(file, lent)
+    except OSError as error:
+        lent.unlink(missing_ok=True)
+        raise options.wrong(
+            "FILE", str(file), f"a file that can be read: {error.strerror}", command="import"
+        ) from error
+    return lent
