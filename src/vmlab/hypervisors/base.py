@@ -178,6 +178,12 @@ class Console(Channel):
     async def log(self) -> bytes:
         """Everything that the guest has printed since it was created, across restarts."""
 
+    async def catch_up(self) -> None:
+        """Wait until all that was printed before this call has been read.
+
+        For who reads in a task of its own, which has to come back for more.
+        """
+
 
 class Progress(Protocol):
     """Called during a migration with the bytes sent so far and those to send in all."""

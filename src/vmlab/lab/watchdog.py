@@ -126,6 +126,7 @@ class Watchdog:
             else None
         )
         self._console: Console | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -159,7 +160,8 @@ class Watchdog:
         self._tasks.append(asyncio.create_task(follow, name=f"events of {self.machine.name}"))
         if self._console is not None:
             reading = self._read(self._console)
-            self._tasks.append(asyncio.create_task(reading, name=f"console {self.machine.name}"))
+            self._reading = asyncio.create_task(reading, name=f"console {self.machine.name}")
+            self._tasks.append(self._reading)
         if self._heartbeat is not None:
             beating = self._heartbeat.run()
             self._tasks.append(asyncio.create_task(beating, name=f"pulse of {self.machine.name}"))
@@ -200,6 +202,7 @@ class Watchdog:
                 return
             seen = self._seen
             await asyncio.sleep(_CATCH_UP)
+            await self._console_read()
 
     def _leave_soon(self, expectation: Expectation) -> None:
         loop = self._loop
@@ -323,11 +326,25 @@ class Watchdog:
 
     async def _console_caught_up(self) -> None:
         """Let the reader of the console take what has arrived."""
+        await self._console_read()
         # Events are looked at one after the other, so that only the console moves meanwhile.
         seen = -1
         while seen != self._seen:
             seen = self._seen
             await asyncio.sleep(_CATCH_UP)
+
+    async def _console_read(self) -> None:
+        """Wait until the reader of the console has taken what was printed before this call."""
+        console, reading = self._console, self._reading
+        if console is None or reading is None or reading.done():
+            return
+        catching_up = asyncio.ensure_future(console.catch_up())
+        try:
+            await asyncio.wait({catching_up, reading}, return_when=asyncio.FIRST_COMPLETED)
+            if catching_up.done():
+                catching_up.result()
+        finally:
+            catching_up.cancel()
 
     # Telling.
 

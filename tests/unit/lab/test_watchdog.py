@@ -13,6 +13,7 @@ import pytest
 
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.simulated.channels import SimulatedConsole
 from vmlab.hypervisors.simulated.hypervisor import SimulatedHypervisor
 from vmlab.hypervisors.simulated.profile import SimulationProfile
 from vmlab.lab import heartbeat as heartbeat_module
@@ -102,6 +103,32 @@ def test_what_the_kernel_reports_is_told_at_once_with_the_whole_report(on_simula
             assert incident.excerpt == OOPS.strip()
             assert incident.machine == "vm" and not incident.fatal
             assert dog.incidents == it.told
+
+    on_simulated(body)
+
+
+def test_what_was_printed_is_seen_before_it_is_settled(
+    on_simulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(it: Watched) -> None:
+        arrived = asyncio.Event()
+        read = SimulatedConsole.read
+
+        async def reads_late(console: SimulatedConsole, size: int = 65536) -> bytes:
+            data = await read(console, size)
+            await arrived.wait()
+            return data
+
+        async def catch_up(console: SimulatedConsole) -> None:
+            arrived.set()
+            await asyncio.sleep(1)
+
+        monkeypatch.setattr(SimulatedConsole, "read", reads_late)
+        monkeypatch.setattr(SimulatedConsole, "catch_up", catch_up)
+        async with it.watched() as dog:
+            it.prints(OOPS)
+            await dog.settle()
+            assert it.kinds == [K.OOPS]
 
     on_simulated(body)
 

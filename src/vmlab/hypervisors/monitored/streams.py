@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import re
+import socket
 import struct
 import termios
 from collections.abc import Callable
@@ -31,6 +32,12 @@ _WINDOW: Final = 65536
 """Bytes at the log's end that they are looked for in."""
 _HANDED_ON: Final = 4
 """Turns of the event loop in which what was read from a socket comes to who waits for it."""
+_STILL: Final = 0.002
+_TRIES: Final = 10
+"""Seconds that log and socket have to stand still to be compared; how often that is waited for."""
+_SOONEST: Final = 0.001
+_LATEST: Final = 0.03
+"""Seconds between two looks at a log: while it grows, and while it does not."""
 _RUN: Final = re.compile(rb"(.)\1+", re.DOTALL)
 
 
@@ -124,69 +131,179 @@ class _Pipe:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._news = asyncio.Event()
+        self._taken = asyncio.Event()
         self.ended = False
 
     def feed(self, data: bytes) -> None:
         self._buffer += data
+        self._taken.clear()
         self._news.set()
 
     def end(self) -> None:
         self.ended = True
         self._news.set()
+        self._taken.set()
 
     async def read(self, size: int) -> bytes:
         while not self._buffer and not self.ended:
             self._news.clear()
+            self._taken.set()
             await self._news.wait()
         data = bytes(self._buffer[:size])
         del self._buffer[:size]
         return data
 
+    async def taken(self) -> None:
+        """Wait until the reader has come back for more than there is."""
+        await self._taken.wait()
+
 
 class ConsoleLine:
     """One console of a machine, over all its processes.
+
+    What the guest prints is read from the log, until somebody types: where a client of its socket
+    is slow, QEMU makes the guest wait, and in the end loses some, and logs twice what the socket
+    did not take at once. Without a client it does neither. From the first answer to a key on, it
+    is read from the socket.
 
     Args:
         name: Its name.
         machine: Name of the machine, for errors.
         log: Where the process keeps what the guest prints.
+
+    Attributes:
+        by_socket: Whether it is read from the socket by now.
     """
 
     def __init__(self, name: str, machine: str, log: Path) -> None:
         self.name = name
         self.machine = machine
+        self.by_socket = False
         self._log = log
         self._pipes: set[_Pipe] = set()
-        self._writer: asyncio.StreamWriter | None = None
+        self._panics = PanicWatch()
+        # The log: how much of it was given to readers, and who looks whether there is more.
+        self._offset = 0
+        self._follower: asyncio.Task[None] | None = None
+        # The socket: where it is, and its client since somebody typed.
+        self._path: Path | None = None
+        self._socket: socket.socket | None = None
         self._pump: asyncio.Task[None] | None = None
         self._tail = b""
-        self._panics = PanicWatch()
 
     async def connect(self, path: Path) -> None:
-        """Attach to a process that has just been started or found again.
+        """A process has just been started or found again; it listens at `path`."""
+        await self.disconnect()
+        self._path = path
+        self.by_socket = False
+        self._tail = b""
+        self._offset = self._size()
+        self._panics.reset()
+        self._follow()
+
+    def reader(self) -> MachineConsole:
+        """A new reader, of what comes from now on."""
+        self._advance()
+        pipe = _Pipe()
+        self._pipes.add(pipe)
+        self._follow()
+        return MachineConsole(self, pipe, self._pipes.discard)
+
+    def _give(self, data: bytes) -> None:
+        self._panics.feed(data)
+        for pipe in self._pipes:
+            pipe.feed(data)
+
+    # The log.
+
+    def _size(self) -> int:
+        try:
+            return self._log.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _follow(self) -> None:
+        """Have somebody look whether the log grows, as long as anybody reads."""
+        if self._path is not None and self._pipes and self._follower is None:
+            self._follower = asyncio.create_task(self._grows())
+
+    async def _grows(self) -> None:
+        quiet = _SOONEST
+        while self._pipes and not self.by_socket:
+            quiet = _SOONEST if self._advance() else min(2 * quiet, _LATEST)
+            await asyncio.sleep(quiet)
+        self._follower = None
+
+    def _advance(self) -> bool:
+        """Give readers what is new in the log; whether there was anything."""
+        if self._path is None or self.by_socket or self._size() <= self._offset:
+            return False
+        with self._log.open("rb") as log:
+            log.seek(self._offset)
+            data = log.read()
+        self._offset += len(data)
+        self._give(data)
+        return True
+
+    # The socket.
+
+    async def write(self, data: bytes) -> None:
+        """Type `data`.
 
         Raises:
-            OSError: it does not listen.
+            ChannelClosed: the machine is off.
         """
-        await self.disconnect()
-        self._tail = b""
-        self._panics.reset()
-        reader, writer = await asyncio.open_connection(sock=connect_socket(path))
-        self._writer = writer
-        self._pump = asyncio.create_task(self._run(reader))
+        try:
+            if self._socket is None and self._path is not None:
+                self._socket = connect_socket(self._path)
+                self._pump = asyncio.create_task(self._run(self._socket))
+            client, pump = self._socket, self._pump
+            if client is not None and pump is not None and not pump.done():
+                await asyncio.get_running_loop().sock_sendall(client, data)
+                return
+        except OSError as error:
+            raise self._off() from error
+        raise self._off()
 
-    async def _run(self, reader: asyncio.StreamReader) -> None:
+    def _off(self) -> ChannelClosed:
+        return ChannelClosed(
+            f"console {self.name!r} has nobody behind it: the machine is off",
+            hint="start the machine first",
+            machine=self.machine,
+            operation="console",
+        )
+
+    async def _run(self, client: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             try:
-                data = await reader.read(_CHUNK)
-            except (ConnectionError, OSError):
+                data = await loop.sock_recv(client, _CHUNK)
+            except OSError:
                 return
             if not data:
                 return
-            self._tail = (self._tail + data)[-_TAIL:]
-            self._panics.feed(data)
-            for pipe in self._pipes:
-                pipe.feed(data)
+            if self.by_socket:
+                self._tail = (self._tail + data)[-_TAIL:]
+                self._give(data)
+            else:
+                await self._change_over(client)
+
+    async def _change_over(self, client: socket.socket) -> None:
+        """The process serves this client: from now on the socket counts.
+
+        What it has sent until now is in the log as well. The two are compared while both stand
+        still, or after a while if they do not: then a character may be lost or come twice.
+        """
+        for _ in range(_TRIES):
+            before = self._size(), _unread(client)
+            await asyncio.sleep(_STILL)
+            if before == (self._size(), _unread(client)):
+                break
+        self._advance()
+        known = _unread(client)
+        if known:
+            client.recv(known)
+        self.by_socket = True
 
     async def panicked(self) -> str:
         """What the kernel said of a panic before it began anew just now; empty if it did not."""
@@ -195,75 +312,46 @@ class ConsoleLine:
         self._panics.reset()
         return reason
 
+    async def catch_up(self, pipe: _Pipe) -> None:
+        """Wait until a reader has taken all that was printed before this call."""
+        await self._caught_up()
+        await pipe.taken()
+
     async def _caught_up(self) -> None:
-        """Wait until all that was sent before this call has been read."""
-        while self._unread():  # noqa: ASYNC110 (the loop reads it meanwhile)
+        """Wait until all that was printed before this call has been given to readers."""
+        self._advance()
+        client, pump = self._socket, self._pump
+        if not self.by_socket or client is None or pump is None:
+            return
+        while not pump.done() and _unread(client):  # noqa: ASYNC110 (the loop reads it meanwhile)
             await asyncio.sleep(0)
         for _ in range(_HANDED_ON):
             await asyncio.sleep(0)
 
-    def _unread(self) -> bool:
-        """Whether the socket has something that the pump will read."""
-        writer, pump = self._writer, self._pump
-        if writer is None or writer.is_closing() or pump is None or pump.done():
-            return False
-        waiting = fcntl.ioctl(writer.get_extra_info("socket"), termios.FIONREAD, bytes(4))
-        return struct.unpack("i", waiting) != (0,)
-
     async def drain(self) -> None:
-        """Read to its end what a process that has ended had sent."""
+        """Read to its end what a process that has ended had printed."""
         if self._pump is not None:
             await self._pump
+        self._advance()
         await self.disconnect()
 
     async def disconnect(self) -> None:
         """Let go of the process; readers stay."""
-        pump, writer = self._pump, self._writer
-        self._pump = self._writer = None
-        if pump is not None:
-            pump.cancel()
-            await asyncio.wait([pump])
-        if writer is not None:
-            writer.close()
-            try:
-                await writer.wait_closed()
-            except (ConnectionError, OSError):
-                # The process closed it first.
-                return
-
-    def reader(self) -> MachineConsole:
-        """A new reader, of what comes from now on."""
-        pipe = _Pipe()
-        self._pipes.add(pipe)
-        return MachineConsole(self, pipe, self._pipes.discard)
-
-    async def write(self, data: bytes) -> None:
-        """Type `data`.
-
-        Raises:
-            ChannelClosed: the machine is off.
-        """
-        writer, pump = self._writer, self._pump
-        if writer is not None and pump is not None and not pump.done():
-            try:
-                writer.write(data)
-                await writer.drain()
-                return
-            except (ConnectionError, OSError):
-                # It ended just now; the error is the same.
-                self._writer = None
-        raise ChannelClosed(
-            f"console {self.name!r} has nobody behind it: the machine is off",
-            hint="start the machine first",
-            machine=self.machine,
-            operation="console",
-        )
+        self._advance()
+        tasks = [task for task in (self._follower, self._pump) if task is not None]
+        client = self._socket
+        self._follower = self._pump = self._socket = self._path = None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        if client is not None:
+            client.close()
 
     async def log(self) -> bytes:
         """All that was printed; what a reader has been given is in it.
 
-        QEMU logs a character twice that its socket did not take at once, as it does not when
-        nobody reads for a while.
+        QEMU logs a character twice that its socket did not take at once.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + _LOG_LAG
@@ -283,6 +371,12 @@ class ConsoleLine:
         for pipe in self._pipes:
             pipe.end()
         self._pipes.clear()
+
+
+def _unread(client: socket.socket) -> int:
+    """How many bytes have arrived at a socket and were not read (ioctl_tty(2), FIONREAD)."""
+    count = fcntl.ioctl(client, termios.FIONREAD, bytes(4))
+    return int(struct.unpack("i", count)[0])
 
 
 def _ends_with(log: bytes, sent: bytes) -> bool:
@@ -314,6 +408,9 @@ class MachineConsole(Console):
 
     async def log(self) -> bytes:
         return await self._line.log()
+
+    async def catch_up(self) -> None:
+        await self._line.catch_up(self._pipe)
 
     async def close(self) -> None:
         self._pipe.end()

@@ -1,19 +1,21 @@
-"""A console's log, which its process writes after it has sent, and not always to the letter."""
+"""A console: read from its log until somebody types, and from then on from its socket."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from vmlab.hypervisors.monitored import streams
-from vmlab.hypervisors.monitored.streams import ConsoleLine
+from vmlab.hypervisors.monitored.streams import ConsoleLine, MachineConsole
+from vmlab.machine.errors import ChannelClosed
 
 
 class Process:
-    """The other end of a console."""
+    """The other end of a console: what QEMU does with it."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "console.sock"
@@ -22,35 +24,221 @@ class Process:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.bind(str(self.path))
         self._server.listen(1)
+        self._server.setblocking(False)
+        self._client: socket.socket | None = None
 
-    async def connect(self) -> None:
-        await self.line.connect(self.path)
-        self._client, _ = self._server.accept()
+    def prints(self, text: bytes) -> None:
+        """What the guest prints goes to the client first, if there is one."""
+        if self._client is not None:
+            self._client.sendall(text)
+        self.logs(text)
 
-    def send_now(self, data: bytes) -> None:
-        """Send, and do not wait until it was received."""
-        self._client.sendall(data)
+    def sends(self, text: bytes) -> None:
+        """The log lags behind."""
+        assert self._client is not None
+        self._client.sendall(text)
 
-    async def send(self, data: bytes) -> None:
-        """Send, and wait until it was received."""
-        async with self.line.reader() as reader:
-            self._client.sendall(data)
-            got = b""
-            while len(got) < len(data):
-                got += await reader.read()
+    def logs(self, text: bytes) -> None:
+        """The log alone."""
+        with self.log.open("ab") as log:
+            log.write(text)
+
+    async def is_typed_at(self, reader: MachineConsole, text: bytes) -> None:
+        """Somebody types; the process takes the client and what it has typed."""
+        await reader.write(text)
+        if self._client is None:
+            self._client, _ = self._server.accept()
+            self._client.setblocking(False)
+        assert await asyncio.get_running_loop().sock_recv(self._client, 100) == text
+
+    async def counts(self) -> None:
+        """Wait until the console is read from the socket."""
+        while not self.line.by_socket:  # noqa: ASYNC110 (it tells nobody)
+            await asyncio.sleep(0.001)
+
+    @property
+    def has_client(self) -> bool:
+        """Whether anybody wants to be served."""
+        try:
+            self._client, _ = self._server.accept()
+        except BlockingIOError:
+            return False
+        return True
+
+    def ends(self) -> None:
+        """It is killed."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     async def close(self) -> None:
         await self.line.disconnect()
-        self._client.close()
+        self.ends()
         self._server.close()
+
+
+def with_process(tmp_path: Path, test: Callable[[Process], Awaitable[None]]) -> None:
+    async def run() -> None:
+        process = Process(tmp_path)
+        try:
+            await test(process)
+        finally:
+            await process.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def exactly(reader: MachineConsole, expected: bytes) -> None:
+    """That is what comes next, however it is cut."""
+    got = b""
+    while len(got) < len(expected):
+        got += await reader.read()
+    assert got == expected
+
+
+def test_who_only_reads_is_no_client_and_holds_nobody_up(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        process.prints(b"before\n")
+        await process.line.connect(process.path)
+        first, second = process.line.reader(), process.line.reader()
+        process.prints(b"boot\n")
+        await exactly(first, b"boot\n")
+        process.prints(b"ready\n")
+        await exactly(first, b"ready\n")
+        third = process.line.reader()
+        process.prints(b"more\n")
+        await exactly(second, b"boot\nready\nmore\n")
+        await exactly(third, b"more\n")
+        assert await first.log() == b"before\nboot\nready\nmore\n"
+        assert not process.has_client
+
+    with_process(tmp_path, test)
+
+
+def test_nothing_is_lost_or_comes_twice_when_somebody_begins_to_type(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader, watcher = process.line.reader(), process.line.reader()
+        process.prints(b"login: ")
+        await process.is_typed_at(reader, b"root\n")
+        # Nobody has looked at the log since.
+        process.prints(b"root\r\n")
+        process.prints(b"Password: ")
+        await exactly(reader, b"login: root\r\nPassword: ")
+        await process.counts()
+        # QEMU logs a character twice: who reads does not see it.
+        process.sends(b"Welcome")
+        process.logs(b"WWelcome")
+        await exactly(reader, b"Welcome")
+        await process.is_typed_at(watcher, b"ls\n")
+        process.prints(b"ls\r\n")
+        await exactly(reader, b"ls\r\n")
+        await exactly(watcher, b"login: root\r\nPassword: Welcomels\r\n")
+
+    with_process(tmp_path, test)
+
+
+def test_a_key_that_is_not_answered_changes_nothing(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        await process.is_typed_at(reader, b"x")
+        process.logs(b"of another client's")
+        await exactly(reader, b"of another client's")
+
+    with_process(tmp_path, test)
+
+
+def test_a_guest_that_goes_on_printing_is_changed_over_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_TRIES", 3)
+    monkeypatch.setattr(streams, "_STILL", 0)
+
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        await process.is_typed_at(reader, b"x")
+        printed = b""
+
+        async def floods() -> None:
+            nonlocal printed
+            for number in range(2000):
+                line = b"%d\n" % number
+                printed += line
+                process.prints(line)
+                await asyncio.sleep(0)
+
+        flooding = asyncio.create_task(floods())
+        got = b""
+        while not flooding.done() or len(got) < len(printed):
+            got += await reader.read()
+        assert got == printed
+
+    with_process(tmp_path, test)
+
+
+def test_the_last_words_of_a_process_are_read_before_those_of_the_next(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        process.prints(b"one ")
+        await process.line.drain()
+        await process.line.connect(process.path)
+        process.prints(b"two ")
+        await process.is_typed_at(reader, b"x")
+        process.prints(b"three ")
+        process.ends()
+        await process.line.drain()
+        with pytest.raises(ChannelClosed, match="the machine is off"):
+            await reader.write(b"x")
+        await process.line.connect(process.path)
+        process.prints(b"four ")
+        await process.line.connect(process.path)
+        process.prints(b"five")
+        await exactly(reader, b"one two three four five")
+        assert not process.has_client
+
+    with_process(tmp_path, test)
+
+
+@pytest.mark.parametrize("typed", [False, True], ids=["by the log", "by the socket"])
+def test_a_reader_has_caught_up_when_it_has_taken_everything(tmp_path: Path, typed: bool) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        if typed:
+            await process.is_typed_at(reader, b"x")
+            process.prints(b"x")
+            await exactly(reader, b"x")
+            await process.counts()
+        taken: list[bytes] = []
+
+        async def reads() -> None:
+            while data := await reader.read(1000):
+                # It is long about it.
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                taken.append(data)
+
+        reading = asyncio.create_task(reads())
+        for number in range(5):
+            process.prints(b"%d" % number * 5000)
+            await reader.catch_up()
+            assert len(b"".join(taken)) == 5000 * (number + 1)
+        await reader.close()
+        await reader.catch_up()
+        await reading
+
+    with_process(tmp_path, test)
 
 
 @pytest.mark.parametrize(
     ("early", "late"),
     [
-        (b"boot\n", b"boot\nready\n"),
+        (b"boot\n", b"ready\n"),
         # Longer than what was sent before the last of it is there.
-        (b"bbooootttt\n", b"bbooootttt\nready\n"),
+        (b"bbooootttt\n", b"ready\n"),
         (b"", b"earlier\nboot\nreaddy\n"),
     ],
     ids=["it lags", "it is longer than what was sent", "it doubles what is looked for"],
@@ -60,20 +248,24 @@ def test_what_a_reader_was_given_is_in_the_log(
 ) -> None:
     monkeypatch.setattr(streams, "_LOG_LAG", 60)
 
-    async def test() -> None:
-        process = Process(tmp_path)
-        process.log.write_bytes(early)
-        await process.connect()
-        await process.send(b"boot\nready\n")
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        await process.is_typed_at(reader, b"x")
+        process.prints(b"x")
+        await exactly(reader, b"x")
+        await process.counts()
+        process.sends(b"boot\nready\n")
+        process.logs(early)
+        await exactly(reader, b"boot\nready\n")
         asking = asyncio.create_task(process.line.log())
         for _ in range(3):
             await asyncio.sleep(0.01)
         assert not asking.done()
-        process.log.write_bytes(late)
-        assert await asking == late
-        await process.close()
+        process.logs(late)
+        assert await asking == b"x" + early + late
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    with_process(tmp_path, test)
 
 
 def test_a_log_that_never_comes_is_not_waited_for_without_end(
@@ -81,33 +273,56 @@ def test_a_log_that_never_comes_is_not_waited_for_without_end(
 ) -> None:
     monkeypatch.setattr(streams, "_LOG_LAG", 0.01)
 
-    async def test() -> None:
-        process = Process(tmp_path)
-        await process.connect()
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
         assert await process.line.log() == b""
-        await process.send(b"boot\n")
-        assert await process.line.log() == b""
-        await process.close()
+        await process.is_typed_at(reader, b"x")
+        process.prints(b"x")
+        await exactly(reader, b"x")
+        await process.counts()
+        process.sends(b"boot\n")
+        await exactly(reader, b"boot\n")
+        assert await process.line.log() == b"x"
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    with_process(tmp_path, test)
 
 
-def test_a_panic_is_known_however_much_of_it_was_not_read_yet(tmp_path: Path) -> None:
-    async def test() -> None:
-        process = Process(tmp_path)
-        await process.connect()
+@pytest.mark.parametrize("typed", [False, True], ids=["by the log", "by the socket"])
+def test_a_panic_is_known_however_much_of_it_was_not_read_yet(tmp_path: Path, typed: bool) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        if typed:
+            reader = process.line.reader()
+            await process.is_typed_at(reader, b"x")
+            process.prints(b"\n")
+            await exactly(reader, b"\n")
+            await process.counts()
         assert await process.line.panicked() == ""
         before = b"[    1.0] a line of the kernel's\r\n" * 2000
-        process.send_now(
-            before + b"[    1.5] Kernel panic - not syncing: why\r\n[    1.6] trace\r\n"
-        )
+        process.prints(before + b"[    1.5] Kernel panic - not syncing: why\r\n[    1.6] trace\r\n")
         assert await process.line.panicked() == "why"
         # It was of the kernel before.
         assert await process.line.panicked() == ""
-        process.send_now(b"somebody wrote: Kernel panic - not syncing: not so\r\n")
+        process.prints(b"somebody wrote: Kernel panic - not syncing: not so\r\n")
         assert await process.line.panicked() == ""
-        process.send_now(b"[    9.0] Kernel panic - not syncing: of the process before\r\n")
-        await process.close()
+        process.prints(b"[    9.0] Kernel panic - not syncing: of the process before\r\n")
+        await process.line.connect(process.path)
         assert await process.line.panicked() == ""
 
-    asyncio.run(asyncio.wait_for(test(), 60))
+    with_process(tmp_path, test)
+
+
+def test_a_process_that_is_gone_cannot_be_typed_at(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        process.path.unlink()
+        with pytest.raises(ChannelClosed, match="the machine is off"):
+            await reader.write(b"x")
+        process.line.end()
+        assert await reader.read() == b""
+        with pytest.raises(ChannelClosed, match="was closed"):
+            await reader.write(b"x")
+
+    with_process(tmp_path, test)

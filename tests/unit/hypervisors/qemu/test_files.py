@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vmlab.hypervisors import threads
 from vmlab.hypervisors.monitored import networks
-from vmlab.hypervisors.monitored.streams import ConsoleLine, SocketChannel
+from vmlab.hypervisors.monitored.streams import SocketChannel
 from vmlab.hypervisors.qemu import arrival, disks, memory, vmstate
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import ChannelClosed, CorruptSnapshot, InvalidSpec, OperationFailed
@@ -245,66 +245,7 @@ def test_cancelled_tool_is_killed(
     asyncio.run(test())
 
 
-# ------------------------------------------------------------------- consoles and channels
-
-
-def test_console_has_many_readers_over_several_processes_and_one_log(tmp_path: Path) -> None:
-    async def test() -> None:
-        log = tmp_path / "console.log"
-        log.write_bytes(b"old ")
-        line = ConsoleLine("serial", "m", log)
-        first = line.reader()
-        with pytest.raises(ChannelClosed, match="the machine is off"):
-            await first.write(b"x")
-        typed: list[bytes] = []
-        for text in (b"one", b"two"):
-
-            async def serve(
-                reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: bytes = text
-            ) -> None:
-                with log.open("ab") as file:
-                    file.write(text)
-                writer.write(text)
-                typed.append(await reader.read(10))
-                writer.close()
-
-            path = tmp_path / "c.sock"
-            path.unlink(missing_ok=True)
-            server = await asyncio.start_unix_server(serve, path)
-            await line.connect(path)
-            second = line.reader()
-            assert await first.read() == text
-            assert await second.read(1) == text[:1]
-            assert await second.read() == text[1:]
-            assert (await second.log()).endswith(text)
-            await second.write(b"typed")
-            await second.close()
-            assert await second.read() == b""
-            with pytest.raises(ChannelClosed, match="was closed"):
-                await second.write(b"x")
-            await line.drain()
-            server.close()
-        assert typed == [b"typed", b"typed"]
-        assert await first.log() == b"old onetwo"
-        line.end()
-        assert await first.read() == b""
-
-    asyncio.run(asyncio.wait_for(test(), 10))
-
-
-def test_log_that_does_not_catch_up_is_shown_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vmlab.hypervisors.monitored import streams
-
-    monkeypatch.setattr(streams, "_LOG_LAG", 0.02)
-
-    async def test() -> None:
-        line = ConsoleLine("serial", "m", tmp_path / "none.log")
-        line._seen = 5
-        assert await line.log() == b""
-
-    asyncio.run(test())
+# ------------------------------------------------------------------------------- channels
 
 
 def test_channel_to_nobody_is_closed(tmp_path: Path) -> None:
