@@ -285,6 +285,8 @@ def unpack(source: Path, directory: Path, expected: Manifest, check: Check) -> C
                 else:
                     _unpack_file(part, entry, content, target, source, check)
                 files[entry.path] = target
+    except tarfile.TarError as error:
+        raise _damaged(source, str(error)) from error
     except OSError as error:
         raise OperationFailed(
             f"{source} cannot be unpacked: {error.strerror or error}",

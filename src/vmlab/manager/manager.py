@@ -24,7 +24,7 @@ from vmlab.manager.operator.placement import placed
 from vmlab.manager.operator.recovery import hosts_with_machines
 from vmlab.manager.operator.schedules import Schedules
 from vmlab.manager.settings import Settings
-from vmlab.manager.storage import Storage
+from vmlab.manager.storage import BootFiles, Storage
 from vmlab.manager.store.database import Database
 
 __all__ = ["Manager"]
@@ -55,6 +55,7 @@ class Manager:
         self._started: list[Part] = []
         self.hosts = Hosts(self)
         self.storage = Storage(settings.directory / "disks")
+        self.boot_files = BootFiles(settings.directory / "boot")
         self.guests = Guests(self)
         self.networks = Networks(settings, database)
         self.operator = Operator(self)

@@ -185,14 +185,14 @@ class ExportMachine(_OnMachine):
     """Write a machine at rest, with its disks, to one file (tar)."""
 
     kind: Literal["machine.export"] = "machine.export"
-    path: str
+    path: Name = Field(description="name of the new file, in the manager's directory of exports")
 
 
 class ImportMachine(_Request):
     """Make a machine of an exported file."""
 
     kind: Literal["machine.import"] = "machine.import"
-    path: str
+    path: Name = Field(description="name of the file, in the manager's directory of exports")
     name: Name | None = None
 
 

@@ -23,7 +23,7 @@ from vmlab.hypervisors.threads import done_in_thread, in_thread
 from vmlab.machine.errors import OperationFailed, ResourceExhausted, ResourceNotFound, VmlabError
 from vmlab.machine.sizes import format_size
 
-__all__ = ["Format", "Storage", "StoredFile", "Usage", "is_id"]
+__all__ = ["BootFiles", "Format", "Storage", "StoredFile", "Usage", "is_id"]
 
 Format = Literal["raw", "qcow2"]
 _FORMATS: Final = ("raw", "qcow2")
@@ -247,6 +247,61 @@ class Storage:
         found.sort(key=lambda file: file.path)
         room = shutil.disk_usage(self.directory)
         return Usage(tuple(found), sum(file.allocated for file in found), room.free, room.total)
+
+
+class BootFiles:
+    """Kernels and the like of machines that were imported: a directory for each machine.
+
+    Args:
+        directory: Where they are; made when it is needed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, machine_id: str, purpose: Literal["kernel", "initrd", "firmware"]) -> Path:
+        """The file of a machine's for a purpose.
+
+        Raises:
+            ValueError: it is no id: nothing that a person wrote gets here.
+        """
+        return self._of(machine_id) / purpose
+
+    def _of(self, machine_id: str) -> Path:
+        if not is_id(machine_id):
+            raise ValueError(f"{machine_id!r} is no id of a machine")
+        return self.directory / machine_id
+
+    async def keep(
+        self, machine_id: str, purpose: Literal["kernel", "initrd", "firmware"], source: Path
+    ) -> Path:
+        """Copy a file for a machine; again replaces it.
+
+        Raises:
+            OperationFailed: it cannot be copied.
+            ResourceExhausted: there is no space for it.
+        """
+        target = self.path(machine_id, purpose)
+        try:
+            await done_in_thread(partial(target.parent.mkdir, parents=True, exist_ok=True))
+            await in_thread(lambda check: copy_sparse(source, target, check))
+        except OSError as error:
+            raise _told(error, target) from error
+        return target
+
+    async def remove(self, machine_id: str) -> None:
+        """Remove those of a machine; one that has none is no error.
+
+        Raises:
+            OperationFailed: they cannot be removed.
+        """
+        directory = self._of(machine_id)
+        try:
+            await done_in_thread(shutil.rmtree, directory)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _told(error, directory) from error
 
 
 def _make_holes(path: Path, size: int) -> None:

@@ -395,6 +395,7 @@ class DeleteHandler(Handler[DeleteMachine]):
         async with work.step("remove", "remove it from its host, with its own storage") as step:
             if not step.done_before:
                 await undefine(work, machine_id)
+                await self.manager.boot_files.remove(machine_id)
         async with work.step("forget", "forget it") as step:
             if not step.done_before:
                 step.also(_forget, machine_id, work.operation_id)

@@ -88,11 +88,10 @@ class Asking:
 Story = Callable[[Asking], Awaitable[None]]
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Two hosts of the simulated hypervisor."""
+def simulated_hosts(directory: Path) -> Settings:
+    """A home with two hosts of the simulated hypervisor."""
     return Settings(
-        home=Home.open(tmp_path / "home"),
+        home=Home.open(directory / "home"),
         hosts=[
             HostSetting(name="simulated", hypervisor="simulated"),
             HostSetting(name="other", hypervisor="simulated"),
@@ -100,16 +99,27 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
+def told(story: Story, settings: Settings) -> None:
+    """Run a story with a manager that is opened for it."""
+
+    async def with_manager() -> None:
+        async with await Manager.open(settings) as manager:
+            await story(Asking(manager))
+
+    asyncio.run(with_manager())
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Two hosts of the simulated hypervisor."""
+    return simulated_hosts(tmp_path)
+
+
 @pytest.fixture
 def tell(settings: Settings) -> Callable[..., None]:
     """Run a story with a manager that is opened for it; another one follows in the same home."""
 
     def run(story: Story, **changes: Any) -> None:
-        async def with_manager() -> None:
-            changed = settings.model_copy(update=changes)
-            async with await Manager.open(changed) as manager:
-                await story(Asking(manager))
-
-        asyncio.run(with_manager())
+        told(story, settings.model_copy(update=changes))
 
     return run
