@@ -29,7 +29,7 @@ def configuration(layout: Layout, leases: Sequence[Lease], *, index: int, direct
     Args:
         layout: The network; the host has to be on it.
         leases: Who gets which addresses.
-        index: Number of the network's interface: a new interface needs a new dnsmasq.
+        index: Number of the network's bridge: a new bridge needs a new dnsmasq.
         directory: Where it keeps who has asked.
     """
     lines = [

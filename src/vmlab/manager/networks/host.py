@@ -56,14 +56,12 @@ class HostNetworks:
         self,
         layout: Layout,
         leases: Sequence[Lease] = (),
-        taps: Mapping[str, str] | None = None,
     ) -> Layout:
         """Have all of a network there; what is there already stays as it is.
 
         Args:
             layout: The network.
             leases: Who is told which addresses.
-            taps: Those that live machines have on a network with a tag: name to machine's id.
 
         Returns:
             The layout, which says now whether its bridge is the host's own.
@@ -91,44 +89,22 @@ class HostNetworks:
             if layout.mode == "isolated":
                 await self._serve_segment(layout, leases)
             else:
-                await self._raise(layout, leases, taps or {})
+                await self._raise(layout, leases)
             return layout
-
-    async def plug(self, layout: Layout, tap: str, machine: str) -> None:
-        """Make a tap for a machine on a network with a tag; the network is there."""
-        assert layout.vlan is not None, "taps are made by hypervisors elsewhere"
-        alias = names.alias(self.home, layout.network, machine)
-        await asyncio.to_thread(links.make_tap, tap, alias)
-        await self.switch.add_port(layout.bridge, tap, layout.vlan)
-
-    async def unplug(self, tap: str) -> None:
-        """Remove a tap; again does nothing."""
-        await self.switch.remove_port(tap)
-
-    async def unplug_machine(self, machine: str) -> list[str]:
-        """Remove the taps of a machine, by its id; returns their names."""
-        there = await asyncio.to_thread(links.links)
-        found = [
-            name
-            for name, link in there.items()
-            if names.machine_of_alias(self.home, link.alias) == machine
-        ]
-        for name in found:
-            await self.unplug(name)
-        return found
 
     def _claim(self, layout: Layout) -> Layout:
         """Find out whether the bridge can be ours, before it is written down as such."""
         there = links.links()
-        found = there.get(layout.bridge)
+        # The bridge of a network with a tag is ours by its name; the switch may have another's.
+        found = there.get(layout.switch or layout.bridge)
         mine = found is not None and names.of_alias(self.home, found.alias) in {
             layout.network,
             _SWITCH,
         }
         foreign = found is not None and not mine
-        if foreign and found is not None and (layout.vlan is not None or found.kind != "bridge"):
+        if found is not None and not mine and (layout.switch or found.kind != "bridge"):
             raise OperationFailed(
-                f"the host has an interface {layout.bridge} already"
+                f"the host has an interface {found.name} already"
                 + (" that is no bridge" if found.kind != "bridge" else ""),
                 hint="name another bridge; a network with a VLAN needs one of its own",
             )
@@ -148,43 +124,35 @@ class HostNetworks:
     def _is_of(self, link: links.Link, network: str) -> bool:
         return names.of_alias(self.home, link.alias) == network
 
-    async def _raise(
-        self, layout: Layout, leases: Sequence[Lease], taps: Mapping[str, str]
-    ) -> None:
-        alias = names.alias(self.home, layout.network)
+    async def _raise(self, layout: Layout, leases: Sequence[Lease]) -> None:
         if layout.foreign:
             return  # the host's own: whoever made it serves it
-        if layout.vlan is None:
-            await asyncio.to_thread(links.make_bridge, layout.bridge, alias)
-        else:
+        alias = names.alias(self.home, layout.network)
+        await asyncio.to_thread(links.make_bridge, layout.bridge, alias)
+        if layout.vlan is not None:
             async with self._shared:
-                await self._raise_port(layout, alias)
-            for tap, machine in taps.items():
-                await self.plug(layout, tap, machine)
+                await self._join_switch(layout, layout.vlan, alias)
         served = [*layout.gateways, f"{nat.METADATA_ADDRESS}/32"] if layout.gateways else []
-        await asyncio.to_thread(links.add_addresses, layout.interface, served)
+        await asyncio.to_thread(links.add_addresses, layout.bridge, served)
         await asyncio.to_thread(nat.apply, layout)
         if any(subnet.version == 4 for subnet in layout.subnets):
             async with self._shared:
                 await asyncio.to_thread(self._forward)
         await self._serve_bridge(layout, leases)
 
-    async def _raise_port(self, layout: Layout, alias: str) -> None:
-        assert layout.vlan is not None
+    async def _join_switch(self, layout: Layout, tag: int, alias: str) -> None:
         await self.switch.up()
-        await self.switch.add_bridge(layout.bridge)
-        await self.switch.add_port(layout.bridge, layout.interface, layout.vlan, own=True)
-        for name, said in (
-            (layout.bridge, names.alias(self.home, _SWITCH)),
-            (layout.interface, alias),
-        ):
-            await asyncio.to_thread(links.set_alias, name, said)
-        await asyncio.to_thread(links.set_up, layout.interface)
+        await self.switch.add_bridge(layout.switch)
+        shared = names.alias(self.home, _SWITCH)
+        await asyncio.to_thread(links.set_alias, layout.switch, shared)
+        await self.switch.add_port(layout.switch, layout.port, tag)
+        await asyncio.to_thread(links.set_alias, layout.port, alias)
+        await asyncio.to_thread(links.join, layout.port, layout.bridge)
 
     async def _serve_bridge(self, layout: Layout, leases: Sequence[Lease]) -> None:
         if not layout.gateways:
             return
-        link = (await asyncio.to_thread(links.links))[layout.interface]
+        link = (await asyncio.to_thread(links.links))[layout.bridge]
         directory = self.path(layout.network)
         text = dnsmasq.configuration(layout, leases, index=link.index, directory=directory)
         await self._dnsmasq(layout.network).keep(text, dnsmasq.command, ready=dnsmasq.READY)
@@ -225,23 +193,17 @@ class HostNetworks:
             return removed
 
     async def _lower(self, layout: Layout) -> list[str]:
-        removed = []
-        there = await asyncio.to_thread(links.links)
-        for name in [name for name, link in there.items() if self._is_of(link, layout.network)]:
-            if name in {layout.bridge, layout.interface}:
-                continue
-            await self.unplug(name)
-            removed.append(f"tap {name}")
-        if not layout.foreign:
-            if await asyncio.to_thread(nat.remove, layout.table):
-                removed.append(f"packet filter {layout.table}")
-            if layout.vlan is None:
-                if await asyncio.to_thread(links.remove, layout.bridge):
-                    removed.append(f"bridge {layout.bridge}")
-            else:
-                async with self._shared:
-                    await self._lower_port(layout)
-                removed.append(f"port {layout.interface}")
+        removed: list[str] = []
+        if layout.foreign:
+            return removed
+        if await asyncio.to_thread(nat.remove, layout.table):
+            removed.append(f"packet filter {layout.table}")
+        if layout.vlan is not None:
+            async with self._shared:
+                await self._leave_switch(layout)
+            removed.append(f"port {layout.port}")
+        if await asyncio.to_thread(links.remove, layout.bridge):
+            removed.append(f"bridge {layout.bridge}")
         async with self._shared:
             others = [each for each in self.recorded().values() if each.layout != layout]
             bridged = [each for each in others if each.here and each.layout.mode == "bridged"]
@@ -249,15 +211,15 @@ class HostNetworks:
                 await asyncio.to_thread(self._forward_as_before)
         return removed
 
-    async def _lower_port(self, layout: Layout) -> None:
-        await self.switch.remove_port(layout.interface)
+    async def _leave_switch(self, layout: Layout) -> None:
+        await self.switch.remove_port(layout.port)
         tagged = [
             each.layout
             for each in self.recorded().values()
             if each.here and each.layout.vlan is not None and each.layout.network != layout.network
         ]
-        if not any(each.bridge == layout.bridge for each in tagged):
-            await self.switch.remove_bridge(layout.bridge)
+        if not any(each.switch == layout.switch for each in tagged):
+            await self.switch.remove_bridge(layout.switch)
         if not tagged:
             await self.switch.down()
 
@@ -295,25 +257,23 @@ class HostNetworks:
                     found[path.name] = record
         return found
 
-    async def missing(self, layout: Layout, taps: Collection[str] = ()) -> list[str]:
+    async def missing(self, layout: Layout) -> list[str]:
         """What of a network is not there and should be, for a person; nothing is changed.
 
         Args:
             layout: The network; it was made once.
-            taps: Those that live machines have on it.
         """
         lost = []
         if layout.mode == "bridged":
             there = await asyncio.to_thread(links.links)
-            wanted = {layout.bridge: "bridge"}
-            wanted.setdefault(layout.interface, "interface")
-            for name, kind in {**wanted, **dict.fromkeys(taps, "tap")}.items():
-                if name not in there:
-                    lost.append(f"{kind} {name}")
-                elif not there[name].up and name != layout.bridge:
-                    lost.append(f"{kind} {name} (it is down)")
-            if layout.vlan is not None and not self.switch.works:
-                lost.append("switch")
+            bridge, port = there.get(layout.bridge), there.get(layout.port)
+            if bridge is None or not bridge.up:
+                lost.append(f"bridge {layout.bridge}")
+            if layout.vlan is not None:
+                if port is None or not port.up or bridge is None or port.master != bridge.index:
+                    lost.append(f"port {layout.port}")
+                if not self.switch.works:
+                    lost.append("switch")
             if not layout.foreign:
                 if layout.table not in await asyncio.to_thread(nat.tables):
                     lost.append(f"packet filter {layout.table}")
@@ -351,7 +311,7 @@ class HostNetworks:
         for name, link in there.items():
             its = names.of_alias(self.home, link.alias)
             if its is not None and its != _SWITCH and its not in known:
-                await self.unplug(name)
+                await asyncio.to_thread(links.remove, name)
                 removed.append(f"interface {name}")
         own = names.tables(self.home)
         if shutil.which("nft") is not None and links.may_administer():

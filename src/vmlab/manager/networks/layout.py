@@ -41,10 +41,11 @@ class Layout:
     Args:
         network: Its id.
         mode: Of the network.
-        bridge: The bridge, or with `vlan` the switch, that machines are on; "" of other modes.
-        vlan: Tag of its ports on the switch.
+        bridge: The bridge that machines are on, and the host itself; "" of other modes.
+        vlan: Tag of its port on the switch.
+        switch: The switch that the bridge is joined to where there is a tag; else "".
+        port: The interface that joins the two; else "".
         table: Of the packet filter; "" of other modes.
-        interface: Where the host itself is on it: the bridge, or a port of the switch.
         gateways: The host's addresses on it, with prefix length.
         dns: Servers that machines are told; none is the host itself, where it is on the network.
         dhcp: Whether machines are told their addresses.
@@ -55,8 +56,9 @@ class Layout:
     mode: Literal["isolated", "user", "bridged"]
     bridge: str
     vlan: int | None
+    switch: str
+    port: str
     table: str
-    interface: str
     gateways: tuple[str, ...]
     dns: tuple[str, ...]
     dhcp: bool
@@ -67,16 +69,17 @@ class Layout:
         """The layout of a network, in the home of that digest."""
         bridged = row.mode == "bridged"
         tagged = bridged and row.vlan is not None
-        kind: Literal["switch", "bridge"] = "switch" if tagged else "bridge"
+        own = names.interface("bridge", row.id)
         # Networks with tags are on one switch unless they name another: that is what tags are for.
-        bridge = row.bridge or names.interface(kind, home if tagged else row.id)
+        switch = (row.bridge or names.interface("switch", home)) if tagged else ""
         return cls(
             network=row.id,
             mode="bridged" if bridged else "user" if row.mode == "user" else "isolated",
-            bridge=bridge if bridged else "",
+            bridge=(own if tagged else row.bridge or own) if bridged else "",
             vlan=row.vlan if tagged else None,
+            switch=switch,
+            port=names.interface("port", row.id) if tagged else "",
             table=names.table(home, row.id) if bridged else "",
-            interface=(names.interface("gateway", row.id) if tagged else bridge) if bridged else "",
             gateways=tuple(
                 f"{ipam.gateway_of(subnet, row.gateway)}/{subnet.prefixlen}"
                 for subnet in subnets_of(row)

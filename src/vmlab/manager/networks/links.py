@@ -1,4 +1,4 @@
-"""Interfaces of the host, by rtnetlink(7): bridges, taps, their addresses; by pyroute2.
+"""Interfaces of the host, by rtnetlink(7): bridges, their ports, their addresses; by pyroute2.
 
 Each call is a short conversation with the kernel, for a thread of its own where an event loop
 runs. Needs CAP_NET_ADMIN to change anything, nothing to look.
@@ -10,7 +10,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from pathlib import Path
@@ -22,9 +22,17 @@ if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
 __all__ = [
-    "Link", "add_addresses", "addresses", "links", "make_bridge", "make_tap", "may_administer",
-    "namespace", "remove", "set_alias", "set_up",
-]  # fmt: skip
+    "Link",
+    "add_addresses",
+    "addresses",
+    "join",
+    "links",
+    "make_bridge",
+    "may_administer",
+    "namespace",
+    "remove",
+    "set_alias",
+]
 
 _CAP_NET_ADMIN: Final = 12  # linux/capability.h
 _IFA_F_NODAD: Final = 0x02  # linux/if_addr.h: nobody else can have an address on our own bridge
@@ -99,27 +107,16 @@ def make_bridge(name: str, alias: str) -> None:
         route.link("set", index=index, state="up")
 
 
-def make_tap(name: str, alias: str) -> None:
-    """Make a tap that stays until it is removed, if there is none of that name, and raise it."""
-    with _kernel(f"make the tap {name}") as route:
-        with suppress(FileExistsError):
-            if not list(route.link_lookup(ifname=name)):
-                route.link("add", ifname=name, kind="tuntap", mode="tap")
-        index = _index(route, name)
-        route.link("set", index=index, ifalias=alias)
-        route.link("set", index=index, state="up")
+def join(name: str, bridge: str) -> None:
+    """Put an interface on a bridge, and raise it."""
+    with _kernel(f"put {name} on the bridge {bridge}") as route:
+        route.link("set", index=_index(route, name), master=_index(route, bridge), state="up")
 
 
 def set_alias(name: str, alias: str) -> None:
     """Have an interface say what it is for."""
     with _kernel(f"name what {name} is for") as route:
         route.link("set", index=_index(route, name), ifalias=alias)
-
-
-def set_up(name: str) -> None:
-    """Raise an interface."""
-    with _kernel(f"raise {name}") as route:
-        route.link("set", index=_index(route, name), state="up")
 
 
 def add_addresses(name: str, addresses: Sequence[str]) -> None:

@@ -223,7 +223,7 @@ class MetadataService:
         self._servers: dict[str, tuple[int, uvicorn.Server, asyncio.Task[None]]] = {}
 
     async def open(self, layout: Layout, index: int) -> None:
-        """Serve a network whose interface has that number; one that is served stays so.
+        """Serve a network whose bridge has that number; one that is served stays so.
 
         Raises:
             OperationFailed: the address or the port cannot be had.
@@ -240,7 +240,7 @@ class MetadataService:
                 """Signals are the manager's."""
                 yield
 
-        listening = _socket(layout.interface)
+        listening = _socket(layout.bridge)
         config = uvicorn.Config(
             application(layout.network, self._lookup),
             log_config=None,
@@ -250,7 +250,7 @@ class MetadataService:
         )
         server = Server(config)
         task = asyncio.create_task(
-            server.serve(sockets=[listening]), name=f"metadata {layout.interface}"
+            server.serve(sockets=[listening]), name=f"metadata {layout.bridge}"
         )
         self._servers[layout.network] = (index, server, task)
 

@@ -10,10 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Final, Literal
 
-__all__ = [
-    "PREFIX", "alias", "digest", "interface", "machine_of_alias", "of_alias", "segment", "table",
-    "tables",
-]  # fmt: skip
+__all__ = ["PREFIX", "alias", "digest", "interface", "of_alias", "segment", "table", "tables"]
 
 PREFIX: Final = "vmlab"
 """What every alias and table begins with."""
@@ -21,11 +18,11 @@ PREFIX: Final = "vmlab"
 _ID_DIGITS: Final = 11
 """Hexadecimal digits of an id in an interface's name: 44 bits."""
 
-_KINDS: Final = {"bridge": "vmlb", "gateway": "vmlg", "tap": "vmlt", "switch": "vmls"}
+_KINDS: Final = {"bridge": "vmlb", "port": "vmlp", "switch": "vmls"}
 
 
-def interface(kind: Literal["bridge", "gateway", "tap", "switch"], id_: str) -> str:
-    """The name of an interface of a kind, for the network, NIC or home of that hexadecimal id."""
+def interface(kind: Literal["bridge", "port", "switch"], id_: str) -> str:
+    """The name of an interface of a kind, for the network or home of that hexadecimal id."""
     return f"{_KINDS[kind]}{id_[:_ID_DIGITS]}"
 
 
@@ -49,19 +46,12 @@ def digest(directory: Path) -> str:
     return hashlib.sha256(str(directory).encode()).hexdigest()[:16]
 
 
-def alias(home: str, network: str, machine: str | None = None) -> str:
-    """What an interface says it is for (IFLA_IFALIAS): a network of a home's digest, or a machine
-    on it; by their ids."""
-    return " ".join([PREFIX, home, network, *([machine] if machine is not None else [])])
+def alias(home: str, network: str) -> str:
+    """What an interface says it is for (IFLA_IFALIAS): a network's id, of a home's digest."""
+    return f"{PREFIX} {home} {network}"
 
 
 def of_alias(home: str, text: str | None) -> str | None:
     """The network that an interface with that alias is for; None if it is not of that home."""
     words = (text or "").split(" ")
-    return words[2] if len(words) in {3, 4} and words[:2] == [PREFIX, home] else None
-
-
-def machine_of_alias(home: str, text: str | None) -> str | None:
-    """The machine that an interface with that alias is for; None if it is for none of that home."""
-    words = (text or "").split(" ")
-    return words[3] if len(words) == 4 and words[:2] == [PREFIX, home] else None
+    return words[2] if len(words) == 3 and words[:2] == [PREFIX, home] else None

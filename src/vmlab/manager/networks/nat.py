@@ -29,7 +29,7 @@ _SECONDS: Final = 120.0
 
 def rules(layout: Layout) -> str:
     """The table of a network, as nft(8) reads it: what was there of it before is replaced."""
-    table, port = layout.table, layout.interface
+    table, port = layout.table, layout.bridge
     four = [each for each in layout.gateways if ":" not in each]
     six = [each for each in layout.gateways if ":" in each]
     broadcasts = [str(each.broadcast_address) for each in layout.subnets if each.version == 4]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -39,25 +38,6 @@ __all__ = ["Networks"]
 _LOG: Final = logging.getLogger(__name__)
 
 _LIVE: Final = tuple(state.value for state in MachineState if state.is_live)
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A network as the store has it: what the host needs for it, and who is on it."""
-
-    layout: Layout
-    leases: tuple[Lease, ...]
-    taps: Mapping[str, str]
-    live: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Plug:
-    """A NIC, by the ids of itself, of its network, if it has one, and of its machine."""
-
-    nic: str
-    network: str | None
-    machine: str
 
 
 class Networks:
@@ -113,9 +93,7 @@ class Networks:
             return "user"
         if layout.mode == "isolated":
             return f"segment:{names.segment(network.id)}"
-        if layout.vlan is None:
-            return f"bridge:{layout.bridge}"
-        return f"tap:{names.interface('tap', nic.id)}"
+        return f"bridge:{layout.bridge}"
 
     async def nic_network(self, nic: NicRow | str) -> str:
         """What a NIC's `network` is in a machine's specification, with its wire in place.
@@ -128,47 +106,38 @@ class Networks:
             OperationFailed: its network cannot be made on this host.
         """
         id_ = nic if isinstance(nic, str) else nic.id
-        plug, wire = await self._database.read(self._plug, id_)
-        await self._connect([plug])
+        network, wire = await self._database.read(self._wire, id_)
+        if network is not None:
+            await self.ensure(network)
         return wire
 
+    def _wire(self, s: Session, nic: str) -> tuple[str | None, str]:
+        row = s.get(NicRow, nic)
+        if row is None:
+            raise ResourceNotFound(f"there is no NIC {nic!r}")
+        return row.network_id, self.wire(row)
+
     async def machine_starting(self, machine: str) -> None:
-        """Have the networks of a machine there, which knows of it, and its wires; again is fine.
+        """Have the networks of a machine there, which know of it; again is fine.
 
         Raises:
             OperationFailed: one of them cannot be made on this host.
         """
-        await self._connect(await self._database.read(_plugs_of, machine))
-
-    async def _connect(self, plugs: Sequence[_Plug]) -> None:
-        for network in sorted({plug.network for plug in plugs if plug.network is not None}):
-            layout = await self.ensure(network)
-            if layout.vlan is None:
-                continue
-            for plug in plugs:
-                if plug.network == network:
-                    tap = names.interface("tap", plug.nic)
-                    await self.host.plug(layout, tap, plug.machine)
-
-    def _plug(self, s: Session, nic: str) -> tuple[_Plug, str]:
-        row = s.get(NicRow, nic)
-        if row is None:
-            raise ResourceNotFound(f"there is no NIC {nic!r}")
-        return _Plug(row.id, row.network_id, row.machine_id), self.wire(row)
+        for network in await self._database.read(_networks_of, machine):
+            await self.ensure(network)
 
     async def machine_stopped(self, machine: str) -> None:
-        """A machine is at rest: its taps go, and its addresses if its policy says so."""
+        """A machine is at rest: its addresses go if its policy says so."""
         await self._let_go(machine, "stop")
 
     async def machine_deleted(self, machine: str) -> None:
-        """A machine is no more, or about to be: its taps, addresses and seed go."""
+        """A machine is about to be no more: its addresses and its seed go."""
         await self._let_go(machine, "delete")
         for suffix in (".iso", ".json"):
             path = self._seed_path(machine).with_suffix(suffix)
             await asyncio.to_thread(path.unlink, missing_ok=True)
 
     async def _let_go(self, machine: str, when: str) -> None:
-        await self.host.unplug_machine(machine)
         on = await self._database.read(_networks_of, machine)
         if await self._database.write(addresses.release, machine, when=when):
             for network in on:
@@ -202,9 +171,9 @@ class Networks:
             OperationFailed: it cannot be made on this host, and why.
         """
         async with self._changes[network]:
-            wanted = await self._database.read(_wanted, network, self.host.home)
-            layout = await self.host.ensure(wanted.layout, wanted.leases, wanted.taps)
-            if layout.foreign != wanted.layout.foreign:
+            wanted, leases = await self._database.read(_wanted, network, self.host.home)
+            layout = await self.host.ensure(wanted, leases)
+            if layout.foreign != wanted.foreign:
                 await self._database.write(_note_foreign, network, layout.foreign)
             await self._serve_metadata(layout)
             return layout
@@ -212,9 +181,9 @@ class Networks:
     async def _serve_metadata(self, layout: Layout) -> None:
         if layout.mode != "bridged" or layout.foreign or not layout.gateways:
             return
-        link = (await asyncio.to_thread(links.links)).get(layout.interface)
+        link = (await asyncio.to_thread(links.links)).get(layout.bridge)
         if link is None:
-            raise OperationFailed(f"the interface {layout.interface} is gone again")
+            raise OperationFailed(f"the bridge {layout.bridge} is gone again")
         await self._metadata.open(layout, link.index)
 
     async def teardown(self, network: str) -> list[str]:
@@ -229,11 +198,11 @@ class Networks:
         Raises:
             ResourceNotFound: the store has no network of that id.
         """
-        wanted = await self._database.read(_wanted, network, self.host.home)
-        return await self.host.missing(wanted.layout, wanted.taps)
+        wanted, _ = await self._database.read(_wanted, network, self.host.home)
+        return await self.host.missing(wanted)
 
     async def reconcile(self) -> list[str]:
-        """Remove what is of no network or no live machine of the store; repair what is needed.
+        """Remove what is of no network of the store; repair what live machines need.
 
         A network that cannot be repaired is told in the log and does not keep others from it.
 
@@ -242,7 +211,6 @@ class Networks:
         """
         known, live = await self._database.read(_all_networks)
         removed = await self.host.sweep(known)
-        removed += await self._sweep_taps()
         for machine in await self._database.read(_unreleased):
             given = await self._database.write(addresses.release, machine, when="stop")
             removed += [f"address {each}" for each in given]
@@ -253,18 +221,6 @@ class Networks:
                 _LOG.warning("network %s cannot be made on this host: %s", network, error)
         if removed:
             _LOG.info("networks: removed %s", ", ".join(removed))
-        return removed
-
-    async def _sweep_taps(self) -> list[str]:
-        """Remove taps whose machines are at rest or no more."""
-        wanted = await self._database.read(_wanted_machines)
-        removed = []
-        there = await asyncio.to_thread(links.links)
-        for name, link in there.items():
-            machine = names.machine_of_alias(self.host.home, link.alias)
-            if machine is not None and machine not in wanted:
-                await self.host.unplug(name)
-                removed.append(f"tap {name}")
         return removed
 
     async def _instance(self, network: str, address: str) -> Instance | None:
@@ -281,26 +237,9 @@ def _network(s: Session, network: str) -> NetworkRow:
     return row
 
 
-def _plugs_of(s: Session, machine: str) -> list[_Plug]:
-    rows = s.scalars(select(NicRow).where(NicRow.machine_id == machine).order_by(NicRow.position))
-    return [_Plug(row.id, row.network_id, row.machine_id) for row in rows]
-
-
-def _wanted(s: Session, network: str, home: str) -> _Wanted:
-    row = _network(s, network)
-    layout = Layout.of(row, home)
-    on = s.execute(
-        select(NicRow.id, NicRow.machine_id)
-        .join(MachineRow, MachineRow.id == NicRow.machine_id)
-        .where(NicRow.network_id == network, MachineRow.state.in_(_LIVE))
-    ).all()
-    taps = {names.interface("tap", nic): machine for nic, machine in on}
-    return _Wanted(
-        layout,
-        tuple(addresses.leases(s, network)),
-        taps if layout.vlan is not None else {},
-        bool(on),
-    )
+def _wanted(s: Session, network: str, home: str) -> tuple[Layout, Sequence[Lease]]:
+    """A network as the store has it: what the host needs for it, and who is on it."""
+    return Layout.of(_network(s, network), home), addresses.leases(s, network)
 
 
 def _note_foreign(s: Session, network: str, foreign: bool) -> None:
@@ -310,9 +249,9 @@ def _note_foreign(s: Session, network: str, foreign: bool) -> None:
 
 
 def _networks_of(s: Session, machine: str) -> list[str]:
-    """The networks that a machine has addresses of."""
-    found = select(AddressRow.network_id).where(AddressRow.machine_id == machine).distinct()
-    return list(s.scalars(found))
+    """The networks that a machine is on."""
+    found = select(NicRow.network_id).where(NicRow.machine_id == machine).distinct()
+    return sorted(each for each in s.scalars(found) if each is not None)
 
 
 def _all_networks(s: Session) -> tuple[frozenset[str], list[str]]:
@@ -325,17 +264,6 @@ def _all_networks(s: Session) -> tuple[frozenset[str], list[str]]:
     )
     on = [each for each in s.scalars(live) if each is not None]
     return frozenset(s.scalars(select(NetworkRow.id))), sorted(on)
-
-
-def _wanted_machines(s: Session) -> frozenset[str]:
-    """Machines that are live, or that something is being done with."""
-    return frozenset(
-        s.scalars(
-            select(MachineRow.id).where(
-                MachineRow.state.in_(_LIVE) | MachineRow.operation_id.is_not(None)
-            )
-        )
-    )
 
 
 def _unreleased(s: Session) -> list[str]:

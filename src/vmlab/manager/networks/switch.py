@@ -90,10 +90,6 @@ class Switch:
         )
         await self._until(server, socket)
         await self.control("--no-wait", "init")
-        # Without it, frames of guests that leave checksums to their NIC arrive with wrong ones.
-        await self.control(
-            "--no-wait", "set", "Open_vSwitch", ".", "other_config:userspace-tso-enable=true"
-        )
         await self._spawn("ovs-vswitchd", f"unix:{socket}", "--no-chdir", "--disable-system")
         await self.control("show")
 
@@ -120,33 +116,22 @@ class Switch:
             "--may-exist", "add-br", name, "--", "set", "bridge", name, "datapath_type=netdev"
         )
 
-    async def add_port(self, bridge: str, name: str, tag: int, *, own: bool = False) -> None:
-        """Have an interface on a bridge, with a tag; one that is there gets that tag.
+    async def add_port(self, bridge: str, name: str, tag: int) -> None:
+        """Make an interface that is on a bridge with a tag; one that is there gets that tag.
 
         Args:
             bridge: Its bridge.
             name: Of the interface.
             tag: VLAN of its untagged frames, the only one that it is in.
-            own: Whether the interface is the switch's to make, for the host to be on.
         """
         words = ["--may-exist", "add-port", bridge, name, "--", "set", "port", name, f"tag={tag}"]
-        if own:
-            words += ["--", "set", "interface", name, "type=internal"]
-        await self.control(*words)
+        await self.control(*words, "--", "set", "interface", name, "type=internal")
 
     async def remove_port(self, name: str) -> None:
-        """Take an interface off and remove it; again does nothing."""
+        """Remove an interface that it made; again does nothing."""
         if self.works:
             await self.control("--if-exists", "del-port", name)
         await asyncio.to_thread(links.remove, name)
-
-    async def bridges(self) -> list[str]:
-        """The bridges that it has."""
-        return (await self.control("list-br")).split() if self.works else []
-
-    async def ports(self, bridge: str) -> list[str]:
-        """The interfaces on a bridge, but for its own."""
-        return (await self.control("list-ports", bridge)).split()
 
     async def remove_bridge(self, name: str) -> None:
         """Remove a bridge with its ports; again does nothing."""

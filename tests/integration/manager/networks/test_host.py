@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,7 @@ def test_what_is_lost_is_told_and_comes_again(bench: Any, sh: Callable[..., str]
         "dnsmasq",
     ]
     assert bench.run(host.missing(isolated)) == ["DHCP server"]
-    # The switch's own taps are there, and nobody has them open.
-    assert bench.run(host.missing(tagged, ["vmlt1"])) == ["tap vmlt1", "switch", "dnsmasq"]
+    assert bench.run(host.missing(tagged)) == ["switch", "dnsmasq"]
     for each in (wanted, tagged, isolated):
         bench.run(host.ensure(each))
         assert bench.run(host.missing(each)) == []
@@ -238,6 +238,34 @@ def test_machines_of_an_isolated_network_get_their_addresses_without_rights(benc
     assert answer[14 + 20 + 8 + 16 :][:4] == bytes([10, 9, 0, 2])
 
 
+SENDER = """
+    import socket, sys, time
+    for _ in range(240):
+        try:
+            wire = socket.create_connection((sys.argv[1], 4000), 60)
+        except ConnectionRefusedError:  # it does not listen yet
+            time.sleep(0.25)
+            continue
+        wire.sendall(b"x" * (1 << 20))
+        break
+"""
+LISTENER = """
+    import socket
+    with socket.create_server(("", 4000)) as server:
+        server.settimeout(120)
+        wire, _ = server.accept()
+        print(sum(len(data) for data in iter(lambda: wire.recv(65536), b"")))
+"""
+
+
+def send(one: Any, two: Any, address: str) -> int:
+    """Bytes that arrive of a megabyte sent by TCP."""
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(two.script, LISTENER)
+        one.script(SENDER, address)
+        return int(got.result())
+
+
 @pytest.fixture
 def outside(client: Callable[[], Any], sh: Callable[..., str]) -> Any:
     """A computer beyond the host, which has no way back into its networks."""
@@ -278,20 +306,23 @@ def test_machines_with_one_tag_reach_each_other_and_those_with_another_do_not(
     leases = [lease(one, "10.9.0.2"), lease(two, "10.9.0.3")]
     bench.run(bench.host.ensure(red, leases))
     bench.run(bench.host.ensure(green, [lease(other, "10.10.0.2")]))
-    assert red.bridge == green.bridge
+    assert red.switch == green.switch
     for computer, network in ((one, red), (two, red), (other, green)):
-        bench.run(bench.host.switch.add_port(network.bridge, computer.port, network.vlan))
+        computer.plug(network.bridge)
     assert one.ask()["ip"] == "10.9.0.2"
     assert two.ask()["ip"] == "10.9.0.3"
     assert other.ask()["ip"] == "10.10.0.2"
     assert one.reaches("10.9.0.3")
     # Also where it says that it is one of them.
     other.run("ip", "addr", "add", "10.9.0.4/24", "dev", "eth0")
+    for network in (red, green):
+        nat.remove(network.table)
     assert not other.reaches("10.9.0.2", tries=2)
     assert not other.reaches("10.9.0.1", tries=2)
-    # Only the tag keeps it away.
-    bench.run(bench.host.switch.add_port(green.bridge, other.port, red.vlan))
+    # Only the tag keeps it away: a megabyte goes through the switch with another one.
+    bench.run(bench.host.switch.add_port(green.switch, green.port, 10))
     assert other.reaches("10.9.0.2")
+    assert send(other, one, "10.9.0.2") == 1 << 20
     bench.run(bench.host.remove(red.network))
     assert bench.host.switch.processes()
     bench.run(bench.host.remove(green.network))
@@ -313,24 +344,6 @@ def test_a_switch_that_somebody_else_has_is_not_shared(bench: Any, tmp_path: Pat
     assert there() == before
     bench.run(other.sweep([]))
     bench.run(bench.host.ensure(layout(bench, vlan=5)))
-
-
-def test_a_machine_s_tap_has_its_network_s_tag_and_goes_with_the_machine(bench: Any) -> None:
-    wanted, machine = layout(bench, vlan=10), "d" * 32
-    bench.run(bench.host.ensure(wanted))
-    bench.run(bench.host.plug(wanted, "vmlt1", machine))
-    bench.run(bench.host.ensure(wanted, [], {"vmlt1": machine, "vmlt2": "e" * 32}))
-    assert set(bench.run(bench.host.switch.ports(wanted.bridge))) == {
-        wanted.interface,
-        "vmlt1",
-        "vmlt2",
-    }
-    assert bench.run(bench.host.switch.control("get", "port", "vmlt2", "tag")) == "10\n"
-    assert bench.run(bench.host.unplug_machine(machine)) == ["vmlt1"]
-    assert "vmlt1" not in there()
-    removed = bench.run(bench.host.remove(wanted.network))
-    assert "tap vmlt2" in removed
-    assert there() == set()
 
 
 def test_two_homes_on_one_host_do_not_touch_each_other_s_networks(
@@ -389,7 +402,7 @@ KILLED = """
         return call
 
     # Every call that changes the host, before it does.
-    for name in ("make_bridge", "make_tap", "add_addresses", "set_alias", "set_up", "remove"):
+    for name in ("make_bridge", "join", "add_addresses", "set_alias", "remove"):
         setattr(links, name, counted(getattr(links, name)))
     nat.apply, nat.remove = counted(nat.apply), counted(nat.remove)
     daemons.spawn = switch.spawn = counted(processes.spawn)
@@ -400,7 +413,7 @@ KILLED = """
         for id_, vlan, subnet in (("a", None, "10.9.0.0/24"), ("b", 7, "10.10.0.0/24")):
             layout = Layout.of(NetworkRow(id=id_ * 32, name=id_, mode="bridged", vlan=vlan,
                 subnet=subnet, dns=[], ranges=[], reserved=[], dhcp=True, data={}), host.home)
-            await host.ensure(layout, [], {"vmlt1": "d" * 32} if vlan else {})
+            await host.ensure(layout)
         for id_ in "ab":
             await host.remove(id_ * 32)
 

@@ -9,7 +9,7 @@ from vmlab.manager.networks import names
 
 ID = "0123456789abcdef" * 2
 HOME = names.digest(Path("/somewhere"))
-KINDS = ("bridge", "gateway", "tap", "switch")
+KINDS = ("bridge", "port", "switch")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -20,24 +20,18 @@ def test_names_of_interfaces_fit_the_kernel_and_the_specification(kind: str) -> 
 
 
 def test_kinds_of_interfaces_of_one_id_have_names_of_their_own() -> None:
-    assert len({names.interface(kind, ID) for kind in KINDS}) == len(KINDS) == 4
+    assert len({names.interface(kind, ID) for kind in KINDS}) == len(KINDS)
 
 
-def test_an_alias_tells_the_network_and_the_machine_to_its_own_home_alone() -> None:
-    other = names.digest(Path("/elsewhere"))
-    tap = names.alias(HOME, ID, "f" * 32)
-    assert names.of_alias(HOME, tap) == ID
-    assert names.machine_of_alias(HOME, tap) == "f" * 32
-    assert names.of_alias(other, tap) is names.machine_of_alias(other, tap) is None
-    bridge = names.alias(HOME, ID)
-    assert names.of_alias(HOME, bridge) == ID
-    assert names.machine_of_alias(HOME, bridge) is None
+def test_an_alias_tells_the_network_to_its_own_home_alone() -> None:
+    text = names.alias(HOME, ID)
+    assert names.of_alias(HOME, text) == ID
+    assert names.of_alias(names.digest(Path("/elsewhere")), text) is None
 
 
 @pytest.mark.parametrize("text", [None, "", "uplink", "vmlab", "vmlab a b", f"vmlab {HOME}"])
 def test_what_somebody_else_says_of_an_interface_is_no_alias(text: str | None) -> None:
     assert names.of_alias(HOME, text) is None
-    assert names.machine_of_alias(HOME, text) is None
 
 
 def test_names_of_segments_and_tables_are_told_apart_by_home_and_id() -> None:

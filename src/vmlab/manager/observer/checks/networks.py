@@ -102,26 +102,18 @@ def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
     """Interfaces of the host that belong to nothing, and those that are needed and not there."""
     if "interfaces" not in seen.looked:
         return
-    taps = {interface("tap", nic.id): machine for machine, nic in known.nic.values() if nic.network}
     for found in seen.interfaces:
-        tap = found.name.startswith(interface("tap", ""))
         if found.network == _SWITCH and any(each.vlan for each in known.network.values()):
             continue
-        if found.network not in known.network:
-            why = "is of a network that the store does not have"
-        elif tap and found.name not in taps:
-            why = "is of no NIC that the store has"
-        elif tap and taps[found.name].state in OFF:
-            why = f"is of machine {taps[found.name].name!r}, which is {taps[found.name].state}"
-        else:
+        if found.network in known.network:
             continue
-        owner = taps.get(found.name)
         yield Difference(
             code="lost-interface",
             severity="warning",
             subject=found.name,
             name=found.name,
-            message=f"the {found.kind} {found.name!r} of the host {why}",
+            message=f"the {found.kind} {found.name!r} of the host is of a network that the store "
+            "does not have",
             hint="reconcile removes it",
             source="interfaces",
             evidence={
@@ -130,7 +122,7 @@ def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
                 "network": found.network,
                 "lacking": False,
             },
-            touches=frozenset({found.network} | ({owner.id} if owner is not None else set())),
+            touches=frozenset({found.network}),
             actions=("reconcile",),
         )
     yield from _lacking(known, seen)
@@ -146,8 +138,8 @@ def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
         touches = frozenset({network.id, machine.id})
         needed[network.bridge] = (network.id, "bridge", touches)
         if network.vlan is not None:
-            # On a bridge without tags, a hypervisor makes taps of its own.
-            needed[interface("tap", nic.id)] = (network.id, "tap", touches)
+            # By it, the bridge is on the switch. Taps are made by hypervisors, and go with them.
+            needed[interface("port", network.id)] = (network.id, "port", touches)
     for name, (id_, kind, touches) in needed.items():
         if name in seen.every_interface:
             continue
@@ -158,11 +150,9 @@ def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
             name=name,
             message=f"network {known.network[id_].name!r} needs the {kind} {name!r}, "
             "and the host does not have it",
-            hint="reconcile makes the bridge again; a tap comes with its machine's next start"
-            if kind == "bridge"
-            else "the machine has lost its wire: restart it",
+            hint="reconcile makes it again",
             source="interfaces",
             evidence={"interface": name, "kind": kind, "network": id_, "lacking": True},
             touches=touches,
-            actions=("reconcile",) if kind == "bridge" else (),
+            actions=("reconcile",),
         )

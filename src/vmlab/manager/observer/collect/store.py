@@ -144,8 +144,8 @@ def _networks(session: Session, home: str) -> Iterable[KnownNetwork]:
         select(NetworkRow.id, NetworkRow.name, NetworkRow.mode, NetworkRow.bridge, NetworkRow.vlan)
     ):
         # As `networks.layout.Layout.of` has it.
-        own = interface("bridge", id_) if vlan is None else interface("switch", home)
-        on = (bridge or own) if mode == "bridged" else ""
+        own = interface("bridge", id_)
+        on = "" if mode != "bridged" else own if vlan is not None else bridge or own
         yield KnownNetwork(id_, name, _MODES[mode], on, vlan)
 
 
