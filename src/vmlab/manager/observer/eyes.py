@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.ownership import Owner, Store
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.networks import names
@@ -130,11 +130,12 @@ class Eyes:
 
     @property
     def owners(self) -> list[Owner]:
-        """The stores whose machines this manager has."""
-        hosts = self._manager.hosts
-        opened = [hosts.opened(name) for name in hosts.names]
-        found = {hypervisor.owner.id: hypervisor.owner for hypervisor in opened if hypervisor}
-        return list(found.values())
+        """The stores whose machines this manager has: also those of hosts that it does not use."""
+        hosts, home = self._manager.hosts, self._manager.settings.home
+        names = {store_name(hosts.setting(name)) for name in hosts.names}
+        return [
+            Store.open(home, name).owner for name in sorted(names) if (home.stores / name).is_dir()
+        ]
 
     # ------------------------------------------------------------------ what is around them
 
@@ -196,4 +197,5 @@ class Eyes:
 
         told = await asyncio.gather(*map(ask, sorted(machines)))
         heard = [guest for guest in told if guest is not None]
-        return {"guests": heard, "looked": {f"guest:{guest.machine}" for guest in heard}}
+        # Of one that could not be asked nobody can say any more that it does not answer.
+        return {"guests": heard, "looked": {f"guest:{machine}" for machine in machines}}

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.base import Hypervisor
 from vmlab.machine.errors import VmlabError
-from vmlab.machine.events import Event
+from vmlab.machine.events import Event, EventType
 from vmlab.machine.states import OFF, MachineState
 from vmlab.manager.documents import FindingDocument
 from vmlab.manager.observer.automatic import Automatic
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Observer", "Pace"]
 
 _LOG: Final = logging.getLogger(__name__)
+_BAD: Final = frozenset({EventType.CRASHED, EventType.GUEST_PANIC})
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +292,11 @@ class Observer:
         while True:
             try:
                 async for event in self._manager.database.events.subscribe(None):
-                    if event.kind == "operation.ended" and event.subject in self._concerned:
+                    if event.kind != "operation.ended":
+                        continue
+                    # It may have opened a host.
+                    self._follow_hypervisors()
+                    if event.subject in self._concerned:
                         self.call([event.subject])
                 return
             except EventsGone:
@@ -309,9 +314,10 @@ class Observer:
 
     async def _follow(self, hypervisor: Hypervisor) -> None:
         try:
-            async for event in hypervisor.subscribe():
-                # What an operation does is that operation's to write down.
-                if event.machine is not None and event.operation is None:
+            # From the first one on: something may have happened before anybody listened.
+            async for event in hypervisor.subscribe(0):
+                # What an operation does is that operation's to write down, but not what befalls it.
+                if event.machine is not None and (event.operation is None or event.type in _BAD):
                     await self._heard(event)
         except VmlabError as error:
             _LOG.info("events of %s are followed anew: %s", hypervisor.name, error)

@@ -8,10 +8,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from vmlab.guests import agent, qga
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.simulated.guest import PROBE
 from vmlab.machine.errors import VmlabError
+from vmlab.machine.states import MachineState
 from vmlab.manager.observer.seen import SeenGuest
 
 __all__ = ["asked"]
@@ -24,8 +26,8 @@ async def asked(
     machine: Machine,
     guest_of: Callable[[str], Awaitable[Guest]],
     timeout: float,
-) -> SeenGuest:
-    """Ask one guest, which has `timeout` seconds.
+) -> SeenGuest | None:
+    """Ask one guest, which has `timeout` seconds; None of one that cannot be asked.
 
     Args:
         id_: Of the store's.
@@ -33,6 +35,8 @@ async def asked(
         guest_of: Reaches the guest of a machine of the store's.
         timeout: Seconds.
     """
+    if machine.state is not MachineState.RUNNING or not can_answer(machine):
+        return None
     try:
         async with asyncio.timeout(timeout):
             if machine.hypervisor.name == "simulated":
@@ -42,6 +46,14 @@ async def asked(
         return SeenGuest(id_, False, f"no answer for {timeout:g} s")
     except (VmlabError, OSError, ValueError) as error:
         return SeenGuest(id_, False, str(error))
+
+
+def can_answer(machine: Machine) -> bool:
+    """Whether the machine has a port for an agent; others may have nobody to answer."""
+    ports = machine.spec.channels
+    if machine.hypervisor.name == "simulated":
+        return PROBE in ports
+    return agent.CONTROL in ports or qga.PORT in ports
 
 
 async def _asked_by_probe(id_: str, machine: Machine) -> SeenGuest:
