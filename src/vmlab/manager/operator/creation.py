@@ -66,6 +66,7 @@ from vmlab.manager.operator.placement import (
     on_some_host,
     placed,
 )
+from vmlab.manager.operator.wiring import ended, wired
 from vmlab.manager.requests import CreateMachine, DeleteMachine, NewNic, UpdateMachine
 from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict, add_event, set_machine_state
@@ -101,6 +102,7 @@ class CreateHandler(Handler[CreateMachine]):
         session.flush()
         if request.start:
             claim_room(session, self, row, operation, keep=True)
+            self.manager.networks.prepare(session, row, operation=operation)
         add_event(
             session,
             "machine.created",
@@ -181,16 +183,18 @@ class CreateHandler(Handler[CreateMachine]):
 
     async def run(self, work: Work[CreateMachine]) -> dict[str, Any] | None:
         async with work.step("register", "take it down") as step:
-            work.on_undo(
-                step,
-                lambda: work.database.write(_forget, work.target_id, work.operation_id),
-            )
+            work.on_undo(step, partial(self._unmake, work))
         await self._define(work)
         if work.request.start:
             # What is made stays, whatever becomes of its start.
             work.keep()
             await boot(self, work)
         return {"machine": work.target_id}
+
+    async def _unmake(self, work: Work[CreateMachine]) -> None:
+        """Nothing of it is left: what it had of networks, then its row."""
+        await ended(self.manager, work.target_id, deleted=True)
+        await work.database.write(_forget, work.target_id, work.operation_id)
 
     async def _define(self, work: Work[CreateMachine]) -> None:
         machine = await work.database.read(placed, work.target_id)
@@ -217,6 +221,7 @@ class CreateHandler(Handler[CreateMachine]):
     async def _specification(self, work: Work[CreateMachine], machine: Placed) -> MachineSpec:
         """The machine as its hypervisor is to make it."""
         spec = await work.database.read(_spec_with_parts, self.manager.storage, machine.id)
+        spec = await wired(self.manager, machine.id, spec)
         hypervisor = self.manager.hosts.setting(machine.host).hypervisor
         if machine.image is None or hypervisor == SIMULATED:
             return spec.with_changes(boot={**spec.boot.model_dump(), "image": None})
@@ -395,6 +400,7 @@ class DeleteHandler(Handler[DeleteMachine]):
         async with work.step("remove", "remove it from its host, with its own storage") as step:
             if not step.done_before:
                 await undefine(work, machine_id)
+                await ended(self.manager, machine_id, deleted=True)
                 await self.manager.boot_files.remove(machine_id)
         async with work.step("forget", "forget it") as step:
             if not step.done_before:
@@ -407,7 +413,8 @@ class DeleteHandler(Handler[DeleteMachine]):
         state, reason = await found_state(work, work.target_id)
         if not state.is_live:
             state = MachineState.FAILED if state is not MachineState.UNKNOWN else state
-            reason = f"it could not be deleted: {work.failure}"
+            why = work.failure.message if work.failure is not None else ""
+            reason = f"it could not be deleted: {why}"
         await work.database.write(
             write_state, work.target_id, state, work.operation_id, reason=reason
         )

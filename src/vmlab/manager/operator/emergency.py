@@ -21,6 +21,7 @@ from vmlab.machine.states import LIVE, MachineState
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key, register
 from vmlab.manager.operator.hosts import machine_name
 from vmlab.manager.operator.journal import Work
+from vmlab.manager.operator.wiring import ended
 from vmlab.manager.requests import EmergencyStop
 from vmlab.manager.store.changes import set_machine_state
 from vmlab.manager.store.queries import find_host
@@ -168,6 +169,7 @@ class EmergencyHandler(Handler[EmergencyStop]):
                 if silent is not None:
                     raise OperationFailed(f"its host does not answer: {silent}")
                 await work.database.write(_say_stopped, machine.id, work.operation_id)
+                await ended(self.manager, machine.id)
         except (VmlabError, TimeoutError) as error:
             done.failed[machine.name] = str(error) or f"it took more than {_SECONDS:g} s"
         else:

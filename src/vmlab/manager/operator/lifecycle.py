@@ -45,6 +45,7 @@ from vmlab.manager.operator.placement import (
     refuse_unless,
     specification,
 )
+from vmlab.manager.operator.wiring import connect, ended
 from vmlab.manager.requests import (
     PauseMachine,
     RestartMachine,
@@ -236,6 +237,7 @@ class StartHandler(_OnMachine[StartMachine]):
         row = find_machine(session, request.machine)
         if actual_state(self.manager, row) not in LIVE:
             claim_room(session, self, row, operation_of(session), keep=True)
+            self.manager.networks.prepare(session, row, operation=operation_of(session))
         return target
 
     def plan(self, session: Session, request: StartMachine) -> Sequence[PlannedStep]:
@@ -276,6 +278,7 @@ async def boot(handler: Handler[Any], work: Work[Any], *, allowed: Any = _SETTLE
             # From now on it counts as live, which takes the place of what was promised.
             claim_room(session, handler, row, work.operation_id, keep=False)
             drop_reservation(session, work.operation_id)
+            manager.networks.prepare(session, row, operation=work.operation_id)
         row.wanted = "running"
         set_machine_state(session, row, MachineState.STARTING, operation=work.operation_id)
 
@@ -284,6 +287,10 @@ async def boot(handler: Handler[Any], work: Work[Any], *, allowed: Any = _SETTLE
         if not step.done_before:
             step.data["fresh"] = bool(fresh and fresh[0])
     movable = bool(step.data.get("fresh"))
+    async with work.step("network", BOOT_STEPS[1].text) as step:
+        if not step.done_before:
+            machine = await work.database.read(placed, machine_id)
+            await connect(manager, machine_id, machine.host)
     async with work.step("boot", BOOT_STEPS[2].text) as step:
         if not step.done_before:
             machine = await work.database.read(placed, machine_id)
@@ -319,6 +326,8 @@ async def _not_booted(work: Work[Any]) -> None:
         state = MachineState.FAILED
         reason = work.failure.message if work.failure is not None else ""
     wanted = "stopped" if work.cancelled else None
+    if not state.is_live and state is not MachineState.UNKNOWN:
+        await ended(work.manager, machine_id)
     await work.database.write(
         write_state, machine_id, state, work.operation_id, reason=reason, wanted=wanted
     )
@@ -362,7 +371,10 @@ class StopHandler(_OnMachine[StopMachine]):
         how = await stop_by_steps(work, work.target_id, seconds if request.graceful else None)
         async with work.step("release", "give back what it had") as step:
             if not step.done_before:
-                step.also(write_state, work.target_id, MachineState.STOPPED, work.operation_id)
+                await work.database.write(
+                    write_state, work.target_id, MachineState.STOPPED, work.operation_id
+                )
+                await ended(self.manager, work.target_id)
         return {"how": how}
 
 

@@ -19,7 +19,9 @@ from vmlab.machine.faults import KillFault
 from vmlab.manager.documents import OperationDocument
 from vmlab.manager.requests import (
     CreateMachine,
+    CreateNetwork,
     DeleteMachine,
+    DeleteNetwork,
     MachinePolicy,
     Metadata,
     NewNic,
@@ -319,5 +321,39 @@ def test_a_machine_that_was_killed_can_be_started_again(place: Any, doing: Any) 
 
             await doing.eventually(failed, "killed")
             await doing.did(manager, StartMachine(machine="web"))
+
+    asyncio.run(story())
+
+
+def test_nics_on_networks_of_the_managers_have_addresses_while_the_machine_may_have_them(
+    place: Any, doing: Any
+) -> None:
+    async def story() -> None:
+        async with place.manager() as manager:
+            await doing.did(manager, CreateNetwork(name="lan", subnet="10.9.0.0/29"))
+            for name, release in (("a", "stop"), ("b", "delete")):
+                request = CreateMachine(
+                    name=name,
+                    spec=SPEC,
+                    nics=(NewNic(network="lan"),),
+                    policy=MachinePolicy(release_addresses=release),
+                    metadata=Metadata(user_data="#cloud-config\n"),
+                    start=True,
+                )
+                await doing.did(manager, request)
+            a, b = [await doing.machine(manager, name) for name in "ab"]
+            assert len({*a.nics[0].addresses, *b.nics[0].addresses}) == 2
+            info = await (await manager.machine(a.id)).info()
+            assert info.nics[0].network.startswith("segment:net-")
+            assert [disk.name for disk in info.disks] == ["cidata"]
+            for name in "ab":
+                await doing.did(manager, StopMachine(machine=name))
+            a, b = [await doing.machine(manager, name) for name in "ab"]
+            assert (len(a.nics[0].addresses), len(b.nics[0].addresses)) == (0, 1)
+            with pytest.raises(Conflict):
+                await manager.operator.submit(DeleteNetwork(network="lan"))
+            for name in "ab":
+                await doing.did(manager, DeleteMachine(machine=name))
+            await doing.did(manager, DeleteNetwork(network="lan"))
 
     asyncio.run(story())
