@@ -1,4 +1,4 @@
-"""QEMU killed by hand: found; under `report` nothing else happens, under `reconcile` it is restarted."""
+"""QEMU killed by hand is found; only under the policy `reconcile` more happens."""
 
 from __future__ import annotations
 
