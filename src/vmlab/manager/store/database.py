@@ -39,7 +39,7 @@ from vmlab.manager.store.events import EventStream
 from vmlab.manager.store.failures import Conflict, StoreUnavailable
 from vmlab.manager.store.tables import EventRow
 
-__all__ = ["Database"]
+__all__ = ["Database", "engine", "sqlite_file", "store_url", "unavailable"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,8 +60,8 @@ class Database:
     def __init__(self, url: URL, settings: Settings) -> None:
         self.url = url
         self._events_kept = settings.events_kept
-        self._reading = _engine(url, settings, write=False)
-        self._writing = _engine(url, settings, write=True)
+        self._reading = engine(url, settings, write=False)
+        self._writing = engine(url, settings, write=True)
         self._writer = threading.Lock()
         self._read_threads = ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
         self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="store-write")
@@ -90,12 +90,12 @@ class Database:
             database.close()
             # SQLite says of a file that is no database that it is a DatabaseError, and no more.
             if isinstance(error, OperationalError) or type(error) is DatabaseError:
-                raise _unavailable(url, error) from error
+                raise unavailable(url, error) from error
             raise
         return database
 
     def _prepare(self, settings: Settings) -> None:
-        migrating = _engine(self.url, settings, write=True, foreign_keys=False)
+        migrating = engine(self.url, settings, write=True, foreign_keys=False)
         try:
             migrations.upgrade(migrating)
         finally:
@@ -156,7 +156,7 @@ class Database:
             with Session(self._reading, autoflush=False) as session:
                 return fn(session, *args, **kwargs)
         except OperationalError as error:
-            raise _unavailable(self.url, error) from error
+            raise unavailable(self.url, error) from error
 
     def write_now(
         self,
@@ -174,7 +174,7 @@ class Database:
                         raise changes.conflict(error) from error
                     if getattr(error.orig, "sqlstate", None) not in _AGAIN:
                         if isinstance(error, OperationalError):
-                            raise _unavailable(self.url, error) from error
+                            raise unavailable(self.url, error) from error
                         raise
                     if attempt == _ATTEMPTS:
                         raise Conflict(
@@ -254,7 +254,8 @@ def _range_of_events(session: Session) -> tuple[int, int]:
     return (latest + 1 if oldest is None else oldest), latest
 
 
-def _unavailable(url: URL, error: DBAPIError) -> StoreUnavailable:
+def unavailable(url: URL, error: DBAPIError) -> StoreUnavailable:
+    """What it means to a person that a database does not answer."""
     shown = sqlite_file(url) or url.render_as_string(hide_password=True)
     return StoreUnavailable(
         f"the store {shown} does not answer: {' '.join(str(error.orig).split())}",
@@ -265,7 +266,7 @@ def _unavailable(url: URL, error: DBAPIError) -> StoreUnavailable:
 # ------------------------------------------------------------------------ engines
 
 
-def _engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = True) -> Engine:
+def engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = True) -> Engine:
     """Connections for transactions that write, or for those that only read."""
     match url.get_backend_name():
         case "sqlite":
@@ -288,14 +289,14 @@ def _engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = T
 
 
 def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool) -> Engine:
-    engine = create_engine(
+    made = create_engine(
         url,
         pool_size=1 if write else _READERS,
         max_overflow=0 if write else 1,
         connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
     )
 
-    @event.listens_for(engine, "connect")
+    @event.listens_for(made, "connect")
     def prepare(connection: sqlite3.Connection, _: object) -> None:
         # Python's module would begin transactions when it sees fit; here they begin below.
         connection.isolation_level = None
@@ -311,9 +312,9 @@ def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: b
             cursor.execute("PRAGMA query_only = ON")
         cursor.close()
 
-    @event.listens_for(engine, "begin")
+    @event.listens_for(made, "begin")
     def begin(connection: Any) -> None:
         # A transaction that begins to read and then writes could not wait for another writer.
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
-    return engine
+    return made

@@ -18,7 +18,7 @@ from vmlab.hypervisors.ownership import Home
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.settings import Settings
 from vmlab.manager.store import migrations, queries
-from vmlab.manager.store.database import Database, _engine, store_url
+from vmlab.manager.store.database import Database, engine, store_url
 from vmlab.manager.store.tables import Base
 
 Raw = Callable[[Settings], Engine]
@@ -30,13 +30,13 @@ def raw() -> Iterator[Raw]:
     engines: list[Engine] = []
 
     def open_raw(settings: Settings) -> Engine:
-        engine = _engine(store_url(settings), settings, write=True, foreign_keys=False)
-        engines.append(engine)
-        return engine
+        opened = engine(store_url(settings), settings, write=True, foreign_keys=False)
+        engines.append(opened)
+        return opened
 
     yield open_raw
-    for engine in engines:
-        engine.dispose()
+    for opened in engines:
+        opened.dispose()
 
 
 def described(connection: Connection) -> dict[str, Any]:
@@ -68,13 +68,13 @@ def described(connection: Connection) -> dict[str, Any]:
 def test_newest_schema_is_what_the_tables_say(
     settings: Settings, new_url: Callable[[], str | None], raw: Raw, tmp_path: Path
 ) -> None:
-    engine = raw(settings)
-    migrations.upgrade(engine)
+    there = raw(settings)
+    migrations.upgrade(there)
     other = raw(Settings(home=Home.open(tmp_path / "other"), database_url=new_url()))
     with other.begin() as connection:
         Base.metadata.create_all(connection)
         expected = described(connection)
-    with engine.connect() as connection:
+    with there.connect() as connection:
         assert described(connection) == expected
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
@@ -131,11 +131,11 @@ def fill_version_1(connection: Connection) -> None:
 
 
 def test_store_of_version_1_is_upgraded_with_all_it_holds(settings: Settings, raw: Raw) -> None:
-    engine = raw(settings)
-    migrations.upgrade(engine, to="0001")
-    with engine.begin() as connection:
+    there = raw(settings)
+    migrations.upgrade(there, to="0001")
+    with there.begin() as connection:
         fill_version_1(connection)
-    engine.dispose()
+    there.dispose()
 
     database = Database.open(settings)
     odd, web = database.read_now(queries.list_machines).items
@@ -180,8 +180,8 @@ def next_version(directory: Path, then: str = "pass") -> tuple[Path, ...]:
     return (directory,)
 
 
-def columns(engine: Engine, table: str) -> set[str]:
-    with engine.connect() as connection:
+def columns(there: Engine, table: str) -> set[str]:
+    with there.connect() as connection:
         return {column["name"] for column in inspect(connection).get_columns(table)}
 
 
@@ -190,13 +190,13 @@ def test_table_is_replaced_without_loss_of_what_refers_to_it(
 ) -> None:
     database = Database.open(settings)
     database.close()
-    engine = raw(settings)
-    with engine.begin() as connection:
+    there = raw(settings)
+    with there.begin() as connection:
         fill_version_1_machine(connection)
-    assert migrations.upgrade(engine, to="9999", versions=next_version(tmp_path / "more")) == (
+    assert migrations.upgrade(there, to="9999", versions=next_version(tmp_path / "more")) == (
         migrations.HEAD
     )
-    with engine.connect() as connection:
+    with there.connect() as connection:
         count = {
             table: connection.scalar(text(f"SELECT count(*) FROM {table}"))
             for table in ("machines", "nics", "addresses", "disks")
@@ -221,13 +221,13 @@ def fill_version_1_machine(connection: Connection) -> None:
 def test_newer_store_is_refused_and_left_alone(
     settings: Settings, raw: Raw, tmp_path: Path
 ) -> None:
-    engine = raw(settings)
-    migrations.upgrade(engine, to="9999", versions=next_version(tmp_path / "more"))
-    engine.dispose()
+    there = raw(settings)
+    migrations.upgrade(there, to="9999", versions=next_version(tmp_path / "more"))
+    there.dispose()
     with pytest.raises(migrations.SchemaUnknown, match="version '9999' of the schema") as error:
         Database.open(settings)
     assert "newer vmlab" in (error.value.hint or "")
-    assert "rack" in columns(engine, "machines")
+    assert "rack" in columns(there, "machines")
 
 
 @pytest.mark.parametrize(
@@ -240,34 +240,34 @@ def test_newer_store_is_refused_and_left_alone(
 def test_upgrade_that_fails_leaves_the_store_as_it_was(
     settings: Settings, raw: Raw, tmp_path: Path, then: str, saying: str
 ) -> None:
-    engine = raw(settings)
-    migrations.upgrade(engine)
+    there = raw(settings)
+    migrations.upgrade(there)
     with pytest.raises(Exception, match=saying):
-        migrations.upgrade(engine, to="9999", versions=next_version(tmp_path / "more", then))
-    assert "rack" not in columns(engine, "machines")
+        migrations.upgrade(there, to="9999", versions=next_version(tmp_path / "more", then))
+    assert "rack" not in columns(there, "machines")
     Database.open(settings).close()
 
 
 def test_upgrade_that_would_leave_rows_alone_is_undone(tmp_path: Path, raw: Raw) -> None:
     settings = Settings(home=Home.open(tmp_path / "home"))
-    engine = raw(settings)
-    migrations.upgrade(engine)
-    with engine.begin() as connection:
+    there = raw(settings)
+    migrations.upgrade(there)
+    with there.begin() as connection:
         fill_version_1_machine(connection)
     versions = next_version(tmp_path / "more", "op.execute('DELETE FROM machines')")
-    with pytest.raises(VmlabError, match=r"rows of addresses, disks, nics refer to nothing"):
-        migrations.upgrade(engine, to="9999", versions=versions)
-    with engine.connect() as connection:
+    with pytest.raises(VmlabError, match="rows of addresses, disks, nics refer to nothing"):
+        migrations.upgrade(there, to="9999", versions=versions)
+    with there.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM machines")) == 2
 
 
 def test_database_of_something_else_is_refused(settings: Settings, raw: Raw) -> None:
-    engine = raw(settings)
-    with engine.begin() as connection:
+    there = raw(settings)
+    with there.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE machines (serial int)")
     with pytest.raises(migrations.SchemaUnknown, match="holds machines, but not vmlab's"):
         Database.open(settings)
-    assert columns(engine, "machines") == {"serial"}
+    assert columns(there, "machines") == {"serial"}
 
 
 def test_two_that_open_a_new_store_at_once_make_it_once(settings: Settings) -> None:

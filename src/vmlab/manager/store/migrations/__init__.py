@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.store.tables import Base
 
-__all__ = ["HEAD", "SchemaUnknown", "schema_of", "upgrade"]
+__all__ = ["HEAD", "SchemaUnknown", "check_relations", "schema_of", "upgrade", "upgrade_within"]
 
 HEAD: Final = "0002"
 """The newest version of the schema: the one that `tables` describes."""
@@ -71,11 +71,18 @@ def upgrade(engine: Engine, *, to: str = HEAD, versions: tuple[Path, ...] = ()) 
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
                 found = schema_of(connection)
             if found != to:
-                _run(connection, found, to, versions)
+                upgrade_within(connection, found, to=to, versions=versions)
             return found
 
 
-def _run(connection: Connection, found: str | None, to: str, versions: tuple[Path, ...]) -> None:
+def upgrade_within(
+    connection: Connection,
+    found: str | None,
+    *,
+    to: str = HEAD,
+    versions: tuple[Path, ...] = (),
+) -> None:
+    """As `upgrade`, in the transaction of a connection, from the version that was found there."""
     # Imported where there is something to do: most stores are up to date.
     from alembic import command
     from alembic.config import Config
@@ -94,13 +101,27 @@ def _run(connection: Connection, found: str | None, to: str, versions: tuple[Pat
             f"the store has version {found!r} of the schema; this vmlab knows {to} and older",
             hint="it was written by a newer vmlab: use that one, or restore a backup from before",
         )
+    if to not in known:
+        raise SchemaUnknown(
+            f"version {to!r} of the schema is none that this vmlab knows",
+            hint="it is of a newer vmlab: use that one",
+        )
     command.upgrade(config, to)
+    check_relations(connection, to)
+
+
+def check_relations(connection: Connection, version: str) -> None:
+    """Refuse rows that refer to nothing, where the database has not minded them.
+
+    Raises:
+        VmlabError: which tables have them.
+    """
     if connection.dialect.name == "sqlite":
         broken = connection.execute(text("PRAGMA foreign_key_check")).fetchall()
         if broken:
             tables = ", ".join(sorted({str(row[0]) for row in broken}))
             raise VmlabError(
-                f"{len(broken)} rows of {tables} refer to nothing after the upgrade to {to}",
+                f"{len(broken)} rows of {tables} refer to nothing in version {version}",
                 hint="the store is as it was; please report it",
             )
 
