@@ -306,6 +306,20 @@ COMMANDS: tuple[CommandEntry, ...] = (
         _STAY,
     ),
     CommandEntry(
+        "backup",
+        "vmlab.cli.backup",
+        "backup",
+        "Save all that the manager knows in a file.",
+        _STAY,
+    ),
+    CommandEntry(
+        "restore-backup",
+        "vmlab.cli.backup",
+        "restore_backup",
+        "Make the manager's store of a backup.",
+        _STAY,
+    ),
+    CommandEntry(
         "token",
         "vmlab.cli.manager.tokens",
         "app",

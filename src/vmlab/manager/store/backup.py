@@ -43,7 +43,7 @@ _BATCH: Final = 500
 """Rows of a line, and of an INSERT."""
 
 _TABLES: Final = frozenset(Base.metadata.tables)
-"""The tables of the store, whatever else is in its database; one that a version drops stays here."""
+"""The tables of the store; its database may hold others. One that a version drops stays here."""
 
 _LINE: Final = 256 << 20
 """Characters of the longest line that is read: a batch of rows, each of which holds documents."""
