@@ -60,9 +60,9 @@ def check_request(s: Session, network: NetworkRow, address: str) -> ipam.Address
         )
     ).first()
     if holder is not None:
-        whose = holder.machine.name if holder.machine is not None else "something else"
+        whose = f"machine {holder.machine.name!r}" if holder.machine is not None else "nobody known"
         raise Conflict(
-            f"{wanted} of the network {network.name!r} is {whose!r}'s",
+            f"the address {wanted} of the network {network.name!r} belongs to {whose}",
             hint="leave the address out to get the first free one",
         )
     return wanted

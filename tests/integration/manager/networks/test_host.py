@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-import subprocess
-import sys
-import textwrap
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from vmlab.hypervisors import processes
+from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.errors import OperationFailed
-from vmlab.manager.networks import links, names, nat
+from vmlab.manager.networks import daemons, links, names, nat, switch
+from vmlab.manager.networks.host import HostNetworks
 from vmlab.manager.networks.layout import Layout, Lease
 from vmlab.manager.store.tables import NetworkRow
 
@@ -380,25 +382,17 @@ def test_interfaces_that_no_record_tells_of_are_found_by_what_they_say(
     assert nat.tables() == frozenset()
 
 
-KILLED = """
-    import asyncio, os, signal, sys
-    from pathlib import Path
-    from vmlab.hypervisors import processes
-    from vmlab.hypervisors.ownership import Owner
-    from vmlab.manager.networks import daemons, links, nat, switch
-    from vmlab.manager.networks.host import HostNetworks
-    from vmlab.manager.networks.layout import Layout
-    from vmlab.manager.store.tables import NetworkRow
+def _killed_before(directory: Path, left: int) -> None:
+    """In a process of its own: make networks and remove them, and die before a change."""
 
-    directory, left = Path(sys.argv[1]), int(sys.argv[2])
-
-    def counted(function):
-        def call(*arguments, **options):
-            global left
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
+
         return call
 
     # Every call that changes the host, before it does.
@@ -408,35 +402,44 @@ KILLED = """
     daemons.spawn = switch.spawn = counted(processes.spawn)
     switch.Switch.control = counted(switch.Switch.control)
 
-    async def main():
+    async def life() -> None:
         host = HostNetworks(directory, Owner("store", "manager", directory))
         for id_, vlan, subnet in (("a", None, "10.9.0.0/24"), ("b", 7, "10.10.0.0/24")):
-            layout = Layout.of(NetworkRow(id=id_ * 32, name=id_, mode="bridged", vlan=vlan,
-                subnet=subnet, dns=[], ranges=[], reserved=[], dhcp=True, data={}), host.home)
-            await host.ensure(layout)
+            row = NetworkRow(
+                id=id_ * 32, name=id_, mode="bridged", vlan=vlan, subnet=subnet, dns=[],
+                ranges=[], reserved=[], dhcp=True, data={},
+            )  # fmt: skip
+            await host.ensure(Layout.of(row, host.home))
         for id_ in "ab":
             await host.remove(id_ * 32)
 
-    asyncio.run(main())
-"""
+    asyncio.run(life())
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_nothing_is_left_of_a_manager_that_is_killed_before_any_change_of_the_host(
     bench: Any,
 ) -> None:
-    script = textwrap.dedent(KILLED)
     for point in range(1, 100):
-        words = [sys.executable, "-c", script, str(bench.directory), str(point)]
-        done = subprocess.run(words, check=False, timeout=280, capture_output=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                _killed_before(bench.directory, point)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
         removed = bench.run(bench.another().sweep([]))
         assert there() == set(), (point, removed)
         assert nat.tables() == frozenset(), (point, removed)
         assert nat.FORWARDING.read_text().strip() == "0", (point, removed)
         assert list(bench.directory.iterdir()) == [], (point, removed)
-        if done.returncode == 0:
+        if status == 0:
             break
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert os.WIFSIGNALED(status), point
+        assert os.WTERMSIG(status) == signal.SIGKILL
     else:
         pytest.fail("it never got to its end")
     assert point > 15, "it was killed in many places"
