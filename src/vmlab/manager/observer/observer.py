@@ -120,13 +120,22 @@ class Observer:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def sweep(self) -> list[FindingDocument]:
-        """Look at everything now, all machines and guests included; all findings that are open.
+    async def sweep(self, *, asked: int | None = None) -> list[FindingDocument]:
+        """Look at everything now; all findings that are open.
+
+        Args:
+            asked: How many machines are asked themselves, in turns, and no guests; None is all
+                machines and all guests.
 
         Raises:
             VmlabError: the store does not answer.
         """
-        await self._sweep(Scope(ask=None), ask_guests=True)
+        if asked is None:
+            await self._sweep(Scope(ask=None), ask_guests=True)
+        else:
+            ids = await self._manager.database.read(_machine_ids)
+            names = self._turns.next(map(machine_name, ids), asked)
+            await self._sweep(Scope(ask=frozenset(names)))
         return await self._manager.database.read(documents)
 
     # ------------------------------------------------------------------ looking
@@ -210,9 +219,7 @@ class Observer:
             await asyncio.sleep(max(self._manager.settings.sweep_seconds, rest))
 
     async def _paced_sweep(self) -> None:
-        ids = await self._manager.database.read(_machine_ids)
-        asked = self._turns.next(map(machine_name, ids), self.pace.asked)
-        await self._sweep(Scope(ask=frozenset(asked)))
+        await self.sweep(asked=self.pace.asked)
 
     async def _surely(self, look: Callable[[], Awaitable[object]]) -> None:
         """Look, whatever goes wrong: the next look may go well."""

@@ -20,7 +20,7 @@ __all__ = ["QUARANTINE", "disk_files", "volumes"]
 QUARANTINE: Final = "quarantine"
 """Directory, beside the disks, of files that were moved aside."""
 
-_DISK: Final = re.compile(r"([0-9a-f]{32})\.(raw|qcow2)")
+_DISK: Final = re.compile(r"([0-9a-f]{32})\.(raw|qcow2)(\.part)?")
 _QCOW2: Final = b"QFI\xfb"
 _SIZE_AT: Final = 24
 """Offset of the virtual size in qcow2's header, 8 bytes, big-endian."""
@@ -47,7 +47,10 @@ def _file(path: Path) -> SeenFile | None:
     try:
         facts = path.lstat()
         changed = datetime.fromtimestamp(max(facts.st_mtime, facts.st_ctime), UTC)
-        size, problem = _disk_size(path, match[2] if match else "")
+        if match is not None and match[3] is not None:
+            size, problem = None, "it is half made"
+        else:
+            size, problem = _disk_size(path, match[2] if match else "")
     except FileNotFoundError:
         return None
     except OSError as error:
