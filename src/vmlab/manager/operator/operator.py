@@ -59,7 +59,10 @@ class _Submission:
 
 
 class Operator:
-    """Takes requests and has them carried out; one for each manager."""
+    """Takes requests and has them carried out; one for each manager.
+
+    Its length is the number of operations that are queued or under way.
+    """
 
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
@@ -96,6 +99,13 @@ class Operator:
             await asyncio.wait(tasks)
         for entry in self._queue:
             entry.ended.set()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __bool__(self) -> bool:
+        # It is there also when it has nothing to do.
+        return True
 
     @property
     def idle(self) -> bool:

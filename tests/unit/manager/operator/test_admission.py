@@ -43,7 +43,7 @@ def test_quotas_of_the_manager_hold_for_machines_and_for_what_is_live(
         async with place.manager(limits=limits) as manager:
             for name in "abc":
                 await doing.did(manager, CreateMachine(name=name, spec=SPEC))
-            with pytest.raises(ResourceExhausted, match=r"the 3 of the manager|3 of the manager"):
+            with pytest.raises(ResourceExhausted, match="the 3 of the manager"):
                 await manager.operator.submit(CreateMachine(name="d", spec=SPEC))
             for name in "ab":
                 await doing.did(manager, StartMachine(machine=name))
