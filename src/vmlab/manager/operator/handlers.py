@@ -3,11 +3,13 @@
 from vmlab.manager.networks import handlers as networks
 from vmlab.manager.observer import handler as repairs
 from vmlab.manager.operator import (
+    attachments,
     clones,
     creation,
     disks,
     emergency,
     exports,
+    imports,
     lifecycle,
     migrations,
     resizing,
@@ -16,11 +18,13 @@ from vmlab.manager.operator import (
 )
 
 __all__ = [
+    "attachments",
     "clones",
     "creation",
     "disks",
     "emergency",
     "exports",
+    "imports",
     "lifecycle",
     "migrations",
     "networks",
