@@ -19,6 +19,24 @@ from vmlab.machine.sizes import Size
 Policy = Literal["report", "adopt", "reconcile", "quarantine"]
 """What the observer does about a finding."""
 
+FindingCode = Literal[
+    "machine-state-mismatch",
+    "orphan-process",
+    "orphan-machine",
+    "missing-disk",
+    "orphan-disk",
+    "disk-attachment-mismatch",
+    "disk-size-mismatch",
+    "address-conflict",
+    "leaked-address",
+    "lost-interface",
+    "stale-lock",
+    "guest-agent-unreachable",
+    "clock-drift",
+    "storage-low",
+]
+"""What the observer can find: `vmlab.manager.observer.difference.CODES` says what each means."""
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -51,7 +69,7 @@ class MachinePolicy(_Request):
     release_addresses: Literal["stop", "delete"] = Field(
         "delete", description="when its addresses are free again"
     )
-    findings: dict[str, Policy] = Field(
+    findings: dict[FindingCode, Policy] = Field(
         default_factory=dict, description="what to do about findings of this machine, by code"
     )
     snapshot_every: timedelta | None = Field(

@@ -8,29 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from vmlab.manager.documents import Severity
-from vmlab.manager.requests import Policy
+from vmlab.manager.requests import FindingCode, Policy
 
-__all__ = ["CODES", "Code", "Difference", "Name"]
-
-Name = Literal[
-    "machine-state-mismatch",
-    "orphan-process",
-    "orphan-machine",
-    "missing-disk",
-    "orphan-disk",
-    "disk-attachment-mismatch",
-    "disk-size-mismatch",
-    "address-conflict",
-    "leaked-address",
-    "lost-interface",
-    "stale-lock",
-    "guest-agent-unreachable",
-    "clock-drift",
-    "storage-low",
-]
+__all__ = ["CODES", "Code", "Difference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +27,7 @@ class Code:
         destroys: Which of those remove data: they need the name of it, typed by a person.
     """
 
-    name: Name
+    name: FindingCode
     meaning: str
     actions: Mapping[Policy, str] = field(default_factory=dict)
     destroys: frozenset[Policy] = frozenset()
@@ -158,7 +141,7 @@ class Difference:
         actions: The policies that can be followed here.
     """
 
-    code: Name
+    code: FindingCode
     severity: Severity
     subject: str
     name: str | None

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from sqlalchemy.orm import Session
 
 from vmlab.machine.errors import OperationFailed, VmlabError
-from vmlab.manager.observer.difference import Name
 from vmlab.manager.operator.handler import Handler, PlannedStep, handlers_for
 from vmlab.manager.operator.journal import RollingBack, Work
-from vmlab.manager.requests import Policy, Request
+from vmlab.manager.requests import FindingCode, Policy, Request
 from vmlab.manager.store.tables import FindingRow
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class Facts:
 class Repair(ABC):
     """One way of mending findings of one code. No object of it has a state."""
 
-    code: ClassVar[Name]
+    code: ClassVar[FindingCode]
     action: ClassVar[Policy]
     text: ClassVar[str]
     """What it does, for a person."""
