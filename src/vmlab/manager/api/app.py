@@ -7,17 +7,14 @@ say anything else than what they do; tests hold them against it.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from functools import cache
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
-from pydantic.warnings import UnsupportedFieldAttributeWarning
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -111,35 +108,12 @@ def create_app(manager: Manager, *, authenticate: bool, limits: Limits | None = 
     app.add_exception_handler(HTTPException, problems.on_http_error)
     for kind in problems.STORE_ERRORS:
         app.add_exception_handler(kind, problems.on_store_error)
-    _build_bodies()
     for part in _PARTS:
         app.include_router(part.router)
     _add_own_routes(app)
     app.include_router(pages(manager))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's own way
     return app
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """Without pydantic's warning about FastAPI's own annotations.
-
-    FastAPI ignores it where it makes models; those of `defer_build` are built later.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnsupportedFieldAttributeWarning)
-        yield
-
-
-@cache
-def _build_bodies() -> None:
-    """Build the models of bodies now, which are built when they are first used otherwise."""
-    with _unwarned():
-        for part in _PARTS:
-            for route in part.router.routes:
-                body = getattr(route, "body_field", None)
-                if body is not None:
-                    body.validate(None, {}, loc=("body",))
 
 
 def end_streams(app: FastAPI) -> None:
@@ -186,7 +160,7 @@ def _add_own_routes(app: FastAPI) -> None:
         "/openapi.yaml",
         tags=["service"],
         response_class=Response,
-        responses={200: {"content": {"application/yaml": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"application/yaml": {"schema": {"type": "object"}}}}},
     )
     async def show_openapi() -> Response:
         """This description; JSON is YAML, too (YAML 1.2, 1.3)."""
@@ -196,14 +170,13 @@ def _add_own_routes(app: FastAPI) -> None:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """What the service says of itself."""
     if app.openapi_schema is None:
-        with _unwarned():
-            made = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-                license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            )
+        made = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        )
         schemas = made.setdefault("components", {}).setdefault("schemas", {})
         _, told_of = models_json_schema(
             [(problems.Problem, "serialization")], ref_template="#/components/schemas/{model}"

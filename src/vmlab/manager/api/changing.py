@@ -224,7 +224,11 @@ def body_of(model: type[BaseModel], *without: str) -> type[BaseModel]:
         if name not in ("kind", *without)
     }
     made: type[BaseModel] = create_model(
-        f"{model.__name__}Body", __config__=model.model_config, __doc__=model.__doc__, **fields
+        f"{model.__name__}Body",
+        # FastAPI makes its validators of models that are built.
+        __config__={**model.model_config, "defer_build": False},
+        __doc__=model.__doc__,
+        **fields,
     )
     return made
 
@@ -234,21 +238,23 @@ def route_of_change(
     path: str,
     model: type[Any],
     *,
-    noun: str,
     name: str,
+    noun: str | None = None,
     method: str = "POST",
+    tag: str | None = None,
 ) -> None:
-    """Add the route of a change of one thing; its body is the request without that thing.
+    """Add the route of a change; its body is the request without what stands in the path.
 
     Args:
         router: Where to.
-        path: With `{NOUN}` in it.
+        path: With `{NOUN}` in it, if it is about one thing.
         model: The request, one of `vmlab.manager.requests`.
-        noun: The field of the request that says what it is about: "machine".
         name: The route's own name: "start_machine".
+        noun: The field of the request that says what it is about: "machine"; None if none does.
         method: HTTP's.
+        tag: What it is listed under; as the router's if left out.
     """
-    body = body_of(model, noun)
+    body = body_of(model, *filter(None, [noun]))
     needed = any(field.is_required() for field in body.model_fields.values())
 
     async def act(**given: Any) -> Response:
@@ -257,16 +263,16 @@ def route_of_change(
         fields = (
             {} if said is None else {part: getattr(said, part) for part in said.model_fields_set}
         )
-        return await change.submit(build(model, {**fields, noun: given[noun]}))
+        if noun is not None:
+            fields[noun] = given[noun]
+        return await change.submit(build(model, fields))
 
-    parameters = [
-        Parameter(
-            noun,
-            Parameter.KEYWORD_ONLY,
-            annotation=Annotated[str, Path(description=f"name or id of the {noun}")],
-        ),
-        Parameter("change", Parameter.KEYWORD_ONLY, annotation=Asked),
-    ]
+    parameters = [Parameter("change", Parameter.KEYWORD_ONLY, annotation=Asked)]
+    if noun is not None:
+        described = Path(description=f"name or id of the {noun}")
+        parameters.append(
+            Parameter(noun, Parameter.KEYWORD_ONLY, annotation=Annotated[str, described])
+        )
     if body.model_fields:
         parameters.append(
             Parameter(
@@ -286,4 +292,5 @@ def route_of_change(
         status_code=202,
         response_model=OperationDocument,
         responses=ANSWERS,
+        tags=[tag] if tag is not None else None,
     )

@@ -49,10 +49,7 @@ async def list_machines(
     )
 
 
-@router.post("/machines", status_code=202, response_model=OperationDocument, responses=ANSWERS)
-async def create_machine(change: Asked, body: requests.CreateMachine) -> Response:
-    """Make a machine from a template, an image or a whole specification."""
-    return await change.submit(body)
+route_of_change(router, "/machines", requests.CreateMachine, name="create_machine")
 
 
 @router.get("/machines/{machine}", response_model=MachineDocument, responses=documented(404))

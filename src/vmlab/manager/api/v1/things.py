@@ -54,12 +54,7 @@ async def list_disks(
     )
 
 
-@router.post(
-    "/disks", status_code=202, response_model=OperationDocument, responses=ANSWERS, tags=["disks"]
-)
-async def create_disk(change: Asked, body: requests.CreateDisk) -> Response:
-    """Make a disk of the store's own."""
-    return await change.submit(body)
+route_of_change(router, "/disks", requests.CreateDisk, name="create_disk", tag="disks")
 
 
 @router.get("/disks/{disk}", response_model=DiskDocument, responses=documented(404), tags=["disks"])
@@ -89,7 +84,12 @@ for _action, _model in {
     "resize": requests.ResizeDisk,
 }.items():
     route_of_change(
-        router, f"/disks/{{disk}}/actions/{_action}", _model, noun="disk", name=f"{_action}_disk"
+        router,
+        f"/disks/{{disk}}/actions/{_action}",
+        _model,
+        noun="disk",
+        name=f"{_action}_disk",
+        tag="disks",
     )
 
 # ------------------------------------------------------------------- networks
@@ -109,16 +109,7 @@ async def list_networks(
     )
 
 
-@router.post(
-    "/networks",
-    status_code=202,
-    response_model=OperationDocument,
-    responses=ANSWERS,
-    tags=["networks"],
-)
-async def create_network(change: Asked, body: requests.CreateNetwork) -> Response:
-    """Make a network."""
-    return await change.submit(body)
+route_of_change(router, "/networks", requests.CreateNetwork, name="create_network", tag="networks")
 
 
 @router.get(
@@ -175,16 +166,9 @@ async def list_templates(here: Here, paging: Paging, name: Pattern = None) -> Re
     )
 
 
-@router.post(
-    "/templates",
-    status_code=202,
-    response_model=OperationDocument,
-    responses=ANSWERS,
-    tags=["templates"],
+route_of_change(
+    router, "/templates", requests.CreateTemplate, name="create_template", tag="templates"
 )
-async def create_template(change: Asked, body: requests.CreateTemplate) -> Response:
-    """Keep a specification under a name, for machines to be made of."""
-    return await change.submit(body)
 
 
 @router.get(
@@ -232,16 +216,9 @@ async def show_host(here: Here, host: str) -> Response:
     )
 
 
-@router.post(
-    "/emergency-stop",
-    status_code=202,
-    response_model=OperationDocument,
-    responses=ANSWERS,
-    tags=["hosts"],
+route_of_change(
+    router, "/emergency-stop", requests.EmergencyStop, name="emergency_stop", tag="hosts"
 )
-async def emergency_stop(change: Asked, body: requests.EmergencyStop) -> Response:
-    """Kill every live machine of a host, of a label or all, and say what was done."""
-    return await change.submit(body)
 
 
 # ------------------------------------------------------------------- findings
@@ -293,4 +270,5 @@ route_of_change(
     requests.RepairFinding,
     noun="finding",
     name="repair_finding",
+    tag="findings",
 )
