@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from tests.integration.projects import Project
 
@@ -147,6 +148,37 @@ def test_the_machine_of_a_failure_is_kept_if_that_is_wanted(project: Project) ->
     _delete_all(project)
     assert done.stdout == b"was here\n", done.stderr
     assert not project.processes()
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["all of it", "QEMU alone"])
+def test_a_host_that_stands_still_makes_no_guest_silent(project: Project, all_of_it: bool) -> None:
+    (project.path / "watchdog.toml").write_text("silence = 5\n")
+    project.write("""
+        from pathlib import Path
+
+        def test_it(vm):
+            Path("began").touch()
+            vm.succeed("sleep 15")
+            Path("ended").touch()
+    """)
+    with project.start(*QEMU, "--vm-rules", "watchdog.toml", stderr=subprocess.STDOUT) as runner:
+        while not (project.path / "began").exists():
+            assert runner.poll() is None
+            time.sleep(0.05)
+        # Long enough that it has been asked for a sign of life.
+        time.sleep(7)
+        frozen = [process for process in project.processes() if process.pid != runner.pid]
+        assert any("qemu-system" in process.name() for process in frozen)
+        if all_of_it:
+            frozen.append(psutil.Process(runner.pid))
+        for process in frozen:
+            process.suspend()
+        time.sleep(12 if all_of_it else 25)
+        for process in frozen:
+            process.resume()
+        said, _ = runner.communicate(timeout=1700)
+    assert (project.path / "ended").exists()
+    assert project.tests()["test_it[qemu]"].outcome.value == "pass", said.decode()
 
 
 def _delete_all(project: Project) -> None:
