@@ -13,6 +13,8 @@ import pytest
 import zstandard
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
+from tests.integration.manager.store.test_killed_writers import agrees_with_itself
+from tests.integration.manager.store.writer import step
 from tests.unit.manager.store.rows import add_disk, add_machine, add_network, add_nic
 
 from vmlab.hypervisors.locks import FileLock
@@ -21,13 +23,11 @@ from vmlab.machine.errors import OperationFailed
 from vmlab.manager.settings import Settings
 from vmlab.manager.storage import Storage
 from vmlab.manager.store import backup, migrations, queries
-from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.database import Database
 from vmlab.manager.store.tables import (
     AddressRow,
     Base,
     EventRow,
-    MachineRow,
     OperationRow,
     StepRow,
     TokenRow,
@@ -122,38 +122,6 @@ def test_store_moves_from_one_database_to_the_other(
     database = Database.open(other)
     assert everything(database) == expected
     database.close()
-
-
-def step(s: Session, number: int) -> None:
-    """A change of several tables that belongs together: each machine has a disk and an event."""
-    machine = add_machine(s, f"m{number}")
-    add_disk(s, f"d{number}", machine=machine, device="d")
-    counter = queries.find_machine(s, "counter")
-    counter.labels["count"] = str(int(counter.labels["count"]) + 1)
-    if number % 3 == 2:
-        gone = queries.find_machine(s, f"m{number - 1}")
-        disk = queries.find_disk(s, f"d{number - 1}")
-        s.delete(disk)
-        s.flush()
-        s.delete(gone)
-        add_event(s, "machine.deleted", subject=gone.id, name=gone.name)
-
-
-def agrees_with_itself(s: Session) -> int:
-    """Whether the store is as some transaction of `step` left it; returns which one."""
-    machines = {row.id: row.name for row in s.scalars(select(MachineRow))}
-    counter = queries.find_machine(s, "counter")
-    steps = int(counter.labels["count"])
-    assert counter.version == steps + 1
-    disks = {disk.name[1:]: disk.machine for disk in queries.list_disks(s, limit=1000).items}
-    assert {name[1:]: name for name in machines.values() if name != "counter"} == disks
-    events = s.scalars(select(EventRow).order_by(EventRow.id)).all()
-    assert [event.id for event in events] == list(range(1, len(events) + 1))
-    made = {event.subject for event in events if event.kind == "machine.created"}
-    deleted = {event.subject for event in events if event.kind == "machine.deleted"}
-    assert made - deleted == set(machines)
-    assert len(made) == steps + 1
-    return steps
 
 
 def test_backup_under_load_restores_to_a_consistent_store(
