@@ -21,17 +21,17 @@ _TYPES: Final = {
     "svg": "image/svg+xml",
 }
 _NAMES: Final = {
-    "page.css": "page.css",
-    "page.js": "page.js",
-    "console.js": "console.js",
-    "icon.svg": "icon.svg",
-    "htmx.js": "third_party/htmx.min.js",
-    "htmx-sse.js": "third_party/hx-sse.min.js",
-    "xterm.js": "third_party/xterm.js",
-    "xterm.css": "third_party/xterm.css",
-    "xterm-fit.js": "third_party/addon-fit.js",
+    "page.css": ("page.css",),
+    "page.js": ("page.js",),
+    "console.js": ("console.js",),
+    "icon.svg": ("icon.svg",),
+    # htmx begins as soon as it can: an extension that comes later comes too late for the page.
+    "htmx.js": ("third_party/htmx.min.js", "third_party/hx-sse.min.js"),
+    "xterm.js": ("third_party/xterm.js",),
+    "xterm.css": ("third_party/xterm.css",),
+    "xterm-fit.js": ("third_party/addon-fit.js",),
 }
-"""What a page may name, and the file that it is."""
+"""What a page may name, and the files that it is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ def asset(name: str) -> Asset:
     """
     if name not in _NAMES:
         raise ResourceNotFound(f"the page has no file {name!r}")
-    data = files("vmlab.manager.web").joinpath("assets", _NAMES[name]).read_bytes()
+    folder = files("vmlab.manager.web").joinpath("assets")
+    data = b"\n".join(folder.joinpath(part).read_bytes() for part in _NAMES[name])
     digest = hashlib.sha256(data).hexdigest()[:16]
     return Asset(data, _TYPES[name.rpartition(".")[2]], digest)
 
