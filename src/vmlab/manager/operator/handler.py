@@ -114,7 +114,7 @@ class Handler(ABC, Generic[R]):
         """Refuse what cannot work, and claim what the operation needs: rows, reservations.
 
         Runs in the transaction that takes the operation down, in a thread; what it writes is
-        undone by `run`'s own undo, or by `withdrawn` if it never ran.
+        undone by the undo of `run`'s first step, or by `withdrawn` if that was never begun.
 
         Raises:
             VmlabError: saying what cannot work, why, and what would.
@@ -133,7 +133,7 @@ class Handler(ABC, Generic[R]):
         """
 
     def withdrawn(self, session: Session, request: R, target: str | None) -> None:
-        """Give back what `check` claimed: the operation was cancelled before it ran.
+        """Give back what `check` claimed: the operation ended before a step of it was begun.
 
         Args:
             session: The transaction that ends the operation.

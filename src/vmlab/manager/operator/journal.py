@@ -188,14 +188,17 @@ class Work(Generic[R]):
     async def _begin(self, step: Step, before: Change | None) -> None:
         step.state = "running"
         step.data.pop("error", None)
-        self._steps[step.name] = step
 
         def write(session: Session) -> None:
             self._save(session, step, started=True)
             if before is not None:
                 before(session)
 
-        await uninterrupted(self.database.write(write))
+        await uninterrupted(self._write_begin(write, step))
+
+    async def _write_begin(self, write: Change, step: Step) -> None:
+        await self.database.write(write)
+        self._steps[step.name] = step
 
     async def _end(self, step: Step, state: str) -> None:
         step.state = state
@@ -244,6 +247,11 @@ class Work(Generic[R]):
         self._undo.append((step, fn))
         if self.failure is not None and not step.done_before:
             raise RollingBack
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no step of it was begun: all that there is is what was claimed at first."""
+        return all(step.state == "planned" for step in self._steps.values())
 
     @property
     def has_undo(self) -> bool:

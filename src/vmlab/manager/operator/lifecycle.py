@@ -25,6 +25,7 @@ from vmlab.machine.errors import (
     VmlabError,
 )
 from vmlab.machine.states import LIVE, OPERATIONS, MachineState
+from vmlab.manager.networks.addresses import release
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.handler import (
     Handler,
@@ -242,6 +243,11 @@ class StartHandler(_OnMachine[StartMachine]):
 
     def plan(self, session: Session, request: StartMachine) -> Sequence[PlannedStep]:
         return BOOT_STEPS
+
+    def withdrawn(self, session: Session, request: StartMachine, target: str | None) -> None:
+        row = session.get(MachineRow, target) if target is not None else None
+        if row is not None and MachineState(row.state) not in LIVE:
+            release(session, row.id, when="stop")
 
     async def run(self, work: Work[StartMachine]) -> dict[str, Any] | None:
         await boot(self, work)

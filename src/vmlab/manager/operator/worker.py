@@ -174,10 +174,16 @@ class Execution:
             await uninterrupted(surely(database, _note_failure, self.operation_id, failure))
             for trouble in await work.undo():
                 failure.add_note(trouble)
-        await uninterrupted(
-            surely(database, end_operation, self.operation_id, state, error=failure)
-        )
+        await uninterrupted(surely(database, self._end_in_vain, work, state, failure))
         return Outcome(state=state)
+
+    def _end_in_vain(
+        self, session: Session, work: Work[Any], state: OperationState, failure: VmlabError
+    ) -> None:
+        """End what did not succeed; where no step was begun, what it claimed is given back."""
+        if work.untouched:
+            self.handler.withdrawn(session, work.request, work.target)
+        end_operation(session, self.operation_id, state, error=failure)
 
 
 async def _settled(task: asyncio.Task[Any]) -> None:

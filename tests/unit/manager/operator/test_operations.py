@@ -16,6 +16,7 @@ from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.requests import CreateMachine, DeleteMachine, StartMachine, UpdateMachine
 from vmlab.manager.store.changes import Conflict
+from vmlab.manager.store.database import Database
 from vmlab.manager.store.queries import list_events
 from vmlab.manager.store.tables import now
 
@@ -574,3 +575,69 @@ def test_one_home_has_one_manager_at_a_time(place: Any) -> None:
             pass
 
     asyncio.run(story())
+
+
+def test_one_that_ends_before_its_first_step_gives_back_what_it_claimed(
+    place: Any, doing: Any, scripted: Any
+) -> None:
+    running = asyncio.Event()
+
+    async def waits(work: Work[UpdateMachine]) -> None:
+        running.set()
+        await never()
+
+    async def refuses(work: Work[UpdateMachine]) -> None:
+        def no(session: Session) -> None:
+            raise OperationFailed("no")
+
+        async with work.step("one", before=no):
+            made.done.append("one")
+
+    async def story() -> None:
+        async with place.manager() as manager:
+            if made.body is refuses:
+                assert (await doing.do(manager, a_thing())).steps == ()
+                return
+            operation = await manager.operator.submit(a_thing())
+            await running.wait()
+            await manager.operator.cancel(operation.id)
+            assert (await manager.operator.wait(operation.id, 120)).state == "cancelled"
+
+    for body in (waits, refuses):
+        made = scripted(body)
+        asyncio.run(story())
+        assert (made.withdrew, made.done) == (["a"], [])
+
+
+def test_one_that_is_cancelled_and_left_before_its_first_step_gives_back_what_it_claimed(
+    place: Any, doing: Any, scripted: Any
+) -> None:
+    running = asyncio.Event()
+
+    async def body(work: Work[UpdateMachine]) -> None:
+        running.set()
+        if work.failure is None:
+            await never()
+        async with work.step("one"):
+            made.done.append("one")
+
+    made = scripted(body)
+
+    async def story() -> None:
+        async with place.manager() as manager:
+            operation = await manager.operator.submit(a_thing())
+            await running.wait()
+
+        def ask(session: Session) -> None:
+            from vmlab.manager.store.tables import OperationRow
+
+            session.get_one(OperationRow, operation.id).cancelling = True
+
+        database = Database.open(place.make())
+        database.write_now(ask)
+        database.close()
+        async with place.manager() as manager:
+            assert (await manager.operator.wait(operation.id, 120)).state == "cancelled"
+
+    asyncio.run(story())
+    assert (made.withdrew, made.done) == (["a"], [])
