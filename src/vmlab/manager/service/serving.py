@@ -97,25 +97,27 @@ async def serve(
     with _signals(ending), ExitStack() as stack:
         held = await asyncio.to_thread(hold, settings.directory, background=background)
         stack.callback(held.release)
+        listeners = [UnixListener(socket_of(settings.home))]
+        stack.callback(listeners[0].close)
+        if listening.socket is not None and listening.socket.absolute() != listeners[0].path:
+            listeners.append(UnixListener(listening.socket.absolute()))
+            stack.callback(listeners[1].close)
+        urls = [f"unix:{each.path}" for each in listeners]
+        tcp = None
+        if listening.port is not None:
+            tcp = tcp_listener(listening.host, listening.port)
+            stack.callback(tcp.close)
+            urls.append(_url(listening, tcp))
+        # Who comes from here on waits until it answers.
         manager = await Manager.open(settings)
         try:
             await manager.start()
-            own = UnixListener(socket_of(settings.home))
-            stack.callback(own.close)
-            listeners = [own]
-            if listening.socket is not None and listening.socket.absolute() != own.path:
-                listeners.append(UnixListener(listening.socket.absolute()))
-                stack.callback(listeners[-1].close)
             apps = [create_app(manager, authenticate=False)]
             activity = Activity(apps[0])
             servers = [_Server(_config(activity), each.socket) for each in listeners]
-            urls = [f"unix:{each.path}" for each in listeners]
-            if listening.port is not None:
-                tcp = tcp_listener(listening.host, listening.port)
-                stack.callback(tcp.close)
+            if tcp is not None:
                 apps.append(create_app(manager, authenticate=True))
                 servers.append(_Server(_config(apps[1], listening), tcp))
-                urls.append(_url(listening, tcp))
 
             def begun() -> None:
                 held.tell(urls)
