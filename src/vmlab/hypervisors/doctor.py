@@ -159,6 +159,7 @@ def diagnose(host: Host | None = None, home: Path | None = None) -> Diagnosis:
         lambda: _memory(host),
         lambda: _home(host, home or Home.path()),
         lambda: _permissions(host),
+        lambda: _networks(host, where),
         lambda: _limits(host),
         lambda: map(_hypervisor, probes),
     ]
@@ -304,9 +305,7 @@ def _programs(host: Host, where: Distribution, missing: list[str]) -> Iterator[F
     if not host.linux:
         return  # these are Linux's
     for program, purpose in _PROGRAMS.items():
-        places = (host.root / place[1:] for place in OUT_OF_PATH.get(program, ()))
-        elsewhere = (str(place) for place in places if place.exists())
-        path = host.which(program) or next(elsewhere, None)
+        path = _path_of(host, program)
         if path is None:
             missing.append(program)
         yield Finding(
@@ -316,6 +315,13 @@ def _programs(host: Host, where: Distribution, missing: list[str]) -> Iterator[F
             detail=f"not installed; for {purpose}" if path is None else path,
             hint=_install_hint(program, where) if path is None else None,
         )
+
+
+def _path_of(host: Host, program: str) -> str | None:
+    """Where a program is, in PATH or where distributions have it; None if it is not there."""
+    places = (host.root / place[1:] for place in OUT_OF_PATH.get(program, ()))
+    elsewhere = (str(place) for place in places if place.exists())
+    return host.which(program) or next(elsewhere, None)
 
 
 def _install_hint(program: str, where: Distribution) -> str:
@@ -465,10 +471,41 @@ def _user_namespaces(host: Host) -> Finding:
     )
 
 
-def _network_administration(host: Host) -> Finding:
+def _administers_networks(host: Host) -> bool:
     status = host.read("proc/self/status") or ""
     found = re.search(r"^CapEff:\s*([0-9a-fA-F]+)", status, re.MULTILINE)
-    allowed = found is not None and bool(int(found[1], 16) >> _CAP_NET_ADMIN & 1)
+    return found is not None and bool(int(found[1], 16) >> _CAP_NET_ADMIN & 1)
+
+
+def _networks(host: Host, where: Distribution) -> Iterator[Finding]:
+    """Which networks the manager can make here, beside those that need no rights."""
+    if not host.linux:
+        return
+    rights = [] if _administers_networks(host) else ["CAP_NET_ADMIN"]
+    for name, programs, how in (
+        ("bridged networks", ("nft", "dnsmasq"), "can be made"),
+        (
+            "VLANs",
+            ("nft", "dnsmasq", "ovs-vswitchd"),
+            "through Open vSwitch, with its datapath in user space",
+        ),
+    ):
+        missing = [program for program in programs if _path_of(host, program) is None]
+        hint = install_command(missing, where) if missing else None
+        if rights and hint is None:
+            hint = 'be root; networks of the modes "isolated" and "user" need no rights'
+        lacking = [*rights, *missing]
+        yield Finding(
+            topic="networks",
+            name=name,
+            status=Status.WARN if lacking else Status.OK,
+            detail=f"not without {', '.join(lacking)}" if lacking else how,
+            hint=hint if lacking else None,
+        )
+
+
+def _network_administration(host: Host) -> Finding:
+    allowed = _administers_networks(host)
     return Finding(
         topic="permissions",
         name="network administration",

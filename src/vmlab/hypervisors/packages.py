@@ -18,6 +18,10 @@ __all__ = ["OUT_OF_PATH", "PACKAGES", "Distribution", "distribution", "install_c
 
 OUT_OF_PATH: Final[Mapping[str, tuple[str, ...]]] = {
     "virtiofsd": ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd"),
+    # Ordinary users of Debian do not have it.
+    "dnsmasq": ("/usr/sbin/dnsmasq",),
+    "nft": ("/usr/sbin/nft",),
+    "ovs-vswitchd": ("/usr/sbin/ovs-vswitchd",),
 }
 """Where distributions have programs that are not in PATH."""
 
@@ -90,6 +94,27 @@ PACKAGES: Final[Mapping[str, Mapping[str, str]]] = {
         "alpine": "virtiofsd",
     },
     "mmdebstrap": {"debian": "mmdebstrap"},
+    "dnsmasq": {
+        "debian": "dnsmasq-base",
+        "fedora": "dnsmasq",
+        "arch": "dnsmasq",
+        "suse": "dnsmasq",
+        "alpine": "dnsmasq",
+    },
+    "nft": {
+        "debian": "nftables",
+        "fedora": "nftables",
+        "arch": "nftables",
+        "suse": "nftables",
+        "alpine": "nftables",
+    },
+    "ovs-vswitchd": {
+        "debian": "openvswitch-switch",
+        "fedora": "openvswitch",
+        "arch": "openvswitch",
+        "suse": "openvswitch",
+        "alpine": "openvswitch",
+    },
 }
 """Package of each program, by family of distributions; "debian-13" is Debian from there on."""
 

@@ -93,6 +93,7 @@ def test_a_host_in_order(look: Callable[..., Diagnosis]) -> None:
         "memory",
         "disk",
         "permissions",
+        "networks",
         "limits",
         "hypervisors",
     }
@@ -163,7 +164,7 @@ def test_without_kvm_guests_are_slow_and_without_tcg_there_are_none(
 def test_elsewhere_than_on_linux(look: Callable[..., Diagnosis], system: str, native: str) -> None:
     found = look(system=system)
     assert [one.name for one in found.findings if one.topic == "accelerators"] == [native, "tcg"]
-    assert {one.topic for one in found.findings}.isdisjoint({"programs", "permissions"})
+    assert {one.topic for one in found.findings}.isdisjoint({"programs", "permissions", "networks"})
     assert named(found, "kernel").status is Status.WARN
 
 
@@ -193,6 +194,53 @@ def test_what_is_missing_is_told_with_one_command(
     )
     assert named(found, "qemu-img").hint == "sudo apt-get install qemu-utils"
     assert named(found, "passt").detail == "not installed; for networks of machines without root"
+
+
+@pytest.mark.parametrize(
+    ("absent", "capabilities", "bridged", "vlans", "hint"),
+    [
+        ((), "1000", "can be made", "through Open vSwitch, with its datapath in user space", None),
+        (
+            ("ovs-vswitchd",),
+            "1000",
+            "can be made",
+            "not without ovs-vswitchd",
+            "sudo apt-get install openvswitch-switch",
+        ),
+        (
+            ("nft", "dnsmasq"),
+            "1000",
+            "not without nft, dnsmasq",
+            "not without nft, dnsmasq",
+            "sudo apt-get install nftables dnsmasq-base",
+        ),
+        (
+            (),
+            "0",
+            "not without CAP_NET_ADMIN",
+            "not without CAP_NET_ADMIN",
+            'be root; networks of the modes "isolated" and "user" need no rights',
+        ),
+    ],
+)
+def test_networks_that_the_manager_can_make(
+    host: Host,
+    look: Callable[..., Diagnosis],
+    monkeypatch: pytest.MonkeyPatch,
+    absent: tuple[str, ...],
+    capabilities: str,
+    bridged: str,
+    vlans: str,
+    hint: str | None,
+) -> None:
+    monkeypatch.setattr("vmlab.hypervisors.packages.os.geteuid", lambda: 1000)
+    write(host.root / "proc/self/status", f"CapEff:\t000000000000{capabilities}\n")
+    found = look(which=lambda program: None if program in absent else f"/usr/bin/{program}")
+    assert named(found, "bridged networks").detail == bridged
+    assert named(found, "VLANs").detail == vlans
+    assert named(found, "VLANs").hint == hint
+    # They are a possibility more: nobody is told to install them who has not asked.
+    assert found.install is None
 
 
 def test_a_distribution_that_is_not_known(host: Host, look: Callable[..., Diagnosis]) -> None:
