@@ -232,7 +232,7 @@ def store_url(settings: Settings) -> URL:
         return URL.create("sqlite", database=str(settings.directory / "manager.sqlite3"))
     try:
         url = make_url(settings.database_url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: of a port that is no number
         raise VmlabError(
             "VMLAB_DATABASE_URL is no address of a database",
             hint='such as "postgresql://user@host/name"; or leave it out for SQLite',
