@@ -1,0 +1,144 @@
+"""Guests are connected to when somebody needs them, once each, and tell what disks they have."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vmlab.guests.command import CommandResult
+from vmlab.machine.errors import ChannelClosed, DeadlineExceeded
+from vmlab.manager import guests as module
+from vmlab.manager.guests import Guests, SeenDisk, disks_seen
+
+
+class FakeGuest:
+    """A guest that answers until it is told not to."""
+
+    made: list[FakeGuest] = []
+
+    def __init__(self, machine: Any, channel: Any) -> None:
+        self.machine = machine
+        self.answers, self.hangs, self.closed = True, False, False
+        FakeGuest.made.append(self)
+
+    async def connect(self, *, timeout: float) -> None:
+        if not self.machine.boots:
+            raise DeadlineExceeded("the guest", seconds=timeout)
+
+    async def ping(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        if not self.answers:
+            raise ChannelClosed("it died")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class FakeMachine:
+    def __init__(self) -> None:
+        self.boots = True
+
+
+class FakeManager:
+    """One machine of each id."""
+
+    def __init__(self) -> None:
+        self.machines: dict[str, FakeMachine] = {}
+
+    async def machine(self, machine_id: str) -> FakeMachine:
+        return self.machines.setdefault(machine_id, FakeMachine())
+
+
+@pytest.fixture
+def guests(monkeypatch: pytest.MonkeyPatch) -> Guests:
+    FakeGuest.made = []
+    monkeypatch.setattr(module, "Guest", FakeGuest)
+    monkeypatch.setattr(module, "channel_into", lambda machine: None)
+    monkeypatch.setattr(module, "_PING_S", 0.05)
+    return Guests(FakeManager())  # type: ignore[arg-type]  # as far as it is asked
+
+
+def test_guest_is_connected_to_once(guests: Guests) -> None:
+    async def story() -> None:
+        await guests.start()
+        first, second = await asyncio.gather(guests.get("a"), guests.get("a"))
+        assert first is second
+        assert await guests.get("b") is not first
+        assert len(FakeGuest.made) == 2
+        await guests.close()
+        assert all(guest.closed for guest in FakeGuest.made)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("ends", [{"answers": False}, {"hangs": True}])
+def test_guest_that_is_gone_is_connected_to_anew(guests: Guests, ends: dict[str, bool]) -> None:
+    async def story() -> None:
+        first: Any = await guests.get("a")
+        for name, value in ends.items():
+            setattr(first, name, value)
+        assert await guests.get("a") is not first
+        assert first.closed
+
+    asyncio.run(story())
+
+
+def test_guest_that_never_answers_is_let_go_of(guests: Guests) -> None:
+    async def story() -> None:
+        (await guests._manager.machine("a")).boots = False  # type: ignore[attr-defined]  # a fake
+        with pytest.raises(DeadlineExceeded):
+            await guests.get("a", timeout=1)
+        assert [guest.closed for guest in FakeGuest.made] == [True]
+
+    asyncio.run(story())
+
+
+def test_guest_is_forgotten(guests: Guests) -> None:
+    async def story() -> None:
+        first: Any = await guests.get("a")
+        await guests.forget("a")
+        await guests.forget("a")
+        assert first.closed
+        assert await guests.get("a") is not first
+
+    asyncio.run(story())
+
+
+SAID = """disk data vda 32768
+disk root sda 65536
+disk vdc 8
+disk long-serial-number-x sdb 16
+mount vda /mnt/data
+mount sda1 /
+mount sda12 /var
+mount sdaa /elsewhere
+mount tmpfs
+"""
+
+
+def test_disks_are_told_by_their_serial_numbers_with_what_is_mounted(
+    seen_by: Callable[[str], dict[str, SeenDisk]],
+) -> None:
+    assert seen_by(SAID) == {
+        "data": SeenDisk("/dev/vda", 16 << 20, ("/mnt/data",)),
+        "root": SeenDisk("/dev/sda", 32 << 20, ("/", "/var")),
+        "long-serial-number-x": SeenDisk("/dev/sdb", 8192, ()),
+    }
+
+
+@pytest.fixture
+def seen_by() -> Callable[[str], dict[str, SeenDisk]]:
+    """What a guest that prints a text has."""
+
+    class Printing:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        async def succeed(self, command: str, *, timeout: float) -> CommandResult:
+            return CommandResult(command, 0, self.text.encode(), b"", 0.0)
+
+    return lambda text: asyncio.run(disks_seen(Printing(text)))  # type: ignore[arg-type]  # as far as it is asked
