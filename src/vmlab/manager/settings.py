@@ -73,6 +73,8 @@ class Settings(BaseModel):
         None, gt=0, description="requests per second of one client; no limit if left out"
     )
     events_kept: int = Field(100_000, ge=1, description="events that can be replayed")
+    operations_kept: int = Field(50_000, ge=1, description="operations that have ended")
+    findings_kept: int = Field(10_000, ge=1, description="findings that are resolved")
     findings: dict[str, Policy] = Field(
         default_factory=dict,
         description='what is done about findings, by code: "CODE=POLICY,CODE=POLICY"; those left '
@@ -158,6 +160,8 @@ _VARIABLES: Final = {
     "VMLAB_STOP_SECONDS": "stop_seconds",
     "VMLAB_RATE_LIMIT": "rate_limit",
     "VMLAB_EVENTS_KEPT": "events_kept",
+    "VMLAB_OPERATIONS_KEPT": "operations_kept",
+    "VMLAB_FINDINGS_KEPT": "findings_kept",
     "VMLAB_HOSTS": "hosts",
     "VMLAB_FINDINGS": "findings",
     "VMLAB_LIMIT_VCPUS": "limits.vcpus",

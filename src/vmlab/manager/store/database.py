@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
-from sqlalchemy import URL, Engine, create_engine, delete, event, func, insert, make_url, select
+from sqlalchemy import URL, Engine, create_engine, event, func, insert, make_url, select
 from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
@@ -34,7 +34,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.documents import EventDocument
 from vmlab.manager.settings import Settings
-from vmlab.manager.store import changes, migrations, queries
+from vmlab.manager.store import changes, migrations, pruning, queries
 from vmlab.manager.store.events import EventStream
 from vmlab.manager.store.failures import Conflict, StoreUnavailable
 from vmlab.manager.store.tables import EventRow
@@ -59,7 +59,7 @@ class Database:
 
     def __init__(self, url: URL, settings: Settings) -> None:
         self.url = url
-        self._events_kept = settings.events_kept
+        self._settings = settings
         self._reading = engine(url, settings, write=False)
         self._writing = engine(url, settings, write=True)
         self._writer = threading.Lock()
@@ -211,11 +211,12 @@ class Database:
         rows = [{"id": first + n, **values} for n, values in enumerate(pending)]
         session.execute(insert(EventRow), rows)
         oldest = self.events.oldest()
+        kept = self._settings.events_kept
         # In steps, so that not each transaction has to remove something.
-        step = max(1, self._events_kept // 100)
-        if last - oldest + 1 >= self._events_kept + step:
-            oldest = last - self._events_kept + 1
-            session.execute(delete(EventRow).where(EventRow.id < oldest))
+        if last - oldest + 1 >= kept + max(1, kept // 100):
+            oldest = pruning.prune_events(session, last=last, kept=kept)
+            pruning.prune_findings(session, kept=self._settings.findings_kept)
+            pruning.prune_operations(session, kept=self._settings.operations_kept)
         return [EventDocument.model_validate(row) for row in rows], oldest
 
     async def _load_events(self, after: int, limit: int) -> Sequence[EventDocument]:

@@ -640,3 +640,51 @@ def test_postgresql_transaction_that_always_meets_another_ends_with_a_conflict(
     assert one.read_now(lambda s: queries.find_machine(s, "m").reason) == "xx"
     one.close()
     two.close()
+
+
+def test_store_forgets_what_is_old_and_ended(settings: Settings) -> None:
+    kept = {"events_kept": 100, "operations_kept": 3, "findings_kept": 2}
+    database = Database.open(settings.model_copy(update=kept))
+    moment = datetime.now(UTC)
+
+    def add(s: Session) -> None:
+        under_way = OperationRow(id="a" * 32, kind="under way", request={}, state="running")
+        s.add(under_way)
+        held = OperationRow(id="b" * 32, kind="held", request={}, ended=moment)
+        s.add(held)
+        s.flush()
+        add_machine(s, "m", operation_id=held.id)
+        undone = OperationRow(id="c" * 32, kind="undone", request={}, ended=moment)
+        undone.steps.append(StepRow(name="a"))
+        s.add(undone)
+        s.flush()
+        for number in range(5):
+            row = OperationRow(kind=f"k{number}", request={}, ended=moment)
+            row.steps.append(StepRow(name="a"))
+            if number == 4:
+                row.undo_of = undone.id
+            s.add(row)
+            s.flush()
+        for number in range(5):
+            seen = moment + timedelta(minutes=number)
+            finding = FindingRow(code="c", subject="s", severity="info", message=str(number))
+            finding.first_seen, finding.resolved = seen, seen
+            s.add(finding)
+            s.flush()
+        s.add(FindingRow(code="c", subject="s", severity="info", message="open"))
+
+    def tell(s: Session) -> None:
+        add_event(s, "test.happened")
+
+    database.write_now(add)
+    for _ in range(150):
+        database.write_now(tell)
+    operations = database.read_now(queries.list_operations).items
+    assert [each.kind for each in operations] == ["k4", "k3", "k2", "undone", "held", "under way"]
+    assert [len(each.steps) for each in operations] == [1, 1, 1, 1, 0, 0]
+    findings = database.read_now(queries.list_findings).items
+    assert sorted(each.message for each in findings) == ["3", "4", "open"]
+    events = database.read_now(queries.list_events, limit=1000).items
+    assert 100 <= len(events) <= 101
+    assert events[-1].id == 151
+    database.close()
