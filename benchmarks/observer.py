@@ -154,6 +154,14 @@ async def heard(manager: Manager, hypervisor: Hypervisor, ids: list[str]) -> lis
     return seconds
 
 
+async def timed(manager: Manager, asked: int | None) -> tuple[float, float]:
+    """Seconds that a sweep takes, and seconds of this process's CPU time."""
+    begun, used = time.perf_counter(), time.process_time()
+    findings = await manager.observer.sweep(asked=asked)
+    assert findings == [], findings[:3]
+    return time.perf_counter() - begun, time.process_time() - used
+
+
 async def measure(machines: int, sweeps: int, directory: Path) -> dict[str, object]:
     """All that is measured."""
     manager = await Manager.open(settings_in(directory, machines))
@@ -161,24 +169,18 @@ async def measure(machines: int, sweeps: int, directory: Path) -> dict[str, obje
     manager.observer = Observer(manager, pace=pace, thresholds=Thresholds(free_share=0.0))
     async with manager:
         ids = await fill(manager, machines)
-        whole, paced = [], []
-        for _ in range(sweeps):
-            begun = time.perf_counter()
-            findings = await manager.observer.sweep()
-            whole.append(time.perf_counter() - begun)
-            assert findings == [], findings[:3]
-        for _ in range(sweeps):
-            begun = time.perf_counter()
-            await manager.observer.sweep(asked=pace.asked)
-            paced.append(time.perf_counter() - begun)
+        whole = [await timed(manager, None) for _ in range(sweeps)]
+        paced = [await timed(manager, pace.asked) for _ in range(sweeps)]
         hypervisor = await manager.hosts.get("simulated")
         noticed = await heard(manager, hypervisor, ids)
         findings = await manager.observer.sweep()
         assert len(findings) == min(_HEARD, machines), len(findings)
     return {
         "machines": machines,
-        "whole_s": [round(each, 3) for each in whole],
-        "paced_s": [round(each, 3) for each in paced],
+        "whole_s": [round(each, 3) for each, _ in whole],
+        "whole_cpu_s": [round(cpu, 3) for _, cpu in whole],
+        "paced_s": [round(each, 3) for each, _ in paced],
+        "paced_cpu_s": [round(cpu, 3) for _, cpu in paced],
         "heard_median_s": round(statistics.median(noticed), 3),
         "heard_worst_s": round(max(noticed), 3),
         "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

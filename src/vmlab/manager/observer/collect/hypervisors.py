@@ -73,13 +73,18 @@ async def machines_of(
     looked = {f"host:{host}"}
 
     async def look(machine: Machine) -> SeenMachine | None:
-        if ask is not None and machine.name not in ask:
-            return _seen(host, machine, machine.state)
         async with turns:
             return await _asked(host, machine, known, looked)
 
-    seen = await asyncio.gather(*map(look, found))
-    return [machine for machine in seen if machine is not None], looked
+    chosen = [machine for machine in found if ask is None or machine.name in ask]
+    asked = await asyncio.gather(*map(look, chosen))
+    seen = [machine for machine in asked if machine is not None]
+    if ask is not None:
+        # No coroutine for each of thousands that are only mentioned.
+        seen += [
+            _seen(host, machine, machine.state) for machine in found if machine.name not in ask
+        ]
+    return seen, looked
 
 
 async def _asked(host: str, machine: Machine, known: Known, looked: set[str]) -> SeenMachine | None:
