@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 from sqlalchemy import delete, func, select
@@ -119,16 +119,18 @@ def reserve(
         ResourceExhausted: naming each limit that it would pass.
     """
     session.flush()
-    excess = _excess(
-        in_use(session, besides=operation), need, settings.limits.model_dump(), "of the manager"
-    )
+    excess = list[str]()
+    limits = settings.limits.model_dump()
+    # What has no limit is not counted: there may be ten thousand machines.
+    if _limited(need, limits):
+        excess += _excess(in_use(session, besides=operation), need, limits, "of the manager")
     row = session.get(HostRow, host) if host is not None else None
-    if row is not None:
+    if row is not None and _limited(need, row.limits):
         used = in_use(session, host=row.name, besides=operation)
         excess += _excess(used, need, row.limits, f"of host {row.name!r}")
-        if row.hypervisor != _SIMULATED and (need.vcpus or need.memory):
-            used = in_use(session, real=True, besides=operation)
-            excess += _excess(used, need, _of_this_host(), "of this computer")
+    if row is not None and row.hypervisor != _SIMULATED and (need.vcpus or need.memory):
+        used = in_use(session, real=True, besides=operation)
+        excess += _excess(used, need, _of_this_host(), "of this computer")
     if excess:
         raise ResourceExhausted(
             f"there is no room to {what}: " + "; ".join(excess),
@@ -156,6 +158,13 @@ def drop_reservation(session: Session, operation: str, *, machine: str | None = 
     if machine is not None:
         query = query.where(ReservationRow.machine_id == machine)
     session.execute(query)
+
+
+def _limited(need: Need, limits: Mapping[str, int | None]) -> bool:
+    """Whether there is a limit for something that is needed."""
+    return any(
+        limits.get(each.name) is not None and getattr(need, each.name) for each in fields(need)
+    )
 
 
 def _excess(used: Need, need: Need, limits: Mapping[str, int | None], whose: str) -> list[str]:

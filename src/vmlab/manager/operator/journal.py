@@ -9,6 +9,7 @@ further. No hypervisor and no request is known here.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -170,7 +171,16 @@ class Work(Generic[R]):
         if self.failure is None:
             self.check_cancelled()
             step.text = text or step.text
-            await self._begin(step, before)
+            try:
+                await self._begin(step, before)
+            except asyncio.CancelledError:
+                if step.name not in self._steps:
+                    raise
+                # It is written down as begun, so its body has to say how it is undone; the
+                # cancellation comes again where the body first waits for something.
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
         try:
             yield step
         except RollingBack:

@@ -78,7 +78,8 @@ class Operator:
     async def start(self) -> None:
         """Take up what was left, and carry out what comes."""
         for left in await self._manager.database.read(unfinished):
-            self._take_up(left)
+            if self._queue.get(left.id) is None:
+                self._take_up(left)
         self._open = True
         self._pump()
 

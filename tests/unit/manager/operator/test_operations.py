@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -641,3 +642,40 @@ def test_one_that_is_cancelled_and_left_before_its_first_step_gives_back_what_it
 
     asyncio.run(story())
     assert (made.withdrew, made.done) == (["a"], [])
+
+
+def test_a_cancellation_that_comes_while_a_step_is_written_down_undoes_the_step(
+    place: Any, doing: Any, scripted: Any
+) -> None:
+    told = threading.Event()
+
+    async def body(work: Work[UpdateMachine]) -> None:
+        loop = asyncio.get_running_loop()
+        execution = work.manager.operator._executions[work.operation_id]
+
+        def cancel() -> None:
+            execution.cancel()
+            told.set()
+
+        def before(session: Session) -> None:
+            loop.call_soon_threadsafe(cancel)
+            assert told.wait(120)
+
+        async with work.step("one", before=before) as step:
+            work.on_undo(step, undo)
+            made.done.append("begun")
+            await never()
+
+    async def undo() -> None:
+        made.done.append("undone")
+
+    made = scripted(body)
+
+    async def story() -> None:
+        async with place.manager() as manager:
+            ended = await doing.do(manager, a_thing())
+            assert ended.state == "cancelled"
+            assert [(step.name, step.state) for step in ended.steps] == [("one", "undone")]
+            assert made.done == ["begun", "undone"]
+
+    asyncio.run(story())
