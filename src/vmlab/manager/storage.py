@@ -22,20 +22,15 @@ from vmlab.hypervisors.qemu.memory import copy_sparse
 from vmlab.hypervisors.threads import done_in_thread, in_thread
 from vmlab.machine.errors import OperationFailed, ResourceExhausted, ResourceNotFound, VmlabError
 from vmlab.machine.sizes import format_size
+from vmlab.manager.store.words import is_id
 
-__all__ = ["BootFiles", "Format", "Storage", "StoredFile", "Usage", "is_id"]
+__all__ = ["BootFiles", "Format", "Storage", "StoredFile", "Usage"]
 
 Format = Literal["raw", "qcow2"]
 _FORMATS: Final = ("raw", "qcow2")
-_ID: Final = re.compile(r"[0-9a-f]{32}")
 _NAME: Final = re.compile(r"([0-9a-f]{32})\.(raw|qcow2)(\.part)?")
 _BLOCK: Final = 512
 """Unit of st_blocks (stat(2))."""
-
-
-def is_id(text: str) -> bool:
-    """Whether `text` is an id as the store makes them."""
-    return _ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
