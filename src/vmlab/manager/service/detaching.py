@@ -20,6 +20,10 @@ __all__ = ["detached"]
 _LARGEST_LOG: Final = 16 << 20
 """Bytes from which on a log is put aside, in the place of the one that was before."""
 
+_EXCERPT: Final = 4096
+_LINES: Final = 3
+"""Bytes and lines of its log that the error of one that ended quotes."""
+
 Ready = Callable[[Mapping[str, Any]], None]
 
 
@@ -37,6 +41,7 @@ def detached(log: Path, life: Callable[[Ready], None]) -> dict[str, Any]:
         OperationFailed: it ended without a word.
     """
     reading, writing = os.pipe()
+    before = log.stat().st_size if log.exists() else 0
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if os.fork() == 0:
@@ -46,9 +51,12 @@ def detached(log: Path, life: Callable[[Ready], None]) -> dict[str, Any]:
     with os.fdopen(reading, "rb") as pipe:
         said = pipe.read()
     if not said:
-        raise OperationFailed(
+        error = OperationFailed(
             "the manager ended before it answered", hint=f"{log} tells why, at its end"
         )
+        for line in _last_words(log, before):
+            error.add_note(line)
+        raise error
     facts: dict[str, Any] = json.loads(said)
     if "error" in facts:
         raise from_record(facts["error"])
@@ -79,6 +87,15 @@ def _child(log: Path, life: Callable[[Ready], None], writing: int) -> int:
         tell({"error": error.to_record()})
         return error.exit_code
     return 0
+
+
+def _last_words(log: Path, before: int) -> list[str]:
+    """The last lines of a log that were not there before; all may be new, if it was put aside."""
+    with suppress(OSError), log.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(before if before <= size else 0, size - _EXCERPT))
+        return file.read().decode("utf-8", "replace").strip().splitlines()[-_LINES:]
+    return []
 
 
 def _redirect(log: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import exists, or_, select
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from vmlab.manager.store.database import Database
 
+_FIRST: Final = 60.0
+"""Seconds that whoever started a manager has to ask it the first time: hosts may be slow."""
+
 __all__ = ["Activity", "needed", "until_idle"]
 
 
@@ -31,12 +35,15 @@ class Activity:
 
     Args:
         app: The application.
+        connected: Whether anybody is connected, who may ask in a moment.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, connected: Callable[[], bool] = lambda: False) -> None:
         self._app = app
+        self._connected = connected
         self._open = 0
-        self._last = time.monotonic()
+        self._last: float | None = None
+        self._begun = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have the application answer."""
@@ -52,8 +59,15 @@ class Activity:
 
     @property
     def idle(self) -> float:
-        """Seconds since the last answer; none while there is one under way."""
-        return 0.0 if self._open else time.monotonic() - self._last
+        """Seconds since the last answer; none while there is one under way, or somebody there.
+
+        Before the first question a while does not count: whoever started it is about to ask.
+        """
+        if self._open or self._connected():
+            self._last = time.monotonic()
+            return 0.0
+        since = self._begun + _FIRST if self._last is None else self._last
+        return max(0.0, time.monotonic() - since)
 
 
 def needed(session: Session) -> str:

@@ -113,8 +113,11 @@ async def serve(
         try:
             await manager.start()
             apps = [create_app(manager, authenticate=False)]
-            activity = Activity(apps[0])
-            servers = [_Server(_config(activity), each.socket) for each in listeners]
+            servers: list[_Server] = []
+            activity = Activity(
+                apps[0], lambda: any(each.server_state.connections for each in servers)
+            )
+            servers += [_Server(_config(activity), each.socket) for each in listeners]
             if tcp is not None:
                 apps.append(create_app(manager, authenticate=True))
                 servers.append(_Server(_config(apps[1], listening), tcp))

@@ -80,6 +80,12 @@ class Person:
             status = main(list(words))
         return Said(status, out.getvalue(), err.getvalue())
 
+    def runs(self, *words: str) -> Said:
+        """A command in a process of its own, whatever comes of it: for what forks, or serves."""
+        child = self.begins(*words)
+        out, err = child.communicate(timeout=PATIENCE)
+        return Said(child.returncode, out.decode(), err.decode())
+
     def does(self, *words: str) -> str:
         """A command that works; what it printed."""
         said = self.says(*words)

@@ -125,6 +125,24 @@ def test_who_is_answered_is_somebody() -> None:
     asyncio.run(story())
 
 
+def test_whoever_started_it_or_is_connected_is_waited_for() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        return
+
+    async def story() -> None:
+        assert Activity(app).idle == 0
+        there = True
+        activity = Activity(app, lambda: there)
+        await activity({"type": "http"}, None, None)  # type: ignore[arg-type]
+        await asyncio.sleep(0.01)
+        assert activity.idle == 0
+        there = False
+        await asyncio.sleep(0.01)
+        assert activity.idle > 0
+
+    asyncio.run(story())
+
+
 def test_it_waits_until_nobody_asks_and_nothing_needs_it(database: Database) -> None:
     async def story() -> None:
         async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -137,7 +155,9 @@ def test_it_waits_until_nobody_asks_and_nothing_needs_it(database: Database) -> 
             session.query(OperationRow).one().state = "succeeded"
 
         await database.write(begin)
-        waiting = asyncio.ensure_future(until_idle(Activity(app), database, 0.02))
+        activity = Activity(app)
+        await activity({"type": "http"}, None, None)  # type: ignore[arg-type]
+        waiting = asyncio.ensure_future(until_idle(activity, database, 0.02))
         # It has looked some times by then, on any host, or has not come to it: it waits either way.
         await asyncio.sleep(0.5)
         assert not waiting.done()

@@ -73,7 +73,12 @@ def test_who_reads_events_is_told_that_it_ends(settings: Settings) -> None:
 
 def test_it_leaves_when_nobody_asks(settings: Settings) -> None:
     async def story() -> None:
-        life, _ = await begun(settings, Listening(), linger=0.1, background=True)
+        life, urls = await begun(settings, Listening(), linger=0.1, background=True)
+        async with AsyncClient.connect(urls[0]) as client:
+            await client.health()
+            # Somebody who is connected may ask in a moment; uvicorn ends such after five seconds.
+            await asyncio.sleep(1)
+            assert not life.done()
         await asyncio.wait_for(life, 120)
 
     asyncio.run(story())
@@ -130,7 +135,7 @@ def test_what_ends_without_a_word_is_said_to_have(tmp_path: Path) -> None:
         "try:\n"
         "    detached(Path(sys.argv[1]), life)\n"
         "except VmlabError as error:\n"
-        "    print(error, error.hint)\n"
+        "    print(error, error.hint, error.__notes__)\n"
     )
     log = tmp_path / "log"
     log.write_bytes(b"x" * (17 << 20))
@@ -139,6 +144,7 @@ def test_what_ends_without_a_word_is_said_to_have(tmp_path: Path) -> None:
         timeout=240,
     )  # fmt: skip
     assert "ended before it answered" in done.stdout
+    assert "['my last words']" in done.stdout
     assert str(log) in done.stdout
     assert log.read_text() == "my last words\n"
     assert log.with_name("log.1").stat().st_size == 17 << 20
