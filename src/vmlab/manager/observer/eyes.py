@@ -30,7 +30,10 @@ __all__ = ["Eyes", "Scope"]
 
 _LOG: Final = logging.getLogger(__name__)
 
-_HOST_SECONDS: Final = 120.0
+_ANSWER_SECONDS: Final = 60.0
+"""That a host has to open and to say which machines it has."""
+_LOOK_SECONDS: Final = 300.0
+"""That all its machines together have to answer."""
 _GUESTS_AT_ONCE: Final = 8
 
 
@@ -108,8 +111,11 @@ class Eyes:
         if not await done_in_thread(self._may_have_machines, host, known):
             return {"looked": {f"host:{host}"}}
         try:
-            async with asyncio.timeout(_HOST_SECONDS):
+            # A host that fails again and again is left alone for a while, by everybody.
+            async with self._manager.hosts.guarded(host), asyncio.timeout(_ANSWER_SECONDS):
                 hypervisor = await self._manager.hosts.get(host)
+                await hypervisor.list()
+            async with asyncio.timeout(_LOOK_SECONDS):
                 machines, looked = await hypervisors.machines_of(
                     host, hypervisor, known, ask, others=scope.machines is None
                 )

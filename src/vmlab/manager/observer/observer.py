@@ -171,6 +171,8 @@ class Observer:
             if finding.key not in shown and _is_over(finding, known, seen, scope)
         }
         raised = [self._with_policy(difference, known) for difference in confirmed]
+        if not raised and not gone:
+            return
         ids = await self._manager.database.write(
             note, raised, gone, event=known.event, moment=moment
         )

@@ -120,6 +120,67 @@ def test_paused_and_resumed_behind_the_managers_back(run):
     run(test)
 
 
+def test_what_was_stopped_paused_or_resumed_is_as_it_was_found_after_the_undo(run):
+    async def test(watched):
+        await watched.machine_of("web")
+        machine = await watched.at_host("web")
+        await machine.pause()
+        finding = await watched.found(MISMATCH)
+        await watched.repaired(finding, "reconcile")
+        await watched.repaired(finding, "reconcile", undo=True)
+        assert machine.state is S.PAUSED
+        await machine.resume()
+        finding = await watched.found(MISMATCH)
+        assert finding.evidence["wanted"] == "paused"
+        await watched.repaired(finding, "reconcile")
+        await watched.repaired(finding, "reconcile", undo=True)
+        assert machine.state is S.RUNNING
+        await watched.did(StopMachine(machine="web"))
+        await machine.start()
+        finding = await watched.found(MISMATCH)
+        await watched.repaired(finding, "reconcile")
+        await watched.repaired(finding, "reconcile", undo=True)
+        assert machine.state is S.RUNNING
+        await watched.nothing()
+
+    run(test)
+
+
+def test_what_is_resolved_or_was_never_repaired_is_refused(run):
+    async def test(watched):
+        await watched.machine_of("web")
+        machine = await watched.at_host("web")
+        await machine.kill()
+        finding = await watched.found(MISMATCH)
+        await refused(watched, finding, "reconcile", Conflict, undo=True)
+        await refused(watched, finding, "quarantine", InvalidSpec)
+        await machine.start()
+        await watched.nothing()
+        await refused(watched, finding, "reconcile", Conflict)
+
+    run(test)
+
+
+def test_a_repair_that_was_cancelled_before_it_ran_leaves_all_as_it_was(run):
+    async def test(watched):
+        machine = await watched.machine_of("web")
+        await (await watched.at_host("web")).kill()
+        finding = await watched.found(MISMATCH)
+        async with watched.manager.operator.alone(f"machine:{machine.id}"):
+            operation = await watched.manager.operator.submit(
+                RepairFinding(finding=finding.id, action="reconcile")
+            )
+            await watched.manager.operator.cancel(operation.id)
+        ended = await watched.manager.operator.wait(operation.id, 120)
+        assert ended.state == "cancelled"
+        assert await watched.state_at_host("web") is S.STOPPED
+        assert (await watched.found(MISMATCH)).id == finding.id
+        await watched.repaired(finding, "reconcile")
+        await watched.nothing()
+
+    run(test)
+
+
 def test_adopt_writes_into_the_store_what_the_machine_does_and_can_be_undone(run):
     async def test(watched):
         await watched.machine_of("web")
@@ -304,27 +365,53 @@ def test_what_was_repaired_again_and_again_is_only_reported(run):
     run(test, findings={MISMATCH: "reconcile"})
 
 
-def test_a_repair_that_fails_is_tried_again_later_and_the_finding_stays(run, monkeypatch):
+def test_a_repair_that_fails_is_tried_again_later_and_not_for_ever(run, monkeypatch):
+    from datetime import timedelta
+
+    from vmlab.machine.errors import OperationFailed
+    from vmlab.manager.observer import automatic
+
+    def repairs(operations):
+        return [each for each in operations if each.kind == "finding.repair"]
+
     async def test(watched):
         await watched.machine_of("web")
         await (await watched.at_host("web")).kill()
 
         async def refuse(self, **options):
-            from vmlab.machine.errors import OperationFailed
-
             raise OperationFailed("no power")
 
         monkeypatch.setattr(type(await watched.at_host("web")), "start", refuse)
-        finding = await watched.found(MISMATCH)
-        repair = (await watched.operations())[0]
-        ended = await watched.manager.operator.wait(repair.id, 120)
-        assert ended.state == "failed"
+
+        async def swept():
+            """The repairs that there were by the end of a sweep, once they have ended."""
+            await watched.sweep()
+            for each in repairs(await watched.operations()):
+                ended = await watched.manager.operator.wait(each.id, 120)
+                assert (ended.state, ended.error["message"]) == ("failed", "no power")
+            return len(repairs(await watched.operations()))
+
+        assert await swept() == 1
         # It is not tried at once again.
-        again = [each for each in await watched.operations() if each.kind == "finding.repair"]
-        assert len(again) == 1
-        assert (await watched.finding(finding.id)).resolved is None or await watched.sweep()
+        await watched.manager.database.write(_says_running)
+        assert await swept() == 1
+        monkeypatch.setattr(automatic, "_FIRST_PAUSE", timedelta(0))
+        for _ in range(7):
+            await watched.manager.database.write(_says_running)
+            attempts = await swept()
+        assert attempts == 5
 
     run(test, findings={MISMATCH: "reconcile"})
+
+
+def _says_running(session):
+    """A failed start leaves a failed machine: the store says again what it said."""
+    from sqlalchemy import select
+
+    from vmlab.manager.store.tables import MachineRow
+
+    row = session.scalars(select(MachineRow)).one()
+    row.state, row.wanted = "running", "running"
 
 
 def test_a_dry_run_says_what_a_repair_would_do_and_does_nothing(run):

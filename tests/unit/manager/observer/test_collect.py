@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from vmlab.guests import agent
 from vmlab.hypervisors.ownership import Home, Store
-from vmlab.manager.observer.collect import files, locks, networks
+from vmlab.machine.errors import ChannelClosed
+from vmlab.machine.states import MachineState
+from vmlab.manager.observer.collect import files, guests, locks, networks
 from vmlab.manager.observer.collect.hypervisors import Turns
 
 ONE = "a" * 32
@@ -100,3 +107,64 @@ def test_locks_tell_who_holds_them_and_whom_they_name(tmp_path):
     assert (found[lock].named, found[lock].alive) == (os.getpid(), True)
     assert (found[own].holder, found[own].named, found[own].machine) == (None, None, None)
     assert locks.locks_of([], [tmp_path / "missing"]) == []
+
+
+# ------------------------------------------------------------------------ guests
+
+
+class Agent:
+    """A guest whose clock is so many seconds ahead, or that fails."""
+
+    def __init__(self, ahead=0.0, status=0, fails=None, answers=True):
+        self.ahead, self.status, self.fails, self.answers = ahead, status, fails, answers
+
+    async def ping(self):
+        if self.fails is not None:
+            raise self.fails
+        if not self.answers:
+            await asyncio.Event().wait()
+
+    async def execute(self, command):
+        import time
+
+        assert command == "date +%s"
+        return SimpleNamespace(status=self.status, stdout=f"{int(time.time() + self.ahead)}\n")
+
+
+def machine_with(*channels, state=MachineState.RUNNING):
+    hypervisor = SimpleNamespace(name="qemu")
+    spec = SimpleNamespace(channels=channels)
+    return SimpleNamespace(hypervisor=hypervisor, spec=spec, state=state)
+
+
+def ask(guest, machine=None, timeout=60.0):
+    async def guest_of(machine_id):
+        assert machine_id == "one"
+        return guest
+
+    machine = machine or machine_with(agent.CONTROL)
+    return asyncio.run(guests.asked("one", machine, guest_of, timeout))
+
+
+@pytest.mark.parametrize("ahead", [0.0, 7200.0, -7200.0])
+def test_an_agent_tells_how_far_its_clock_is_off(ahead):
+    told = ask(Agent(ahead))
+    assert told.answered
+    assert abs(told.drift - ahead) <= told.uncertainty + 0.5
+
+
+def test_an_agent_without_date_has_no_clock_and_answers():
+    told = ask(Agent(status=127))
+    assert (told.answered, told.drift) == (True, None)
+
+
+def test_an_agent_that_fails_or_says_nothing_does_not_answer():
+    told = ask(Agent(fails=ChannelClosed("it is gone")))
+    assert (told.answered, told.problem) == (False, "it is gone")
+    told = ask(Agent(answers=False), timeout=0.01)
+    assert (told.answered, told.problem) == (False, "no answer for 0.01 s")
+
+
+def test_who_cannot_answer_is_not_asked():
+    assert ask(Agent(), machine_with("other.port")) is None
+    assert ask(Agent(), machine_with(agent.CONTROL, state=MachineState.PAUSED)) is None

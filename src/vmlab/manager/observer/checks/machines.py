@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from vmlab.machine.states import OFF, MachineState
 from vmlab.manager.documents import Severity
+from vmlab.manager.networks.names import SWITCH
 from vmlab.manager.observer.difference import Difference
 from vmlab.manager.observer.known import Known, KnownMachine
 from vmlab.manager.observer.seen import Seen, SeenMachine, SeenProcess
@@ -119,7 +120,8 @@ def orphan_process(known: Known, seen: Seen) -> Iterator[Difference]:
     states = {machine.id: machine for machine in seen.machines}
     for process in seen.processes:
         if process.network is not None:
-            if process.network not in known.network and not _young(process, known):
+            shared = process.network == SWITCH and any(each.vlan for each in known.networks)
+            if not shared and process.network not in known.network and not _young(process, known):
                 yield _orphan(process, f"network {process.network}, which the store has not")
             continue
         if process.machine is None or _young(process, known):

@@ -6,15 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from vmlab.machine.states import OFF, MachineState
-from vmlab.manager.networks.names import interface
+from vmlab.manager.networks.names import SWITCH, interface
 from vmlab.manager.observer.difference import Difference
 from vmlab.manager.observer.known import Known, KnownAddress
 from vmlab.manager.observer.seen import Seen
 
 __all__ = ["address_conflict", "leaked_address", "lost_interface"]
-
-_SWITCH = "switch"
-"""What the interfaces that networks with tags share say that they are for."""
 
 _ON = frozenset({MachineState.RUNNING, MachineState.PAUSED})
 
@@ -103,7 +100,7 @@ def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
     if "interfaces" not in seen.looked:
         return
     for found in seen.interfaces:
-        if found.network == _SWITCH and any(each.vlan for each in known.network.values()):
+        if found.network == SWITCH and any(each.vlan for each in known.network.values()):
             continue
         if found.network in known.network:
             continue
