@@ -7,7 +7,9 @@ with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +17,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.base import Hypervisor
-from vmlab.hypervisors.threads import done_in_thread
+from vmlab.hypervisors.threads import in_thread
+from vmlab.images.progress import ProgressEvent
 from vmlab.machine.errors import (
     InvalidState,
     MachineNotFound,
@@ -73,7 +76,7 @@ from vmlab.manager.store.changes import Conflict, add_event, set_machine_state
 from vmlab.manager.store.queries import find_disk, find_machine, find_network, find_template
 from vmlab.manager.store.tables import HostRow, MachineRow, NicRow, new_id
 
-_LIVE_DELETE: Final = OPERATIONS["delete"] | OPERATIONS["kill"]
+_TELL_S: Final = 0.5
 
 
 @register
@@ -225,9 +228,40 @@ class CreateHandler(Handler[CreateMachine]):
         hypervisor = self.manager.hosts.setting(machine.host).hypervisor
         if machine.image is None or hypervisor == SIMULATED:
             return spec.with_changes(boot={**spec.boot.model_dump(), "image": None})
-        return await done_in_thread(
-            partial(bootable, spec, machine.image, hostname=machine.hostname)
-        )
+        return await self._bootable(work, spec, machine)
+
+    async def _bootable(
+        self, work: Work[CreateMachine], spec: MachineSpec, machine: Placed
+    ) -> MachineSpec:
+        """The machine with its image, which is fetched or built now; tells how far that is."""
+        assert machine.image is not None
+        image, latest = machine.image, list[ProgressEvent]()
+
+        def build(check: Callable[[], None]) -> MachineSpec:
+            worker = threading.get_ident()
+
+            def told(event: ProgressEvent) -> None:
+                latest[:] = [event]
+                if threading.get_ident() == worker:
+                    check()  # a cancelled operation waits for no image
+
+            return bootable(spec, image, hostname=machine.hostname, progress=told)
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(_TELL_S)
+                if latest:
+                    event = latest[0]
+                    share = event.done / event.total if event.total else 0.0
+                    # The image is half of the way, as far as anybody can know.
+                    await work.progress(share / 2, event.step)
+
+        telling = asyncio.create_task(tell())
+        try:
+            return await in_thread(build)
+        finally:
+            telling.cancel()
+            await asyncio.wait((telling,))
 
 
 def _nic_row(session: Session, position: int, nic: NewNic) -> NicRow:

@@ -15,6 +15,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.threads import done_in_thread
+from vmlab.images.progress import Progress, silent
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import HypervisorUnavailable, InvalidSpec, SpecProblem, VmlabError
 from vmlab.machine.fit import check_fit
@@ -227,13 +228,16 @@ def _preferred(manager: Manager, spec: MachineSpec, image: str | None) -> list[s
 # ------------------------------------------------------------------------ images
 
 
-def bootable(spec: MachineSpec, image: str, *, hostname: str) -> MachineSpec:
+def bootable(
+    spec: MachineSpec, image: str, *, hostname: str, progress: Progress = silent
+) -> MachineSpec:
     """The machine that boots an image, which is built or fetched now; blocks.
 
     Args:
         spec: The machine as far as it was known, with its NICs and disks.
         image: Name of the image.
         hostname: What the guest is called.
+        progress: Told what is done, from this thread and others.
 
     Raises:
         ImageError: the image cannot be had.
@@ -252,5 +256,5 @@ def bootable(spec: MachineSpec, image: str, *, hostname: str) -> MachineSpec:
         terminal=True,
         name=hostname,
     )
-    found = booted_by(wish, find_image(wish, ImageStore())).spec
+    found = booted_by(wish, find_image(wish, ImageStore(), progress=progress)).spec
     return found.with_changes(name=spec.name)
