@@ -26,6 +26,7 @@ from vmlab.manager.store.changes import (
     set_machine_state,
 )
 from vmlab.manager.store.database import Database
+from vmlab.manager.store.failures import StoreUnavailable
 from vmlab.manager.store.tables import (
     AddressRow,
     FindingRow,
@@ -687,4 +688,36 @@ def test_store_forgets_what_is_old_and_ended(settings: Settings) -> None:
     events = database.read_now(queries.list_events, limit=1000).items
     assert 100 <= len(events) <= 101
     assert events[-1].id == 151
+    database.close()
+
+
+def test_postgresql_that_drops_a_connection_costs_one_transaction_and_no_more(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    url = postgres.new_database()
+    database = Database.open(Settings(home=Home.open(tmp_path), database_url=url))
+    database.write_now(add_machine, "before")
+
+    def drop(s: Session) -> None:
+        import psycopg
+
+        add_machine(s, "never")
+        mine = s.connection().exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        with psycopg.connect(url, autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(%s, 60000)", [mine])
+        add_machine(s, "never either")
+
+    with pytest.raises(StoreUnavailable, match="does not answer") as error:
+        database.write_now(drop)
+    assert "vmlab@" in error.value.message
+    database.write_now(add_machine, "after")
+
+    async def story() -> list[str]:
+        page = await database.read(queries.list_machines)
+        told = [await anext(events) for _ in range(2)]
+        assert [event.id for event in told] == [1, 2]
+        return [machine.name for machine in page.items]
+
+    events = database.events.subscribe(0)
+    assert asyncio.run(story()) == ["after", "before"]
     database.close()
