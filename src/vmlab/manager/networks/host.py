@@ -11,7 +11,7 @@ import asyncio
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +28,6 @@ from vmlab.report import write_atomically
 
 __all__ = ["HostNetworks"]
 
-_SWITCH: Final = "switch"
-"""The directory of the switch, and what its own interfaces say that they are for."""
 _FORWARDING: Final = "forwarding.json"
 
 
@@ -44,7 +42,7 @@ class HostNetworks:
     def __init__(self, directory: Path, machines: Owner) -> None:
         self.directory = directory
         self.home = names.digest(directory)
-        self.switch = Switch(directory / _SWITCH)
+        self.switch = Switch(directory / names.SWITCH)
         self._machines = machines
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         # What networks share: the switch, forwarding.
@@ -99,7 +97,7 @@ class HostNetworks:
         found = there.get(layout.switch or layout.bridge)
         mine = found is not None and names.of_alias(self.home, found.alias) in {
             layout.network,
-            _SWITCH,
+            names.SWITCH,
         }
         foreign = found is not None and not mine
         if found is not None and not mine and (layout.switch or found.kind != "bridge"):
@@ -143,7 +141,7 @@ class HostNetworks:
     async def _join_switch(self, layout: Layout, tag: int, alias: str) -> None:
         await self.switch.up()
         await self.switch.add_bridge(layout.switch)
-        shared = names.alias(self.home, _SWITCH)
+        shared = names.alias(self.home, names.SWITCH)
         await asyncio.to_thread(links.set_alias, layout.switch, shared)
         await self.switch.add_port(layout.switch, layout.port, tag)
         await asyncio.to_thread(links.set_alias, layout.port, alias)
@@ -190,7 +188,8 @@ class HostNetworks:
                 removed += await self._lower(record.layout)
             if directory.exists():
                 await asyncio.to_thread(shutil.rmtree, directory)
-            return removed
+        await self._clear_shared()
+        return removed
 
     async def _lower(self, layout: Layout) -> list[str]:
         removed: list[str] = []
@@ -199,29 +198,36 @@ class HostNetworks:
         if await asyncio.to_thread(nat.remove, layout.table):
             removed.append(f"packet filter {layout.table}")
         if layout.vlan is not None:
-            async with self._shared:
-                await self._leave_switch(layout)
+            await self.switch.remove_port(layout.port)
             removed.append(f"port {layout.port}")
         if await asyncio.to_thread(links.remove, layout.bridge):
             removed.append(f"bridge {layout.bridge}")
-        async with self._shared:
-            others = [each for each in self.recorded().values() if each.layout != layout]
-            bridged = [each for each in others if each.here and each.layout.mode == "bridged"]
-            if not any(each.layout.gateways for each in bridged):
-                await asyncio.to_thread(self._forward_as_before)
         return removed
 
-    async def _leave_switch(self, layout: Layout) -> None:
-        await self.switch.remove_port(layout.port)
-        tagged = [
-            each.layout
-            for each in self.recorded().values()
-            if each.here and each.layout.vlan is not None and each.layout.network != layout.network
-        ]
-        if not any(each.switch == layout.switch for each in tagged):
-            await self.switch.remove_bridge(layout.switch)
-        if not tagged:
+    async def _clear_shared(self) -> list[str]:
+        """Remove what no network needs any more that several could: the switch, forwarding.
+
+        What a network needs is written down before it is made, so one that is about to be counts.
+        """
+        async with self._shared:
+            layouts = [each.layout for each in self.recorded().values() if each.here]
+            if not any(each.mode == "bridged" and each.gateways for each in layouts):
+                await asyncio.to_thread(self._forward_as_before)
+            switches = {each.switch for each in layouts if each.switch}
+            # Its daemon's own, and those that it left if it was killed: by their alias and name.
+            there = await asyncio.to_thread(links.links)
+            left = {
+                name
+                for name, link in there.items()
+                if names.of_alias(self.home, link.alias) == names.SWITCH
+                or name == names.interface("switch", self.home)
+            }
+            for name in {*await self.switch.bridges(), *left} - switches:
+                await self.switch.remove_bridge(name)
+            if switches or not self.switch.directory.exists():
+                return []
             await self.switch.down()
+            return ["switch"]
 
     def _forward_as_before(self) -> None:
         path = self.directory / _FORWARDING
@@ -293,7 +299,7 @@ class HostNetworks:
                 found[network] = [f"directory {self.path(network)}"]
         for name, link in links.links().items():
             its = names.of_alias(self.home, link.alias)
-            if its is not None and its != _SWITCH and its not in known:
+            if its is not None and its != names.SWITCH and its not in known:
                 found.setdefault(its, []).append(f"interface {name}")
         return found
 
@@ -310,7 +316,7 @@ class HostNetworks:
         there = await asyncio.to_thread(links.links)
         for name, link in there.items():
             its = names.of_alias(self.home, link.alias)
-            if its is not None and its != _SWITCH and its not in known:
+            if its is not None and its != names.SWITCH and its not in known:
                 await asyncio.to_thread(links.remove, name)
                 removed.append(f"interface {name}")
         own = names.tables(self.home)
@@ -319,24 +325,7 @@ class HostNetworks:
                 if table.startswith(own) and table.removeprefix(own) not in known:
                     await asyncio.to_thread(nat.remove, table)
                     removed.append(f"packet filter {table}")
-        async with self._shared:
-            tagged = [
-                each
-                for each in self.recorded().values()
-                if each.here and each.layout.vlan is not None
-            ]
-            if not tagged:
-                removed += await self._sweep_switch(there)
-        return removed
-
-    async def _sweep_switch(self, there: Mapping[str, links.Link]) -> list[str]:
-        """Remove the switch, which no network needs, and what its daemon left if it was killed."""
-        removed = ["switch"] if self.switch.processes() else []
-        await self.switch.down()
-        for name, link in there.items():
-            if names.of_alias(self.home, link.alias) == _SWITCH:
-                await asyncio.to_thread(links.remove, name)
-        return removed
+        return removed + await self._clear_shared()
 
     def _dnsmasq(self, network: str) -> Daemon:
         return Daemon(self.path(network), "dnsmasq")

@@ -10,10 +10,23 @@ import hashlib
 from pathlib import Path
 from typing import Final, Literal
 
-__all__ = ["PREFIX", "alias", "digest", "interface", "of_alias", "segment", "table", "tables"]
+__all__ = [
+    "PREFIX",
+    "SWITCH",
+    "alias",
+    "digest",
+    "interface",
+    "of_alias",
+    "segment",
+    "table",
+    "tables",
+]
 
 PREFIX: Final = "vmlab"
 """What every alias and table begins with."""
+
+SWITCH: Final = "switch"
+"""What stands for a network's id where something is for all networks that have a tag."""
 
 _ID_DIGITS: Final = 11
 """Hexadecimal digits of an id in an interface's name: 44 bits."""

@@ -133,6 +133,10 @@ class Switch:
             await self.control("--if-exists", "del-port", name)
         await asyncio.to_thread(links.remove, name)
 
+    async def bridges(self) -> list[str]:
+        """The bridges that it has; none while it does not run."""
+        return (await self.control("list-br")).split() if self.works else []
+
     async def remove_bridge(self, name: str) -> None:
         """Remove a bridge with its ports; again does nothing."""
         if self.works:

@@ -332,6 +332,22 @@ def test_machines_with_one_tag_reach_each_other_and_those_with_another_do_not(
     assert there() == set()
 
 
+def test_networks_that_are_removed_at_once_take_what_they_share_with_them(bench: Any) -> None:
+    tagged = [
+        layout(bench, id_, vlan=tag, subnet=f"10.{tag}.0.0/24") for id_, tag in (("a", 7), ("b", 8))
+    ]
+
+    async def life() -> None:
+        await asyncio.gather(*(bench.host.ensure(each) for each in tagged))
+        await asyncio.gather(*(bench.host.remove(each.network) for each in tagged))
+
+    bench.run(life())
+    assert there() == set()
+    assert not bench.host.switch.processes()
+    assert list(bench.directory.iterdir()) == []
+    assert nat.FORWARDING.read_text().strip() == "0"
+
+
 def test_a_switch_that_somebody_else_has_is_not_shared(bench: Any, tmp_path: Path) -> None:
     other = type(bench.host)(tmp_path, bench.machines)
     theirs = NetworkRow(

@@ -146,6 +146,10 @@ def test_a_process_of_a_network_that_is_gone_is_an_orphan(known, seen):
 
     only(known, with_process("gone"), "orphan-process")
     assert list(differences(known, with_process("lan"))) == []
+    # The switch is for all networks that have a tag.
+    only(known, with_process("switch"), "orphan-process")
+    tagged = replace(known, networks=(replace(known.networks[0], vlan=7),))
+    assert list(differences(tagged, with_process("switch"))) == []
 
 
 def test_a_process_younger_than_the_operation_under_way_may_be_its_own(known, seen):
