@@ -88,10 +88,6 @@ def _ended(closed: ConnectionClosed, what: str) -> VmlabError:
     """Why a connection ended before what it was for."""
     received = closed.rcvd
     reason = received.reason if received is not None else ""
-    with contextlib.suppress(ValueError):
-        record = json.loads(reason)
-        if isinstance(record, Mapping):
-            return from_record(record)
     return ChannelClosed(
         f"{what} ended: {reason or 'the manager went away'}",
         hint="`vmlab show` tells what became of the machine",
