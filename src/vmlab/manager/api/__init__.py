@@ -5,5 +5,6 @@ into one of `vmlab.manager.requests`, a document or an error into HTTP (RFC 9110
 """
 
 from vmlab.manager.api.app import create_app, end_streams
+from vmlab.manager.api.limits import Limits
 
-__all__ = ["create_app", "end_streams"]
+__all__ = ["Limits", "create_app", "end_streams"]
