@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from vmlab.manager.client.asynchronous import AsyncClient
 
 D = TypeVar("D", bound=BaseModel)
+_PAGE: Final = 500
+"""Items that are asked for at once where all are wanted."""
+
 Watch = Callable[[OperationDocument], Awaitable[None]]
 """Is told how an operation goes while it is waited for."""
 
@@ -50,6 +53,8 @@ class Noun(Generic[D]):
 
     word: ClassVar[str]
     """As paths have it."""
+    paged: ClassVar[bool] = True
+    """Whether there may be more of them than are told at once."""
     document: type[D]
 
     def __init__(self, client: AsyncClient) -> None:
@@ -74,6 +79,8 @@ class Noun(Generic[D]):
 
     async def each(self, /, **filters: Any) -> AsyncIterator[D]:
         """All of them, page by page."""
+        if self.paged:
+            filters = {"limit": _PAGE, **filters}
         cursor = None
         while True:
             page = await self.page(cursor=cursor, **filters)
@@ -394,6 +401,7 @@ class Hosts(Noun[HostDocument]):
 
     word = "hosts"
     document = HostDocument
+    paged = False
 
 
 class Findings(Noun[FindingDocument]):
