@@ -434,10 +434,11 @@ def _killed_before(directory: Path, left: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.soak)])
 def test_nothing_is_left_of_a_manager_that_is_killed_before_any_change_of_the_host(
-    bench: Any,
+    bench: Any, stride: int
 ) -> None:
-    for point in range(1, 100):
+    for point in range(1, 100, stride):
         child = os.fork()
         if child == 0:
             try:

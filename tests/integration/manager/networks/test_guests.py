@@ -1,0 +1,201 @@
+"""Guests of QEMU's on the manager's networks: they ask for their addresses as any computer does.
+
+One manager in a namespace of the test's own does it all, because booting is what takes time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vmlab.guests.guest import Guest
+from vmlab.hypervisors import processes
+from vmlab.hypervisors.ownership import Home
+from vmlab.images.settings import default_store
+from vmlab.manager.documents import MachineDocument
+from vmlab.manager.manager import Manager
+from vmlab.manager.networks import links, nat
+from vmlab.manager.requests import (
+    CreateMachine,
+    CreateNetwork,
+    DeleteMachine,
+    DeleteNetwork,
+    MachinePolicy,
+    Metadata,
+    NewNic,
+    StopMachine,
+)
+from vmlab.manager.settings import HostSetting, Settings
+from vmlab.manager.store.queries import find_machine, list_addresses, machine_document
+
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
+
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
+WAIT = 600.0
+ADDRESS = "ip -4 -o addr show dev {} | awk '{{print $4}}'"
+PING = "ping -c 1 -W 2 {0} || ping -c 2 -W 2 {0}"
+
+
+class Office:
+    """A manager with QEMU as its host, and what is done with it."""
+
+    def __init__(self, manager: Manager) -> None:
+        self.manager = manager
+
+    async def did(self, request: Any) -> dict[str, Any]:
+        operation = await self.manager.operator.submit(request)
+        operation = await self.manager.operator.wait(operation.id, WAIT)
+        assert operation.state == "succeeded", operation.error
+        return operation.result or {}
+
+    async def machine(self, name: str) -> MachineDocument:
+        return await self.manager.database.read(
+            lambda s: machine_document(s, find_machine(s, name))
+        )
+
+    async def boot(self, name: str, *networks: str, **fields: Any) -> Guest:
+        """A machine that runs, with a NIC on each of those networks."""
+        nics = tuple(NewNic(network=network) for network in networks)
+        await self.did(
+            CreateMachine(
+                name=name,
+                image="debian-12-amd64-tiny",
+                memory=192 << 20,
+                nics=nics,
+                start=True,
+                **fields,
+            )
+        )
+        return await self.manager.guests.get((await self.machine(name)).id)
+
+    async def addresses(self) -> set[tuple[str, str | None, str]]:
+        """Who has what, by network."""
+        page = await self.manager.database.read(list_addresses)
+        return {(each.network, each.machine, each.address) for each in page.items}
+
+
+async def address_of(guest: Guest, interface: str) -> str:
+    """The address that a guest has, which asks by DHCP when it boots."""
+    return (await guest.succeed(ADDRESS.format(interface))).stdout.strip()
+
+
+async def reaches(guest: Guest, address: str) -> bool:
+    return (await guest.execute(PING.format(address), timeout=120)).status == 0
+
+
+@pytest.fixture
+def office(
+    namespace: None, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Callable[[Office], Any]], None]:
+    """Runs a test with a manager."""
+    assert shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed: see tools/"
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+
+    async def work(test: Callable[[Office], Any]) -> None:
+        settings = Settings(home=home, hosts=(HostSetting(name="qemu", hypervisor="qemu"),))
+        manager = await Manager.open(settings)
+        async with manager:
+            try:
+                await test(Office(manager))
+            finally:
+                for machine in await (await manager.hosts.get("qemu")).list():
+                    await machine.delete(force=True)
+                await manager.networks.host.sweep([])
+
+    def run(test: Callable[[Office], Any]) -> None:
+        asyncio.run(work(test))
+        processes.wait_for_dead_children()
+
+    return run
+
+
+def test_guests_get_the_store_s_addresses_and_reach_whom_they_should(
+    office: Callable[[Callable[[Office], Any]], None],
+    client: Callable[[], Any],
+    sh: Callable[..., str],
+) -> None:
+    outside = client()
+    outside.run("ip", "addr", "add", "203.0.113.9/24", "dev", "eth0")
+    sh("ip", "addr", "add", "203.0.113.1/24", "dev", outside.port)
+    before = set(links.links())
+
+    async def test(office: Office) -> None:
+        await office.did(CreateNetwork(name="lan", subnet="10.9.0.0/24"))
+        for name, tag in (("red", 10), ("green", 20)):
+            subnet = f"10.9.{tag}.0/24"
+            await office.did(CreateNetwork(name=name, mode="bridged", vlan=tag, subnet=subnet))
+        policy = MachinePolicy(release_addresses="stop")
+        one, two, other = await asyncio.gather(
+            office.boot(
+                "one", "red", "lan", policy=policy, metadata=Metadata(user_data="#cloud-config\n")
+            ),
+            office.boot("two", "red", "lan"),
+            office.boot("other", "green"),
+        )
+        taken = await office.addresses()
+        assert {(network, machine) for network, machine, _ in taken} == {
+            ("red", "one"), ("lan", "one"), ("red", "two"), ("lan", "two"), ("green", "other"),
+        }  # fmt: skip
+        found = set()
+        for name, guest, networks in (
+            ("one", one, ("red", "lan")),
+            ("two", two, ("red", "lan")),
+            ("other", other, ("green",)),
+        ):
+            for number, network in enumerate(networks):
+                given = await address_of(guest, f"eth{number}")
+                assert given.endswith("/24"), (name, network, given)
+                found.add((network, name, given.removesuffix("/24")))
+        assert found == taken
+        at = {(network, name): address for network, name, address in taken}
+        # Without rights and by tag, machines of one network reach each other, and the outside.
+        assert await reaches(one, at["lan", "two"])
+        assert await reaches(one, at["red", "two"])
+        assert await reaches(one, "203.0.113.9")
+        assert await reaches(other, "203.0.113.9")
+        assert not await reaches(other, at["red", "one"])
+        # Not by the address of the other tag either.
+        await other.succeed("ip addr add 10.9.10.99/24 dev eth0")
+        assert not await reaches(other, at["red", "one"])
+        # A megabyte by TCP through a bridge, with checksums that are left to the NICs.
+        # (What listens ends when its own input does, so that has none.)
+        await two.succeed("(tail -f /dev/null | nc -l -p 9 | wc -c >/tmp/got) >/dev/null 2>&1 &")
+        await one.succeed(
+            f"head -c 1048576 /dev/zero >/tmp/sent; until nc {at['red', 'two']} 9 </tmp/sent; "
+            "do sleep 0.2; done",
+            timeout=120,
+        )
+        assert (await two.succeed("until [ -s /tmp/got ]; do sleep 0.1; done; cat /tmp/got")
+        ).stdout.strip() == "1048576"  # fmt: skip
+        # The metadata service knows who asks.
+        wanted = f"i-{(await office.machine('one')).id[:17]}"
+        fetch = "wget -q -O - http://169.254.169.254/latest/"
+        assert (await one.succeed(fetch + "meta-data/instance-id")).stdout == wanted
+        assert (await one.succeed(fetch + "user-data")).stdout == "#cloud-config\n"
+        assert (await two.succeed(fetch + "meta-data/local-hostname")).stdout == "two"
+        # The seed says the same.
+        await one.succeed(
+            "mkdir -p /tmp/seed; mount -r LABEL=cidata /tmp/seed 2>/dev/null || "
+            "for disk in /dev/vd? /dev/sd?; do mount -r -t iso9660 $disk /tmp/seed && break; done"
+        )
+        assert wanted in (await one.succeed("cat /tmp/seed/meta-data")).stdout
+
+        await office.did(StopMachine(machine="one", graceful=False))
+        await office.did(StopMachine(machine="two", graceful=False))
+        assert {machine for _, machine, _ in await office.addresses()} == {"two", "other"}
+        for name in ("one", "two", "other"):
+            await office.did(DeleteMachine(machine=name, force=True))
+        assert await office.addresses() == set()
+        for name in ("lan", "red", "green"):
+            await office.did(DeleteNetwork(network=name))
+        assert set(await asyncio.to_thread(links.links)) == before
+        assert nat.tables() == frozenset()
+        assert list(office.manager.networks.host.directory.iterdir()) == []
+
+    office(test)
