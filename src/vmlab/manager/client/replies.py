@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any, Final, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -116,7 +117,10 @@ def _record(status: int, body: Mapping[str, Any]) -> dict[str, Any]:
             [each.get("field"), each.get("value"), each.get("expected")]
             for each in body["problems"]
         ]
-    if not record.get("hint") and status in {401, 403}:
+    # Here a token is no header, but a variable.
+    if status == HTTPStatus.UNAUTHORIZED or (
+        status == HTTPStatus.FORBIDDEN and not record.get("hint")
+    ):
         record["hint"] = (
             f"set {TOKEN_VARIABLE} to a token that may do this; "
             "`vmlab token create`, where the manager runs, makes one"

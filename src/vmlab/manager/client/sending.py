@@ -76,6 +76,7 @@ class Sender:
             headers=self.headers,
             # What is on this host is not reached through a proxy.
             trust_env=not address.loopback,
+            verify=self.tls or True,
             timeout=httpx.Timeout(None, connect=_CONNECT),
         )
 
@@ -87,9 +88,9 @@ class Sender:
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """How a WebSocket is secured; None where it is not."""
+        """How connections are secured, by SSL_CERT_FILE where that is set; None is not."""
         secure = urlsplit(self.address.url).scheme == "https"
-        return httpx.create_ssl_context() if secure else None
+        return httpx.create_ssl_context(trust_env=True) if secure else None
 
     async def request(
         self,
@@ -185,7 +186,9 @@ class Sender:
 
     def _unreachable(self, error: Exception) -> Unreachable:
         came = str(error) or type(error).__name__
-        if self._revive is not None:
+        if "CERTIFICATE_VERIFY_FAILED" in came:
+            hint = "SSL_CERT_FILE names the certificates of an authority of your own"
+        elif self._revive is not None:
             hint = "`vmlab serve --stop` ends it, and the next command starts another one"
         elif self.address.socket is not None:
             hint = f"`vmlab serve --socket {self.address.socket}` serves there"

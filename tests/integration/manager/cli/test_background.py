@@ -239,7 +239,9 @@ def test_serve_with_tls(newcomer: Person, tmp_path: Path, monkeypatch: pytest.Mo
     newcomer.does("disk", "create", "data", "1M")
     monkeypatch.setenv("VMLAB_URL", url.replace("0.0.0.0", "localhost"))
     monkeypatch.setenv("VMLAB_TOKEN", token)
-    assert newcomer.says("disk", "list").status == 4, "a certificate that nobody knows is refused"
+    unknown = newcomer.says("disk", "list")
+    assert unknown.status == 4, "a certificate that nobody knows is refused"
+    assert "SSL_CERT_FILE" in unknown.err
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     assert "data" in newcomer.does("disk", "list")
     monkeypatch.delenv("VMLAB_URL")
