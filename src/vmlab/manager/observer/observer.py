@@ -305,8 +305,9 @@ class Observer:
                         continue
                     # It may have opened a host.
                     self._follow_hypervisors()
-                    if event.subject in self._concerned:
-                        self.call([event.subject])
+                    target = event.data.get("target")
+                    if target in self._concerned:
+                        self.call([target])
                 return
             except EventsGone:
                 continue  # the next sweep sees what was missed

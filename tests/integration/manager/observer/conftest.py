@@ -156,6 +156,13 @@ class Watched:
         yield
         await self.manager.database.write(end)
 
+    async def told(self, kind: str) -> Any:
+        """Wait for an event of that kind, from now on."""
+        async for event in self.manager.database.events.subscribe(None):
+            if event.kind == kind:
+                return event
+        raise AssertionError(f"the store was closed, and no {kind} came")
+
     async def forget(self, name: str) -> str:
         """Take a machine out of the store, and leave it where it is; its name there."""
 
@@ -192,12 +199,16 @@ QUICK = Pace(settle=0.01, guest_every=86400)
 
 @asynccontextmanager
 async def watched(
-    settings: Settings, *, events: bool = False, thresholds: Thresholds | None = None
+    settings: Settings,
+    *,
+    events: bool = False,
+    thresholds: Thresholds | None = None,
+    pace: Pace = QUICK,
 ) -> AsyncIterator[Watched]:
-    """A manager whose observer looks when it is told to, and with `events` when those tell."""
+    """A manager whose observer looks when it is told to, and with `events` by itself."""
     manager = await Manager.open(settings)
     manager.observer = Observer(
-        manager, pace=QUICK, thresholds=thresholds or Thresholds(free_share=0.0)
+        manager, pace=pace, thresholds=thresholds or Thresholds(free_share=0.0)
     )
     if not events:
         nobody = _Nobody()
@@ -221,7 +232,9 @@ def run(settings: Settings) -> Callable[..., None]:
     """Runs a coroutine function with what `watched` makes; settings may be changed for it."""
 
     def run_(test: Callable[[Watched], Awaitable[None]], **options: Any) -> None:
-        made = {name: options.pop(name) for name in ("events", "thresholds") if name in options}
+        made = {
+            name: options.pop(name) for name in ("events", "thresholds", "pace") if name in options
+        }
 
         async def whole() -> None:
             async with (

@@ -1,0 +1,107 @@
+"""The observer at work by itself: sweeps, rounds of guests, what is heard in between."""
+
+from __future__ import annotations
+
+import asyncio
+
+from vmlab.machine.errors import OperationFailed
+from vmlab.machine.faults import CpuStall
+from vmlab.manager.observer.observer import Pace
+
+
+async def until_told(watched, kind, act):
+    """Do something, and wait for the event that comes of it."""
+    waiting = asyncio.ensure_future(watched.told(kind))
+    await asyncio.sleep(0)
+    await act()
+    return await waiting
+
+
+def test_sweeps_find_what_nobody_tells_of_and_that_it_is_over(run):
+    async def test(watched):
+        path = watched.manager.storage.path("a" * 32, "raw")
+
+        async def make():
+            path.write_bytes(b"\0" * 512)
+
+        async def remove():
+            path.unlink()
+
+        raised = await until_told(watched, "finding.raised", make)
+        assert raised.data["code"] == "orphan-disk"
+        resolved = await until_told(watched, "finding.resolved", remove)
+        assert resolved.data["finding"] == raised.data["finding"]
+
+    run(test, events=True, sweep_seconds=0.01)
+
+
+def test_rounds_ask_guests_and_find_those_that_do_not_answer(run):
+    async def test(watched):
+        await watched.machine_of("web")
+        machine = await watched.at_host("web")
+
+        async def stall():
+            await machine.inject(CpuStall(vcpu=0))
+
+        raised = await until_told(watched, "finding.raised", stall)
+        assert raised.data["code"] == "guest-agent-unreachable"
+
+        async def go():
+            await machine.kill()
+            await machine.start()
+
+        await until_told(watched, "finding.resolved", go)
+
+    pace = Pace(settle=0.01, guest_every=0.01, guest_answers=0.5)
+    run(test, events=True, pace=pace)
+
+
+def test_a_sweep_that_fails_is_not_the_last_one(run, monkeypatch):
+    async def test(watched):
+        observer = watched.manager.observer
+        sweep, failures = observer.sweep, [OperationFailed("no luck"), ZeroDivisionError("a slip")]
+
+        async def unlucky(**options):
+            if failures:
+                raise failures.pop(0)
+            return await sweep(**options)
+
+        monkeypatch.setattr(observer, "sweep", unlucky)
+        path = watched.manager.storage.path("a" * 32, "raw")
+
+        async def make():
+            path.write_bytes(b"\0" * 512)
+
+        await until_told(watched, "finding.raised", make)
+        assert failures == []
+
+    run(test, events=True, sweep_seconds=0.01)
+
+
+def test_what_is_repaired_by_somebody_else_is_over_at_once(run):
+    from vmlab.manager.requests import StartMachine
+
+    async def test(watched):
+        await watched.machine_of("web")
+        await (await watched.at_host("web")).kill()
+        waiting = asyncio.ensure_future(watched.told("finding.resolved"))
+        await watched.sweep()
+        # No sweep from here on: the end of the operation is heard.
+        await watched.did(StartMachine(machine="web"))
+        assert (await waiting).data["code"] == "machine-state-mismatch"
+
+    run(test, events=True)
+
+
+def test_closing_ends_all_that_it_does(run):
+    async def test(watched):
+        observer = watched.manager.observer
+        await watched.machine_of("web")
+        await watched.sweep()
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert any(name.startswith("observer") for name in names)
+        await observer.close()
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert not any(name.startswith("observer") for name in names)
+
+    run(test, events=True)
