@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from vmlab.hypervisors import processes
+from vmlab.images.settings import default_store
 from vmlab.machine.states import MachineState
+from vmlab.manager.observer.observer import Pace
 from vmlab.manager.requests import DeleteMachine
 from vmlab.manager.settings import HostSetting
 
+# Read before the tests get directories of their own: images are slow to fetch and never change.
+_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
+IMAGE = "debian-12-amd64-tiny"
 HOSTS = (HostSetting(name="qemu", hypervisor="qemu"),)
 MISMATCH = "machine-state-mismatch"
 
@@ -100,3 +106,24 @@ def test_qemu_whose_machine_was_removed_by_hand_is_an_orphan_and_is_ended(run):
         await watched.nothing()
 
     run(test, hosts=HOSTS)
+
+
+@pytest.mark.slow
+@pytest.mark.boots
+def test_a_real_guest_whose_clock_is_wrong_is_found_and_its_clock_set(run, monkeypatch):
+    async def test(watched):
+        await watched.machine_of("web", host="qemu", image=IMAGE, spec=None, memory="192M")
+        id_ = (await watched.machine("web")).id
+        guest = await watched.manager.guests.get(id_)
+        await watched.nothing()
+        await guest.succeed("date -s @1000000000")
+        finding = await watched.found("clock-drift")
+        assert finding.evidence["drift"] < -1e8
+        await watched.repaired(finding, "reconcile")
+        assert int((await guest.succeed("date +%s")).stdout) > 1.7e9
+        await watched.nothing()
+        await watched.did(DeleteMachine(machine="web", force=True))
+
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(_IMAGE_STORE))
+    pace = Pace(settle=0.01, guest_every=86400, guest_answers=200.0, boots=0.0)
+    run(test, hosts=HOSTS, pace=pace)
