@@ -23,7 +23,14 @@ from starlette.routing import compile_path
 from starlette.websockets import WebSocket
 
 from vmlab.guests.guest import CommandFailed
-from vmlab.images.errors import FormatError, ImageError, RecipeError, StoreError, ToolMissing
+from vmlab.images.errors import (
+    FormatError,
+    ImageError,
+    ImageNotFound,
+    RecipeError,
+    StoreError,
+    ToolMissing,
+)
 from vmlab.machine.errors import (
     DeadlineExceeded,
     HypervisorUnavailable,
@@ -107,6 +114,7 @@ _STATUS: Final[Mapping[type[BaseException], int]] = {
     Unauthenticated: 401,
     Forbidden: 403,
     ResourceNotFound: 404,
+    ImageNotFound: 404,
     Conflict: 409,
     MachineExists: 409,
     InvalidState: 409,
