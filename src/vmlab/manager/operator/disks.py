@@ -191,6 +191,7 @@ class ResizeDiskHandler(Handler[ResizeDisk]):
 
     kind = "disk.resize"
     retry_safe = True
+    cancellable = False
 
     async def prepare(self, request: ResizeDisk) -> ResizeDisk:
         """Have it known what the machine does that has it."""
@@ -258,6 +259,7 @@ class DeleteDiskHandler(Handler[DeleteDisk]):
 
     kind = "disk.delete"
     retry_safe = True
+    cancellable = False
 
     async def prepare(self, request: DeleteDisk) -> DeleteDisk:
         """Have it known what the machine does that has it."""

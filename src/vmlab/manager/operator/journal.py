@@ -118,6 +118,7 @@ class Work(Generic[R]):
         self.failure = failure
         self.recovered = recovered
         self.cancelled = False
+        self.late = False
         self.seconds_given = max(0.0, (deadline - now()).total_seconds())
         self._steps = dict(steps)
         self._undo: list[tuple[Step, Undo]] = []
@@ -193,7 +194,13 @@ class Work(Generic[R]):
         if self.failure is not None:
             raise RollingBack
         state = step.state if step.state in {"skipped", "failed"} else "done"
-        await uninterrupted(self._end(step, state))
+        try:
+            await uninterrupted(self._end(step, state))
+        except asyncio.CancelledError:
+            # What is done is done: whoever wants the operation to end is too late for this step.
+            # The next one does not begin; if there is none, the operation has succeeded.
+            if not self.cancelled and not self.late:
+                raise
 
     async def _begin(self, step: Step, before: Change | None) -> None:
         step.state = "running"

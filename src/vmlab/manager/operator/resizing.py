@@ -34,6 +34,7 @@ class ResizeHandler(Handler[ResizeMachine]):
 
     kind = "machine.resize"
     retry_safe = True
+    cancellable = False
 
     async def prepare(self, request: ResizeMachine) -> ResizeMachine:
         """Have it known what the machine does."""

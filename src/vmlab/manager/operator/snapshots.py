@@ -239,6 +239,7 @@ class DeleteSnapshotHandler(Handler[DeleteSnapshot]):
 
     kind = "snapshot.delete"
     retry_safe = True
+    cancellable = False
 
     async def prepare(self, request: DeleteSnapshot) -> DeleteSnapshot:
         """Have it known what the machine does."""
@@ -284,6 +285,7 @@ class RestoreHandler(Handler[RestoreMachine]):
     """Brings a snapshot back: disks, and with memory also what the machine did."""
 
     kind = "machine.restore"
+    cancellable = False
 
     async def prepare(self, request: RestoreMachine) -> RestoreMachine:
         """Have it known what the machine does."""

@@ -107,6 +107,9 @@ class Execution:
         result: dict[str, Any] | None = None
         try:
             result = await self._in_time(work)
+            if begun.failure is None:
+                # It has done all that it was to do: who cancelled it was too late.
+                failure = None
         except RollingBack:
             pass
         except VmlabError as error:
@@ -138,7 +141,7 @@ class Execution:
                 # the operation to the next manager) is told from one that ends it.
                 await asyncio.wait((self._task,))
         except TimeoutError:
-            pass
+            work.late = True
         finally:
             if not self._task.done():
                 self._task.cancel()

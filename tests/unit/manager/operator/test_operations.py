@@ -19,7 +19,7 @@ from vmlab.manager.requests import CreateMachine, DeleteMachine, StartMachine, U
 from vmlab.manager.store.changes import Conflict
 from vmlab.manager.store.database import Database
 from vmlab.manager.store.queries import list_events
-from vmlab.manager.store.tables import now
+from vmlab.manager.store.tables import OperationRow, now
 
 SPEC = {"memory": "64M"}
 Body = Callable[[Work[UpdateMachine]], Any]
@@ -629,13 +629,8 @@ def test_one_that_is_cancelled_and_left_before_its_first_step_gives_back_what_it
             operation = await manager.operator.submit(a_thing())
             await running.wait()
 
-        def ask(session: Session) -> None:
-            from vmlab.manager.store.tables import OperationRow
-
-            session.get_one(OperationRow, operation.id).cancelling = True
-
         database = Database.open(place.make())
-        database.write_now(ask)
+        database.write_now(_want_its_end, operation.id)
         database.close()
         async with place.manager() as manager:
             assert (await manager.operator.wait(operation.id, 120)).state == "cancelled"
@@ -679,3 +674,57 @@ def test_a_cancellation_that_comes_while_a_step_is_written_down_undoes_the_step(
             assert made.done == ["begun", "undone"]
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("how", ["told", "left"])
+def test_who_cancels_what_is_all_done_is_too_late(
+    place: Any, doing: Any, scripted: Any, how: str
+) -> None:
+    told = threading.Event()
+    done = asyncio.Event()
+
+    async def body(work: Work[UpdateMachine]) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+
+        def cancel() -> None:
+            work.manager.operator._executions[work.operation_id].cancel()
+            told.set()
+
+        def last(session: Session) -> None:
+            loop.call_soon_threadsafe(cancel)
+            assert told.wait(120)
+
+        async with work.step("one") as step:
+            work.on_undo(step, undo)
+            if not step.done_before and how == "told":
+                step.also(last)
+        if how == "left" and work.failure is None:
+            done.set()
+            await never()
+        return {"done": True}
+
+    async def undo() -> None:
+        made.done.append("undone")
+
+    made = scripted(body)
+
+    async def story() -> None:
+        async with place.manager() as manager:
+            operation = await manager.operator.submit(a_thing())
+            if how == "told":
+                ended = await manager.operator.wait(operation.id, 120)
+            else:
+                await done.wait()
+        if how == "left":
+            database = Database.open(place.make())
+            database.write_now(_want_its_end, operation.id)
+            database.close()
+            async with place.manager() as manager:
+                ended = await manager.operator.wait(operation.id, 120)
+        assert (ended.state, ended.result, made.done) == ("succeeded", {"done": True}, [])
+
+    asyncio.run(story())
+
+
+def _want_its_end(session: Session, operation: str) -> None:
+    session.get_one(OperationRow, operation).cancelling = True
