@@ -105,7 +105,11 @@ class _Outgoing:
         """
         self._packing = asyncio.create_task(self._guest.pack(self._path, self._take))
         try:
-            return await self._next() or b""
+            first = await self._next() or b""
+            if not first.strip(b"\0"):
+                # An archive of nothing: tar says at its end why.
+                await self._packing
+            return first
         except BaseException:
             await self._stop()
             raise
