@@ -246,3 +246,13 @@ def run(settings: Settings) -> Callable[..., None]:
         asyncio.run(whole())
 
     return run_
+
+
+@pytest.fixture
+def opened(settings: Settings) -> Callable[..., Any]:
+    """Opens a manager of the same home each time, as `watched` does."""
+
+    def open_(**options: Any) -> Any:
+        return watched(settings, **options)
+
+    return open_

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from vmlab.hypervisors.base import Machine
 from vmlab.machine.errors import InvalidSpec
 from vmlab.machine.faults import ClockJump, CpuStall
@@ -179,6 +181,39 @@ def test_a_repair_that_was_cancelled_before_it_ran_leaves_all_as_it_was(run):
         await watched.nothing()
 
     run(test)
+
+
+def test_a_repair_that_its_manager_did_not_live_to_end_is_ended_by_the_next_one(
+    opened, monkeypatch
+):
+    async def test():
+        async with opened() as watched:
+            await watched.machine_of("web")
+            await (await watched.at_host("web")).kill()
+            finding = await watched.found(MISMATCH)
+            begun = asyncio.Event()
+
+            async def for_ever(self, **options):
+                begun.set()
+                await asyncio.Event().wait()
+
+            with monkeypatch.context() as patch:
+                patch.setattr(type(await watched.at_host("web")), "start", for_ever)
+                repair = await watched.manager.operator.submit(
+                    RepairFinding(finding=finding.id, action="reconcile")
+                )
+                await begun.wait()
+                # A sweep meanwhile says nothing about it, neither that it is over.
+                assert [each.id for each in await watched.sweep()] == [finding.id]
+                await watched.manager.operator.close()
+        async with opened() as watched:
+            ended = await watched.manager.operator.wait(repair.id, 120)
+            assert ended.state == "succeeded", ended.error
+            assert await watched.state_at_host("web") is S.RUNNING
+            assert (await watched.finding(finding.id)).resolved is not None
+            await watched.nothing()
+
+    asyncio.run(test())
 
 
 def test_adopt_writes_into_the_store_what_the_machine_does_and_can_be_undone(run):
