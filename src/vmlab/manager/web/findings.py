@@ -54,6 +54,7 @@ async def repair(visit: Visit) -> Response:
             finding=visit.path("finding"),
             action=visit.form.text("action"),
             name=visit.form.text("name"),
+            undo=visit.form.flag("undo"),
         )
     )
     return visit.went_on(operation, "/ui/findings")

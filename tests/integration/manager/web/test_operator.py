@@ -44,6 +44,12 @@ def test_a_finding_is_seen_with_its_evidence_and_repaired(reader: Reader, site: 
     page.get_by_label("Show").select_option("resolved ones")
     expect(finding).to_contain_text("its repair")
     assert reader.is_the_same()
+    finding.get_by_role("link", name="its repair").click()
+    page.get_by_role("button", name="Undo this repair").click()
+    expect(page.locator("#said")).to_contain_text("succeeded finding.repair")
+    page.locator("#said").get_by_role("link").click()
+    expect(page.locator("#region")).to_contain_text("undoes")
+    expect(page.get_by_role("button", name="Undo this repair")).to_have_count(0)
 
 
 def test_the_emergency_stop_asks_once_and_says_what_it_did(reader: Reader, site: Site) -> None:

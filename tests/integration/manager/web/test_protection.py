@@ -101,6 +101,20 @@ def test_changes_are_taken_from_pages_of_its_own_alone(site: Site) -> None:
         )
         assert press(own).status_code == 303
 
+        assert client.get("/").headers["location"] == "/ui/machines"
+        unsure = client.post("/ui/emergency", data={"host": "simulated"}, headers=own)
+        assert unsure.status_code == 422
+        assert "a tick" in unsure.text
+        site.do(CreateDisk(name="small-disk", size="1M"))
+        for fields, status in (({"action": "resize", "size": "2M"}, 303), ({"action": "x"}, 422)):
+            answer = client.post("/ui/disks/small-disk/actions", data=fields, headers=own)
+            assert answer.status_code == status
+        elsewhere = {"origin": "http://evil.example"}
+        assert client.post("/ui/logout", headers=elsewhere).status_code == 403
+        assert client.post("/ui/login", data={"token": " "}, headers=own).status_code == 401
+        nobody_asks = client.post("/ui/login", data={"token": "any"}, headers=own)
+        assert nobody_asks.status_code == 303
+
         page = client.get("/ui/machines")
         policy = page.headers["content-security-policy"]
         assert "default-src 'none'" in policy
