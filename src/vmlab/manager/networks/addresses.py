@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from vmlab.machine.errors import InvalidSpec, ResourceExhausted, SpecProblem
 from vmlab.manager.networks import ipam
@@ -23,7 +24,7 @@ from vmlab.manager.store.tables import AddressRow, MachineRow, NetworkRow, NicRo
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-__all__ = ["check_request", "host_name", "leases", "machine_at", "release", "take", "taken"]
+__all__ = ["check_request", "host_name", "leases", "machine_at", "release", "take"]
 
 _HOST_NAME_LENGTH: Final = 63  # RFC 1035, 2.3.4
 
@@ -35,10 +36,12 @@ def host_name(machine: MachineRow) -> str:
     return text or f"m-{machine.id[:12]}"
 
 
-def taken(s: Session, network: str) -> list[ipam.Address]:
-    """The addresses of a network that somebody has."""
-    found = s.scalars(select(AddressRow.address).where(AddressRow.network_id == network))
-    return [ip_address(each) for each in found]
+def _count(s: Session, network: str, version: int, first: int, last: int) -> int:
+    """How many addresses of a network somebody has, from one number to another."""
+    # As tables.AddressRow has them: the version, and 32 hexadecimal digits.
+    low, high = f"{version}{first:032x}", f"{version}{last:032x}"
+    where = AddressRow.network_id == network, AddressRow.number.between(low, high)
+    return s.scalar(select(func.count()).select_from(AddressRow).where(*where)) or 0
 
 
 def check_request(s: Session, network: NetworkRow, address: str) -> ipam.Address:
@@ -116,7 +119,7 @@ def _choose(s: Session, network: NetworkRow, nic: NicRow, pool: ipam.Pool) -> ip
     wanted = nic.requested_address
     if wanted is not None and ip_address(wanted).version == pool.subnet.version:
         return check_request(s, network, wanted)
-    address = pool.first_free(taken(s, network.id))
+    address = pool.lowest_free(partial(_count, s, network.id, pool.subnet.version))
     if address is None:
         raise ResourceExhausted(
             f"the network {network.name!r} has no address left of {pool.size} in {pool.subnet}",

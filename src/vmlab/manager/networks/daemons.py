@@ -2,7 +2,7 @@
 
 A daemon is recorded before its program begins (`vmlab.hypervisors.processes`), and found again by
 that. The name of its file has a digest of what is in it, so its command line tells what it was
-told: one that was told something else is replaced.
+told: one that was told something else is replaced, unless it looks at its file again by itself.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Daemon:
         argv: Callable[[Path], Sequence[str | Path]],
         *,
         ready: str,
-        suffix: str = "conf",
+        rereads: bool = False,
     ) -> bool:
         """Have it run with a file of that text; one that runs with it already stays as it is.
 
@@ -64,7 +64,7 @@ class Daemon:
             text: What it is told.
             argv: Its command line, from the path of that file, which has to stand in it.
             ready: A regular expression: what it has written once it serves.
-            suffix: Of the file.
+            rereads: Whether it looks at the file again by itself when that is replaced.
 
         Returns:
             Whether it was started.
@@ -72,10 +72,12 @@ class Daemon:
         Raises:
             OperationFailed: it cannot be started, or ends by itself, with what it said.
         """
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        path = self.directory / f"{self.name}-{digest}.{suffix}"
+        told = "told" if rereads else hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = self.directory / f"{self.name}-{told}.conf"
         found = self._processes()
         if len(found) == 1 and any(str(path) in word for word in found[0].argv):
+            if rereads and path.read_bytes() != text.encode():
+                write_atomically(path, text.encode())
             return False
         await self.end()
         write_atomically(path, text.encode())

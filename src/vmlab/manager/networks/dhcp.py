@@ -52,16 +52,23 @@ class Responder:
     leases: Mapping[str, tuple[str, str]]
     dns: Sequence[str] = ()
 
+    def asked(self, frame: bytes) -> bool:
+        """Whether a frame may be a question: of DHCP, or where the server is."""
+        if len(frame) < 14 or frame[6:12] == self.mac:
+            return False
+        kind = int.from_bytes(frame[12:14])
+        return kind == _ETHERTYPE_ARP or (
+            kind == _ETHERTYPE_IPV4 and _udp_to(frame[14:], _SERVER_PORT) is not None
+        )
+
     def answer(self, frame: bytes) -> bytes | None:
         """The frame to send back; None where there is nothing to say, or nothing to understand."""
-        if len(frame) < 14 or frame[6:12] == self.mac:
+        if not self.asked(frame):
             return None
-        kind = int.from_bytes(frame[12:14])
-        if kind == _ETHERTYPE_ARP:
+        if int.from_bytes(frame[12:14]) == _ETHERTYPE_ARP:
             return self._arp(frame[14:])
-        if kind == _ETHERTYPE_IPV4 and (message := _udp_to(frame[14:], _SERVER_PORT)) is not None:
-            return self._dhcp(message)
-        return None
+        message = _udp_to(frame[14:], _SERVER_PORT)
+        return self._dhcp(message) if message is not None else None
 
     def _arp(self, packet: bytes) -> bytes | None:
         head = struct.pack("!HHBB", 1, _ETHERTYPE_IPV4, 6, 4)

@@ -160,7 +160,9 @@ class HostNetworks:
         text = segment_server.configuration(layout, leases, group)
         server = self._segment_server(layout.network)
         if text:
-            await server.keep(text, segment_server.command, ready=segment_server.READY)
+            await server.keep(
+                text, segment_server.command, ready=segment_server.READY, rereads=True
+            )
         else:
             await server.end()
 

@@ -8,8 +8,8 @@ the first (RFC 4291, 2.6.1: the routers' anycast address).
 from __future__ import annotations
 
 import ipaddress
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -43,14 +43,29 @@ class Pool:
             taken: Addresses that somebody has; those of other subnets do not matter.
         """
         numbers = sorted({int(each) for each in taken if each.version == self.subnet.version})
+        return self.lowest_free(
+            lambda first, last: bisect_right(numbers, last) - bisect_left(numbers, first)
+        )
+
+    def lowest_free(self, count: Callable[[int, int], int]) -> Address | None:
+        """As `first_free`, found by counting: a few counts, however many are taken.
+
+        Args:
+            count: How many addresses somebody has from one number to another, both included.
+        """
         for first, last in self._givable():
-            free = first
-            for number in numbers[bisect_left(numbers, first) :]:
-                if number != free:
-                    break
-                free += 1
-            if free <= last:
-                return self._address(free)
+            taken = count(first, last)
+            if taken > last - first:
+                continue
+            # As many are taken: one of the first `taken` + 1 is free. Below `low` all are taken.
+            low, high = first, first + taken
+            while low < high:
+                middle = (low + high) // 2
+                if count(first, middle) > middle - first:
+                    low = middle + 1
+                else:
+                    high = middle
+            return self._address(low)
         return None
 
     @property

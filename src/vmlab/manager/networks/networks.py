@@ -25,6 +25,7 @@ from vmlab.manager.networks.host import HostNetworks
 from vmlab.manager.networks.layout import Layout, Lease, subnets_of
 from vmlab.manager.networks.metadata import Instance, InstanceNic, MetadataService
 from vmlab.manager.networks.seed import Identity, SeedNic, write_seed
+from vmlab.manager.operator.definition import SIMULATED
 from vmlab.manager.store.tables import AddressRow, MachineRow, NetworkRow, NicRow
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Networks:
             await asyncio.to_thread(path.unlink, missing_ok=True)
 
     async def _let_go(self, machine: str, when: str) -> None:
-        on = await self._database.read(_networks_of, machine)
+        on = await self._database.read(_networks_of, machine, served=True)
         if await self._database.write(addresses.release, machine, when=when):
             for network in on:
                 await self._tell_anew(network)
@@ -248,9 +249,19 @@ def _note_foreign(s: Session, network: str, foreign: bool) -> None:
         row.data = {**row.data, "foreign": foreign}
 
 
-def _networks_of(s: Session, machine: str) -> list[str]:
-    """The networks that a machine is on."""
+def _networks_of(s: Session, machine: str, *, served: bool = False) -> list[str]:
+    """The networks that a machine is on.
+
+    Args:
+        s: The session.
+        machine: Its id.
+        served: Only those where somebody is to be told of it; on a simulated host nobody is.
+    """
     found = select(NicRow.network_id).where(NicRow.machine_id == machine).distinct()
+    if served:
+        found = found.join(MachineRow, MachineRow.id == NicRow.machine_id).where(
+            MachineRow.hypervisor != SIMULATED
+        )
     return sorted(each for each in s.scalars(found) if each is not None)
 
 

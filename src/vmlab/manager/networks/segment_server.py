@@ -7,12 +7,13 @@ the loopback interface that carries Ethernet frames (`vmlab.hypervisors.monitore
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Sequence
 from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.manager.networks.dhcp import Responder, own_mac
 
@@ -79,20 +80,39 @@ def join(group: str, port: int) -> socket.socket:
     return wire
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Serve until a signal ends it."""
-    told = json.loads(Path(arguments[0]).read_bytes())
-    responder = Responder(
+def _told(path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
+    """What stands in the file, and which file that was: it is replaced when somebody comes."""
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        return (found.st_ino, found.st_mtime_ns), json.loads(file.read())
+
+
+def _responder(told: dict[str, Any]) -> Responder:
+    return Responder(
         mac=own_mac(told["network"]),
         server=IPv4Interface(told["server"]),
         leases={mac: (address, name) for mac, (address, name) in told["leases"].items()},
         dns=told["dns"],
     )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until a signal ends it; what the file says when a frame comes is what is told."""
+    path = Path(arguments[0])
+    read, told = _told(path)
+    responder = _responder(told)
     group, port = told["group"], told["port"]
     with join(group, port) as wire:
         print(f"serving {told['network']} on {group}:{port}", flush=True)
         while True:
-            answer = responder.answer(wire.recv(_LARGEST))
+            frame = wire.recv(_LARGEST)
+            if not responder.asked(frame):
+                continue
+            found = path.stat()
+            if (found.st_ino, found.st_mtime_ns) != read:
+                read, told = _told(path)
+                responder = _responder(told)
+            answer = responder.answer(frame)
             if answer is not None:
                 wire.sendto(answer, (group, port))
 
