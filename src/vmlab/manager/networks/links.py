@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,12 +79,14 @@ def _kernel(doing: str) -> Iterator[IPRoute]:
 
 
 def namespace() -> int:
-    """Which network namespace this process is in (network_namespaces(7))."""
-    return Path("/proc/self/ns/net").stat().st_ino
+    """Which network namespace this process is in (network_namespaces(7)); 0 where there is none."""
+    return Path("/proc/self/ns/net").stat().st_ino if sys.platform == "linux" else 0
 
 
 def links() -> dict[str, Link]:
-    """The interfaces that there are, by name."""
+    """The interfaces that there are, by name; none where there is no rtnetlink to ask."""
+    if sys.platform != "linux":
+        return {}
     with _kernel("list the host's interfaces") as route:
         return {link.name: link for link in map(_link, route.get_links())}
 
@@ -190,6 +193,8 @@ def _link(message: Any) -> Link:
 
 def may_administer() -> bool:
     """Whether this process may change the host's networks (CAP_NET_ADMIN, capabilities(7))."""
+    if sys.platform != "linux":
+        return False
     status = Path("/proc/self/status").read_text("ascii", "replace")
     found = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     return found is not None and bool(int(found[1], 16) >> _CAP_NET_ADMIN & 1)

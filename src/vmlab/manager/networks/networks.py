@@ -53,6 +53,7 @@ class Networks:
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
+        self._dry_run = settings.dry_run
         # The name tells this home's interfaces from another's, also where a link leads to it.
         directory = settings.directory / "networks"
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -63,8 +64,9 @@ class Networks:
         self._changes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def start(self) -> None:
-        """Clear what nobody needs, and serve what live machines are on."""
-        await self.reconcile()
+        """Clear what nobody needs, and serve what live machines are on; a dry run does neither."""
+        if not self._dry_run:
+            await self.reconcile()
 
     async def close(self) -> None:
         """Let go of what needs this process; networks and their programs stay for machines."""

@@ -113,6 +113,12 @@ def test_a_manager_that_begins_makes_what_live_machines_need_and_clears_the_rest
     assert there() == set()
 
 
+def test_a_dry_run_makes_and_clears_nothing(bench: Bench) -> None:
+    dry = Networks(bench.settings.model_copy(update={"dry_run": True}), bench.database)
+    bench.run(dry.start())
+    assert there() == set()
+
+
 def test_a_network_that_cannot_be_repaired_is_told_and_keeps_nobody_back(
     bench: Bench, sh: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
