@@ -46,7 +46,8 @@ class Bench:
     @staticmethod
     def _fill(s: Session) -> tuple[str, str, str]:
         network = add_network(s, "office", mode="bridged", subnet="10.9.0.0/24")
-        machine = add_machine(s, "one", state="running", policy={"release_addresses": "stop"})
+        policy = {"release_addresses": "stop"}
+        machine = add_machine(s, "one", state="running", hypervisor="qemu", policy=policy)
         nic = add_nic(s, machine, network)
         s.refresh(machine)
         addresses.take(s, machine)
