@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import MachineNotFound, SnapshotNotFound, VmlabError
+from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.definition import new_mac
@@ -35,6 +36,7 @@ from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, other_of, require_state, write_facts
 from vmlab.manager.operator.placement import look
 from vmlab.manager.operator.snapshots import removed, require_disks_aside, set_aside
+from vmlab.manager.operator.wiring import SEED_DISK, connect, wired
 from vmlab.manager.requests import CloneMachine
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.queries import find_machine, find_snapshot
@@ -42,6 +44,7 @@ from vmlab.manager.store.tables import DiskRow, MachineRow, NicRow, new_id
 
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
+    from vmlab.manager.networks.networks import Networks
 
 __all__ = ["CloneHandler"]
 
@@ -169,26 +172,51 @@ class CloneHandler(Handler[CloneMachine]):
                 if passing:
                     await removed(source, passing)
         copy = await hypervisor.get(machine_name(clone_id))
+        async with work.step("seed", "have it told what it is") as step:
+            if not step.done_before:
+                await self._seed(copy, clone_id, step)
         async with work.step("keep", "enter it") as step:
             if not step.done_before:
                 macs = {nic.name: nic.mac for nic in (await copy.info()).nics}
                 facts = await Facts.of(copy)
-                step.also(_entered, clone_id, source_id, facts, work.operation_id, macs=macs)
+                step.also(
+                    _entered,
+                    clone_id,
+                    source_id,
+                    facts,
+                    work.operation_id,
+                    macs=macs,
+                    networks=self.manager.networks,
+                )
                 step.also(drop_reservation, work.operation_id, machine=clone_id)
         work.keep()
         async with work.step("refresh", "have its guest be another one") as step:
             if not step.done_before:
-                await self._refresh(work, copy, source_id, step)
+                await self._refresh(work, copy, source_id, step, host=host)
         return {"machine": clone_id, "of": source_id}
 
+    async def _seed(self, copy: Machine, clone_id: str, step: Step) -> None:
+        """Give a clone at rest what cloud-init is to tell it, in place of what the first is told.
+
+        One that runs has read it already.
+        """
+        if copy.state.is_live or copy.spec.disk(SEED_DISK) is None:
+            step.skip("there is nothing to be told")
+            return
+        seed = (await wired(self.manager, clone_id, _without_seed(copy.spec))).disk(SEED_DISK)
+        await copy.unplug_disk(SEED_DISK)
+        if seed is not None:
+            await copy.plug_disk(seed)
+
     async def _refresh(
-        self, work: Work[CloneMachine], copy: Machine, source_id: str, step: Step
+        self, work: Work[CloneMachine], copy: Machine, source_id: str, step: Step, *, host: str
     ) -> None:
         """A guest that runs already is told that it is another one: name, clock, random numbers."""
         if copy.state is not MachineState.RUNNING:
             step.skip("it begins when it is started")
             return
         try:
+            await connect(self.manager, work.target_id, host)
             source = await self.manager.machine(source_id)
             before = {nic.name: nic.mac for nic in (await source.info()).nics}
             after = {nic.name: nic.mac for nic in (await copy.info()).nics}
@@ -215,6 +243,11 @@ async def _copy(
     if passing and not any(kept.name == passing for kept in await source.snapshots()):
         await source.snapshot(passing, memory=False)
     await hypervisor.create_from(await _named(source, wanted), name)
+
+
+def _without_seed(spec: MachineSpec) -> MachineSpec:
+    kept = tuple(disk for disk in spec.disks if disk.name != SEED_DISK)
+    return spec.model_copy(update={"disks": kept})
 
 
 async def _at(hypervisor: Hypervisor, name: str) -> Machine | None:
@@ -260,12 +293,15 @@ def _entered(
     operation: str,
     *,
     macs: dict[str, str],
+    networks: Networks,
 ) -> None:
     row = session.get_one(MachineRow, clone_id)
     for nic in row.nics:
         nic.mac = macs.get(nic.name, nic.mac)
     live = facts.state in {MachineState.RUNNING, MachineState.PAUSED}
     row.wanted = facts.state.value if live else "stopped"
+    if live:
+        networks.prepare(session, row, operation=operation)
     add_event(
         session,
         "machine.created",

@@ -29,6 +29,7 @@ from vmlab.manager.operator.definition import json_of
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key, register
 from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.placement import look, refuse_unless
+from vmlab.manager.operator.wiring import SEED_DISK
 from vmlab.manager.requests import ExportMachine, Metadata
 from vmlab.manager.settings import Settings
 from vmlab.manager.store.changes import Conflict
@@ -174,7 +175,8 @@ class ExportHandler(Handler[ExportMachine]):
     ) -> tuple[list[DiskMember], dict[str, Path]]:
         """Compress each disk; the description of each, and the file of each member."""
         found, members = list[DiskMember](), dict[str, Path]()
-        there = (await machine.info()).disks
+        # What cloud-init is told is made anew for each machine.
+        there = [disk for disk in (await machine.info()).disks if disk.name != SEED_DISK]
         for number, disk in enumerate(there):
             await work.progress(number / max(len(there), 1), f"disk {disk.name}")
             if disk.path is None:

@@ -55,6 +55,7 @@ from vmlab.manager.operator.handler import (
 from vmlab.manager.operator.hosts import machine_name
 from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.placement import defined, placed
+from vmlab.manager.operator.wiring import ended, wired
 from vmlab.manager.requests import ImportMachine
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.tables import DiskRow, HostRow, MachineRow, NetworkRow, NicRow, new_id
@@ -238,6 +239,7 @@ class ImportHandler(Handler[ImportMachine]):
 
         async def undo() -> None:
             await undefine(work, machine_id)
+            await ended(self.manager, machine_id, deleted=True)
             await boot_files.remove(machine_id)
 
         async with work.step("define", "make it, and fill its own disks") as step:
@@ -249,6 +251,7 @@ class ImportHandler(Handler[ImportMachine]):
                 for part in manifest.files
             }
             spec = await work.database.read(_whole, self.manager, machine_id, manifest, boot)
+            spec = await wired(self.manager, machine_id, spec)
             machine = await work.database.read(placed, machine_id)
             async with self.manager.hosts.guarded(machine.host):
                 hypervisor = await self.manager.hosts.get(machine.host)

@@ -18,11 +18,20 @@ from vmlab.hypervisors.base import Machine, Snapshot
 from vmlab.machine.errors import InvalidState, OperationFailed, SnapshotNotFound
 from vmlab.machine.spec import Disk
 from vmlab.machine.states import OFF, MachineState
+from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.disks import disk_part
-from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key, register
+from vmlab.manager.operator.handler import (
+    Handler,
+    PlannedStep,
+    Target,
+    key,
+    operation_of,
+    register,
+)
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, require_state, write_facts
 from vmlab.manager.operator.placement import look
+from vmlab.manager.operator.wiring import connect, ended
 from vmlab.manager.requests import DeleteSnapshot, RestoreMachine, SnapshotMachine
 from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict, add_event
@@ -314,6 +323,17 @@ class RestoreHandler(Handler[RestoreMachine]):
                 f"store, and machine {row.name!r} has some",
                 hint="detach them first",
             )
+        if kept.memory and at_rest(self.manager, row):
+            # It is live afterwards.
+            reserve(
+                session,
+                self.manager.settings,
+                Need(vcpus=row.vcpus, memory=row.memory),
+                operation=operation_of(session),
+                host=row.host,
+                machine=row.id,
+                what=f"bring machine {row.name!r} back as it ran",
+            )
         return Target(row.id, row.name, frozenset({key("machine", row.id)}), row.version)
 
     def plan(self, session: Session, request: RestoreMachine) -> Sequence[PlannedStep]:
@@ -336,22 +356,30 @@ class RestoreHandler(Handler[RestoreMachine]):
                         machine=machine.name,
                     )
                 await self.manager.guests.forget(machine_id)
+                host = await work.database.read(lambda s: s.get_one(MachineRow, machine_id).host)
+                await connect(self.manager, machine_id, host)
                 await machine.restore(request.snapshot)
         async with work.step("look", "see what it does now") as step:
             if not step.done_before:
                 facts = await Facts.of(machine)
+                if not facts.state.is_live:
+                    await ended(self.manager, machine_id)
                 step.also(write_facts, machine_id, facts, work.operation_id)
-                step.also(_wanted, machine_id, facts.state)
+                step.also(_wanted, self.manager, machine_id, facts.state, work.operation_id)
                 step.also(
                     _tell, machine_id, "snapshot.restored", request.snapshot, work.operation_id
                 )
         return {"machine": machine_id, "snapshot": request.snapshot}
 
 
-def _wanted(session: Session, machine_id: str, state: MachineState) -> None:
-    """A machine is wanted to be what it was brought back as."""
+def _wanted(
+    session: Session, manager: Manager, machine_id: str, state: MachineState, operation: str
+) -> None:
+    """A machine is wanted to be what it was brought back as; a live one has its addresses."""
     row = session.get_one(MachineRow, machine_id)
+    drop_reservation(session, operation, machine=machine_id)
     if state in {MachineState.RUNNING, MachineState.PAUSED}:
         row.wanted = state.value
+        manager.networks.prepare(session, row, operation=operation)
     else:
         row.wanted = "stopped"
