@@ -108,9 +108,9 @@ class Eyes:
             ask = {machine.at for machine in known.machines if machine.host == host}
             if not ask:
                 return {}
-        if not await done_in_thread(self._may_have_machines, host, known):
-            return {"looked": {f"host:{host}"}}
         try:
+            if not await done_in_thread(self._may_have_machines, host, known):
+                return {"looked": {f"host:{host}"}}
             # A host that fails again and again is left alone for a while, by everybody.
             async with self._manager.hosts.guarded(host), asyncio.timeout(_ANSWER_SECONDS):
                 hypervisor = await self._manager.hosts.get(host)

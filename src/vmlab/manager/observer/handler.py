@@ -53,7 +53,7 @@ class RepairHandler(Handler[RepairFinding]):
         repair = self._repair(facts, request)
         lock = key("finding", row.id)
         if request.undo:
-            before = _undoable(session, row)
+            before = _undoable(session, row, request.action)
             repair.check_undo(session, facts, before)
             repaired = session.get_one(OperationRow, row.operation_id)
             return Target(row.id, row.name, frozenset({*repaired.lock_keys, lock}))
@@ -77,7 +77,7 @@ class RepairHandler(Handler[RepairFinding]):
         facts = await work.database.read(_facts_now, work.target_id)
         repair = self._repair(facts, work.request)
         if work.request.undo:
-            before = await work.database.read(_before, facts.id)
+            before = await work.database.read(_before, facts.id, work.request.action)
             await repair.undo(work, facts, before)
             async with work.step("note", "note that it is undone") as step:
                 if not step.done_before:
@@ -102,7 +102,8 @@ def _facts(session: Session, request: RepairFinding) -> Facts:
     row = find_finding(session, request.finding)
     code = CODES[row.code]
     if request.undo:
-        return _facts_now(session, row.id)
+        _undoable(session, row, request.action)
+        return Facts.of(row)
     if row.resolved is not None:
         raise Conflict(
             f"finding {row.id} ({row.code}) is resolved", hint="there is nothing to repair"
@@ -129,17 +130,25 @@ def _facts_now(session: Session, finding: str) -> Facts:
     return Facts.of(session.get_one(FindingRow, finding))
 
 
-def _undoable(session: Session, row: FindingRow) -> Mapping[str, Any]:
+def _undoable(session: Session, row: FindingRow, action: str) -> Mapping[str, Any]:
     """What the repair of a finding has to be undone by.
 
     Raises:
-        VmlabError: there was none, or it cannot be undone.
+        VmlabError: there was none of that action, or it cannot be undone.
     """
     operation = session.get(OperationRow, row.operation_id) if row.operation_id else None
     if operation is None or operation.state not in ENDED:
         raise Conflict(
             f"finding {row.id} was not repaired",
             hint="there is nothing to undo" if operation is None else "wait for its repair to end",
+        )
+    did = operation.request.get("action")
+    if did != action:
+        raise InvalidSpec(
+            [SpecProblem("action", action, f"what was done: {did!r}")],
+            what=f"undo of the repair of a finding of {row.code}",
+            hint=f"`vmlab findings repair {row.id} {did} --undo`",
+            operation="finding.repair",
         )
     undo = (operation.result or {}).get("undo")
     if undo is None:
@@ -152,8 +161,8 @@ def _undoable(session: Session, row: FindingRow) -> Mapping[str, Any]:
     return found
 
 
-def _before(session: Session, finding: str) -> Mapping[str, Any]:
-    return dict(_undoable(session, session.get_one(FindingRow, finding)))
+def _before(session: Session, finding: str, action: str) -> Mapping[str, Any]:
+    return dict(_undoable(session, session.get_one(FindingRow, finding), action))
 
 
 def _note_repaired(session: Session, finding: str, operation: str) -> None:

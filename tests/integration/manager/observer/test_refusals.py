@@ -248,6 +248,24 @@ def test_what_cannot_be_undone_says_so(run):
     run(test)
 
 
+def test_only_what_was_done_can_be_undone(run):
+    async def test(watched):
+        path = watched.manager.storage.directory / "notes.txt"
+        path.write_text("precious")
+        finding = await watched.found("orphan-disk")
+        await watched.repaired(finding, "quarantine")
+        for action in ("report", "adopt", "reconcile"):
+            text = await refused(watched, finding, action, undo=True, name="notes.txt")
+            assert "'quarantine'" in text
+        await watched.repaired(finding, "quarantine", undo=True)
+        assert path.read_text() == "precious"
+        # `report` is nothing that can be done.
+        finding = await watched.found("orphan-disk")
+        assert "quarantine, reconcile" in await refused(watched, finding, "report")
+
+    run(test)
+
+
 def test_the_plan_of_an_undo_and_of_each_repair_is_told_and_touches_nothing(run):
     async def test(watched):
         await watched.machine_of("web")
