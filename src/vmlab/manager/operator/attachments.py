@@ -26,7 +26,6 @@ from vmlab.manager.operator.disk_rows import (
     found_machine,
     let_go,
     look_at_machine_of,
-    set_disk_state,
     standing_of,
 )
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, register
@@ -37,7 +36,7 @@ from vmlab.manager.requests import AttachDisk, DetachDisk
 from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict
 from vmlab.manager.store.queries import find_disk, find_machine
-from vmlab.manager.store.tables import MachineRow
+from vmlab.manager.store.tables import DiskRow, MachineRow
 
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
@@ -99,8 +98,7 @@ class AttachDiskHandler(Handler[AttachDisk]):
         if standing.machine is None:
             # Whoever was before this in the machine's line has deleted it.
             raise MachineNotFound(
-                f"machine {work.request.machine!r} was deleted before it had disk "
-                f"{standing.name!r}"
+                f"machine {work.request.machine!r} was deleted before it had disk {standing.name!r}"
             )
         machine = await self.manager.machine(standing.machine)
         if not work.failure:
@@ -257,9 +255,10 @@ class DetachDiskHandler(Handler[DetachDisk]):
         ]
 
     def withdrawn(self, session: Session, request: DetachDisk, target: str | None) -> None:
-        """The machine still has it."""
-        if target is not None:
-            set_disk_state(session, target, "attached")
+        """The machine still has it, if it is there."""
+        row = session.get(DiskRow, target) if target is not None else None
+        if row is not None:
+            row.state = "attached" if row.machine_id is not None else "available"
 
     async def run(self, work: Work[DetachDisk]) -> dict[str, Any]:
         """Unplug it and verify that it is gone."""
@@ -272,7 +271,9 @@ class DetachDiskHandler(Handler[DetachDisk]):
 async def unplug(work: Work[Any], standing: Standing, disk_id: str) -> None:
     """The steps that take a disk, which the operation has claimed, from its machine."""
     manager = work.manager
-    assert standing.machine is not None
+    if standing.machine is None:
+        # It was let go of before a crash, or its machine was deleted before this came to its turn.
+        return
     machine = await found_machine(manager, standing.machine)
     part = standing.part
 

@@ -121,6 +121,7 @@ class Work(Generic[R]):
         self.late = False
         self.seconds_given = max(0.0, (deadline - now()).total_seconds())
         self._steps = dict(steps)
+        self._ended: set[str] = set()
         self._undo: list[tuple[Step, Undo]] = []
         self._told = 0.0
 
@@ -199,7 +200,7 @@ class Work(Generic[R]):
         except asyncio.CancelledError:
             # What is done is done: whoever wants the operation to end is too late for this step.
             # The next one does not begin; if there is none, the operation has succeeded.
-            if not self.cancelled and not self.late:
+            if step.name not in self._ended or not (self.cancelled or self.late):
                 raise
 
     async def _begin(self, step: Step, before: Change | None) -> None:
@@ -227,6 +228,7 @@ class Work(Generic[R]):
                     change(session)
 
         await self.database.write(write)
+        self._ended.add(step.name)
 
     def _save(self, session: Session, step: Step, *, started: bool = False) -> None:
         row = session.get(StepRow, (self.operation_id, step.name))
