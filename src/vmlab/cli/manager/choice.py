@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import typer
@@ -16,7 +17,7 @@ from vmlab.cli import output
 from vmlab.cli.manager.connecting import ask, extra
 from vmlab.machine.errors import MachineNotFound, ResourceNotFound, VmlabError
 
-__all__ = ["Keeper", "KeeperOption", "keepers"]
+__all__ = ["Keeper", "KeeperOption", "keepers", "kept_names"]
 
 Keeper = Literal["kept", "manager"]
 KeeperOption = Annotated[
@@ -85,6 +86,23 @@ def _is_kept(name: str) -> bool:
     except MachineNotFound:
         return False
     return True
+
+
+def kept_names() -> list[str]:
+    """The machines that `vmlab run --keep` left, by name."""
+    from vmlab.hypervisors import registry
+    from vmlab.hypervisors.ownership import Store
+    from vmlab.hypervisors.records import MachineRecords
+
+    owner = Store.open().owner
+    found = set()
+    for hypervisor in registry.names():
+        records = MachineRecords(owner, hypervisor)
+        for id_ in records.ids():
+            with suppress(VmlabError):
+                # Gone meanwhile, or damaged, which its own hypervisor tells.
+                found.add(str(records.load(id_)["spec"]["name"]))
+    return sorted(found)
 
 
 def _managed(names: Sequence[str]) -> set[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vmlab.cli import output
+from vmlab.cli.manager.choice import kept_names
 from vmlab.cli.manager.connecting import ask
 from vmlab.cli.manager.options import MachineArgument, ago, facts
 from vmlab.cli.output import Column, JsonFlag
@@ -59,6 +60,8 @@ def list_(
         as_json=as_json,
         empty="no machines; `vmlab launch --image debian-12-amd64-tiny` makes one",
     )
+    if not as_json and (kept := kept_names()):
+        output.note(f"beside these, `vmlab run --keep` left {', '.join(kept)}")
 
 
 def _row(machine: MachineDocument) -> dict[str, Any]:

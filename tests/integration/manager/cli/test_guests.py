@@ -153,6 +153,8 @@ def test_a_name_that_both_stores_have_has_to_be_said_whose(vmlab: Vmlab) -> None
         assert (mine.returncode, mine.stdout) == (0, b"kept\n"), mine.stderr
         made = vmlab.run("create", name, "--image", "debian-12-amd64-tiny")
         assert made.returncode == 0, made.stderr
+        listed = vmlab.run("list")
+        assert f"`vmlab run --keep` left {name}".encode() in listed.stderr
         both = vmlab.run("delete", name)
         assert both.returncode == 3
         assert b"two machines" in both.stderr
