@@ -95,6 +95,8 @@ def _tell(as_json: bool, facts: Mapping[str, Any]) -> None:
     else:
         for url in facts["urls"]:
             print(url)
+        if any(url.startswith("http") for url in facts["urls"]):
+            output.note("over TCP, in a browser too, it asks for what `vmlab token create` makes")
         output.note("`vmlab serve --stop` ends it; its machines live on")
     # Whoever started this waits for the lines.
     print(end="", flush=True)
