@@ -24,6 +24,8 @@ __all__ = ["READY", "command", "configuration", "main"]
 
 READY: Final = r"serving "
 _LARGEST: Final = 1 << 16
+_LOOK_SECONDS: Final = 5.0
+"""How often a quiet server looks whether it is still wanted."""
 
 
 def configuration(layout: Layout, leases: Sequence[Lease], group: tuple[str, int]) -> str:
@@ -97,18 +99,28 @@ def _responder(told: dict[str, Any]) -> Responder:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Serve until a signal ends it; what the file says when a frame comes is what is told."""
+    """Serve until a signal ends it, or its file is gone, as when somebody removed the home.
+
+    What the file says when a frame comes is what is told.
+    """
     path = Path(arguments[0])
     read, told = _told(path)
     responder = _responder(told)
     group, port = told["group"], told["port"]
     with join(group, port) as wire:
+        wire.settimeout(_LOOK_SECONDS)
         print(f"serving {told['network']} on {group}:{port}", flush=True)
         while True:
-            frame = wire.recv(_LARGEST)
-            if not responder.asked(frame):
+            try:
+                frame = wire.recv(_LARGEST)
+            except TimeoutError:
+                frame = b""
+            if frame and not responder.asked(frame):
                 continue
-            found = path.stat()
+            try:
+                found = path.stat()
+            except FileNotFoundError:
+                return
             if (found.st_ino, found.st_mtime_ns) != read:
                 read, told = _told(path)
                 responder = _responder(told)

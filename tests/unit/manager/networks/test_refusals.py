@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from pyroute2.netlink.exceptions import NetlinkError
 
 from vmlab.hypervisors import processes
+from vmlab.hypervisors.monitored.networks import segment_group
 from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.errors import OperationFailed
-from vmlab.manager.networks import links, nat
+from vmlab.manager.networks import links, nat, segment_server
 from vmlab.manager.networks.daemons import Daemon
 from vmlab.manager.networks.host import HostNetworks
 from vmlab.manager.networks.layout import Layout
@@ -137,6 +139,21 @@ def test_a_program_that_rereads_is_told_by_its_file_alone(daemon: Daemon) -> Non
     assert not told(daemon, "b", SERVES, rereads=True)
     assert daemon.pids() == first
     assert [path.read_text() for path in daemon.directory.glob("server-*")] == ["b"]
+
+
+def test_a_segment_s_server_whose_home_is_gone_ends_by_itself(tmp_path: Path) -> None:
+    row = NetworkRow(
+        id="c" * 32, name="c", mode="isolated", subnet="10.9.0.0/24", dns=[], ranges=[],
+        reserved=[], dhcp=True, data={},
+    )  # fmt: skip
+    path = tmp_path / "segment-told.conf"
+    group = segment_group(Owner("store", "manager", tmp_path), "c")
+    path.write_text(segment_server.configuration(Layout.of(row, "0" * 16), [], group))
+    with subprocess.Popen(segment_server.command(path), stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith(b"serving ")
+        path.unlink()
+        assert server.wait(120) == 0
 
 
 def test_a_network_without_an_interface_needs_no_host(tmp_path: Path) -> None:
