@@ -21,7 +21,7 @@ from vmlab.manager.store import queries
 from vmlab.manager.store.database import Database
 from vmlab.manager.store.tables import EventRow, MachineRow
 
-_ROUNDS = 15
+_ROUNDS = 10
 
 
 def agrees_with_itself(s: Session) -> int:
