@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from vmlab.hypervisors import processes
+from vmlab.hypervisors.ownership import Home, Store
 
 PROGRAM = Path(__file__).with_name("restless.py")
 WAIT = 280.0
@@ -157,3 +162,18 @@ def test_a_manager_that_is_killed_at_two_hundred_points(folder: Path) -> None:
     seed = random.randrange(1 << 16)
     with simulate(folder, profile) as socket:
         assert story(folder, {"socket": str(socket)}, 200, seed) > 1000
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_a_manager_of_qemus_machines_that_is_killed_at_twenty_points(folder: Path) -> None:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    seed = random.randrange(1 << 16)
+    try:
+        assert story(folder, {"hypervisor": "qemu"}, 20, seed) > 20
+    finally:
+        # Its machines live on without a manager, which is what they are for.
+        for process in processes.adopt(Store.open(Home.open(folder / "home"), "manager").owner):
+            process.kill()
+            asyncio.run(process.wait(60))
