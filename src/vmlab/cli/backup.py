@@ -10,7 +10,7 @@ import typer
 from vmlab.cli import output
 from vmlab.cli.manager.connecting import extra
 from vmlab.machine.errors import OperationFailed
-from vmlab.machine.sizes import format_size
+from vmlab.machine.sizes import rounded_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def backup(
     if as_json:
         output.print_json(_as_row(saved))
         return
-    print(f"{file}: {_counted(saved)}; {format_size(file.stat().st_size)}")
+    print(f"{file}: {_counted(saved)}, {rounded_size(file.stat().st_size)}")
     if saved.disks:
         print("the files of its disks are not in it; --json lists them")
 
