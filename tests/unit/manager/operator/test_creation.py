@@ -237,6 +237,9 @@ def test_without_settings_there_is_a_host_for_each_hypervisor(place: Any) -> Non
     async def story() -> None:
         async with place.manager(hosts=None) as manager:
             assert list(manager.hosts.names) == ["embedded", "qemu", "simulated"]
+            # What is tried to find out what works ends before this does.
+            await manager.hosts.probed()
+            assert (await manager.hosts.document("simulated")).available
 
     asyncio.run(story())
 
