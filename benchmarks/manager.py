@@ -212,8 +212,8 @@ def _cpu(pid: int) -> float:
 
 def _until_quiet(pid: int) -> None:
     """Wait until a manager has seen that none of its machines are at their host, and said so."""
-    quiet = 0
-    while quiet < 3:
+    quiet, deadline = 0, time.monotonic() + 90
+    while quiet < 2 and time.monotonic() < deadline:
         before = _cpu(pid)
         time.sleep(1)
         quiet = quiet + 1 if _cpu(pid) - before < 0.05 else 0

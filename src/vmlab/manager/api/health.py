@@ -92,7 +92,7 @@ async def health(manager: Manager) -> Health:
 def is_running(manager: Manager, part: str) -> bool:
     """Whether a part of the manager is there and does what it is there for."""
     found = getattr(manager, part, None)
-    return found is not None and bool(getattr(found, "running", True))
+    return found is not None and bool(found.running)
 
 
 def _trouble_with_storage(manager: Manager) -> str:

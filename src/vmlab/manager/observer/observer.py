@@ -120,6 +120,11 @@ class Observer:
         if tasks:
             await asyncio.wait(tasks)
 
+    @property
+    def running(self) -> bool:
+        """Whether it looks, as it does from `start` to `close`."""
+        return bool(self._tasks) and not any(task.done() for task in self._tasks)
+
     async def sweep(self, *, asked: int | None = None) -> list[FindingDocument]:
         """Look at everything now; all findings that are open.
 

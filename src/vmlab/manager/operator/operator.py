@@ -109,6 +109,11 @@ class Operator:
         return True
 
     @property
+    def running(self) -> bool:
+        """Whether it carries out what it takes, as it does from `start` to `close`."""
+        return self._open
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is queued or under way."""
         return not len(self._queue)

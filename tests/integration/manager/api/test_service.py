@@ -50,7 +50,8 @@ def test_a_change_is_an_operation_that_can_be_followed(http: httpx.Client) -> No
     assert where == f"/v1/operations/{answer.json()['id']}"
     ended = http.get(where, params=WAIT).json()
     assert (ended["state"], ended["target_name"]) == ("succeeded", made)
-    assert [step["state"] for step in ended["steps"]].count("done") == len(ended["steps"])
+    assert {step["state"] for step in ended["steps"]} <= {"done", "skipped"}
+    assert ended["steps"]
     listed = http.get("/v1/operations", params={"target": made, "kind": "machine.*"}).json()
     assert [each["id"] for each in listed["items"]] == [ended["id"]]
     for action, state in (("start", "running"), ("pause", "paused"), ("resume", "running")):
