@@ -62,7 +62,10 @@ class NewNic(_Request):
 class MachinePolicy(_Request):
     """How the manager looks after a machine."""
 
-    autostart: Flag = Field(False, description="whether it starts when its host's manager starts")
+    autostart: Flag = Field(
+        False,
+        description="whether the manager starts it again when it begins, unless it was stopped",
+    )
     fallback: tuple[str, ...] = Field(
         (), description="hypervisor hosts to try when its own cannot take it"
     )

@@ -133,7 +133,10 @@ def update(
     ] = None,
     autostart: Annotated[
         bool | None,
-        typer.Option("--autostart/--no-autostart", help="Start it whenever its manager begins."),
+        typer.Option(
+            "--autostart/--no-autostart",
+            help="Start it again when its manager begins, unless somebody stopped it.",
+        ),
     ] = None,
     fallback: FallbackOption = None,
     release: ReleaseOption = None,

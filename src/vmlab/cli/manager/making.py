@@ -69,7 +69,10 @@ LabelsOption = Annotated[
     typer.Option("--label", "-l", metavar="KEY=VALUE", help="What to find it by; repeatable."),
 ]
 AutostartOption = Annotated[
-    bool, typer.Option("--autostart", help="Start it whenever its manager begins.")
+    bool,
+    typer.Option(
+        "--autostart", help="Start it again when its manager begins, unless somebody stopped it."
+    ),
 ]
 FallbackOption = Annotated[
     list[str] | None,

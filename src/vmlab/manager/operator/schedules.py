@@ -1,4 +1,5 @@
-"""What is done by itself at its time: scheduled snapshots, and the end of snapshots that expire.
+"""What is done by itself at its time: scheduled snapshots, the end of snapshots that expire, and
+the start of machines that ought to run when the manager begins.
 
 Nothing is changed here: what is due is submitted to the operator as anybody else's request, under
 the name "schedule", and refused like that where it cannot be.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
@@ -16,10 +18,15 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from vmlab.machine.errors import VmlabError
+from vmlab.machine.errors import InvalidState, VmlabError
 from vmlab.machine.states import OPERATIONS
 from vmlab.manager.documents import ENDED
-from vmlab.manager.requests import DeleteSnapshot, MachinePolicy, SnapshotMachine
+from vmlab.manager.requests import (
+    DeleteSnapshot,
+    MachinePolicy,
+    SnapshotMachine,
+    StartMachine,
+)
 from vmlab.manager.store.tables import MachineRow, OperationRow, SnapshotRow, now
 
 if TYPE_CHECKING:
@@ -76,6 +83,14 @@ def due(session: Session, moment: datetime) -> Due:
         if ("snapshot.delete", machine_id) not in busy:
             requests += [DeleteSnapshot(machine=machine_id, name=name) for name in sorted(dropped)]
     return Due(tuple(requests), min(later, default=None))
+
+
+def to_start(session: Session) -> tuple[StartMachine, ...]:
+    """The machines that are started again by themselves; what somebody has stopped is not."""
+    rows = select(MachineRow.id).where(
+        MachineRow.policy["autostart"].as_boolean(), MachineRow.wanted == "running"
+    )
+    return tuple(StartMachine(machine=one) for one in session.scalars(rows.order_by(MachineRow.id)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +150,10 @@ class Schedules:
         self._refused: dict[str, str] = {}
 
     async def start(self) -> None:
-        """Begin to look."""
+        """Begin to look; machines that start by themselves are asked to."""
+        for request in await self._manager.database.read(to_start):
+            with suppress(InvalidState):  # it runs
+                await self._submit(request)
         self._task = asyncio.create_task(self._look_again_and_again(), name="schedules")
 
     async def close(self) -> None:
@@ -151,12 +169,21 @@ class Schedules:
         found = await self._manager.database.read(due, moment)
         for request in found.requests:
             try:
-                await self._manager.operator.submit(request, actor=ACTOR)
-            except VmlabError as error:
+                await self._submit(request)
+            except InvalidState as error:
                 self._tell(request.machine, error)
-            else:
-                self._refused.pop(request.machine, None)
         return found.next
+
+    async def _submit(self, request: SnapshotMachine | DeleteSnapshot | StartMachine) -> None:
+        """Ask for something; what is refused is told, but for a state that does not allow it."""
+        try:
+            await self._manager.operator.submit(request, actor=ACTOR)
+        except InvalidState:
+            raise
+        except VmlabError as error:
+            self._tell(request.machine, error)
+        else:
+            self._refused.pop(request.machine, None)
 
     def _tell(self, machine: str, error: VmlabError) -> None:
         """Say once why something cannot be done."""
