@@ -19,7 +19,7 @@ from vmlab.manager.storage import BootFiles, Storage
 
 T = TypeVar("T")
 MIB = 1 << 20
-ID = uuid.uuid4().hex
+ID = "105055d5e43945a8a0e2e9236975cb05"
 needs_qemu_img = pytest.mark.skipif(
     shutil.which("qemu-img") is None, reason="needs qemu-img (Debian package qemu-utils)"
 )
