@@ -33,6 +33,8 @@ cat $kept
 
 PRESSED: Final = f"""
 modprobe -q evdev
+# Its nodes are made by a thread of the kernel's.
+while ! ls /dev/input/event* >/dev/null 2>&1; do usleep 10000; done
 for keys in /dev/input/event*; do
     kept=/dev/shm/${{keys##*/}}
     [ -e $keys ] && ! [ -e $kept ] || continue

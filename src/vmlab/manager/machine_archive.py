@@ -213,7 +213,7 @@ def read_manifest(source: Path) -> Manifest:
     except OSError as error:
         raise OperationFailed(
             f"{source} cannot be read: {error.strerror}",
-            hint="name a file that was made by `vmlab machine export`",
+            hint="name a file that was made by `vmlab export`",
             operation="machine.import",
         ) from error
     raise _damaged(source, "it is empty")

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from vmlab.machine.fields import Flag, Name, Whole
 from vmlab.machine.sizes import Size
+from vmlab.machine.spec import MOST_VCPUS
 
 Policy = Literal["report", "adopt", "reconcile", "quarantine"]
 """What the observer does about a finding."""
@@ -94,7 +95,7 @@ class CreateMachine(_Request):
     image: str | None = Field(None, description="image to boot, by name")
     spec: dict[str, Any] | None = Field(None, description="a whole machine specification")
     host: str | None = Field(None, description="hypervisor host; the preferred one if left out")
-    vcpus: Whole | None = Field(None, ge=1, description="number of vCPUs")
+    vcpus: Whole | None = Field(None, ge=1, le=MOST_VCPUS, description="number of vCPUs")
     memory: Size | None = Field(None, description="memory")
     disks: tuple[str, ...] = Field((), description="disks to attach, by name or id")
     nics: tuple[NewNic, ...] = Field((), description="network interfaces")
@@ -151,7 +152,7 @@ class ResizeMachine(_OnMachine):
     """Change its vCPUs and memory."""
 
     kind: Literal["machine.resize"] = "machine.resize"
-    vcpus: Whole | None = Field(None, ge=1)
+    vcpus: Whole | None = Field(None, ge=1, le=MOST_VCPUS)
     memory: Size | None = None
 
 
@@ -303,7 +304,7 @@ class CreateTemplate(_Request):
     kind: Literal["template.create"] = "template.create"
     name: Name
     image: str | None = None
-    vcpus: Whole = Field(1, ge=1)
+    vcpus: Whole = Field(1, ge=1, le=MOST_VCPUS)
     memory: Size = Field(512 << 20, validate_default=True)
     spec: dict[str, Any] | None = None
     labels: dict[str, str] = Field(default_factory=dict)

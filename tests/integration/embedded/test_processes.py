@@ -262,7 +262,7 @@ def test_disks_come_and_go_grow_and_fail(bench: Any, make_spec: Any, tmp_path: P
         assert (plugged.bus, plugged.size, plugged.path) == ("scsi", 8192, source)
         with pytest.raises(InvalidSpec):
             await machine.plug_disk(Disk(name="none", source=tmp_path / "none"))
-        with pytest.raises(OperationFailed, match="its source itself"):
+        with pytest.raises(OperationFailed, match="is an image that is only read"):
             await machine.resize_disk("hot", MIB)
         with pytest.raises(UnsupportedOperation, match="hotplug-disk"):
             await machine.unplug_disk("data")

@@ -132,7 +132,7 @@ def test_the_first_that_answers_is_taken_and_the_others_are_not_touched(
 ) -> None:
     made = scripted(monkeypatch, agent=None, ssh=None)
     chosen = ChosenChannel(machine(), ["ssh", "agent"])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "vmlab"):
         asyncio.run(chosen.connect(timeout=60))
     assert chosen.choice == Choice("agent")
     assert made["ssh"].timeouts == []
