@@ -104,13 +104,19 @@ class AttachDiskHandler(Handler[AttachDisk]):
         if not work.failure:
             await _require_whole(storage, disk_id, standing)
 
-        async def undo() -> None:
+        async def has_it() -> bool:
             if machine.spec.disk(part.name) is not None:
+                return True
+            # Asked, not remembered: what a manager that was killed had begun may have come about.
+            return any(found.name == part.name for found in (await machine.info()).disks)
+
+        async def undo() -> None:
+            if await has_it():
                 await machine.unplug_disk(part.name)
 
         async with work.step("plug", f"give it to machine {standing.machine_name!r}") as step:
             work.on_undo(step, undo)
-            if not step.done_before and machine.spec.disk(part.name) is None:
+            if not step.done_before and not await has_it():
                 await machine.plug_disk(part)
         async with work.step("verify", "ask the hypervisor, and the guest") as step:
             if not step.done_before:
