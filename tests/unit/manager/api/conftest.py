@@ -84,7 +84,11 @@ class Shell(CommandChannel):
             await asyncio.gather(giving, taking, return_exceptions=True)
             if process.returncode is None:
                 process.terminate()
-                await process.wait()
+            # What nobody reads keeps its pipes open, and asyncio waits for those too.
+            for stream in (process.stdout, process.stderr):
+                while stream is not None and await stream.read(65536):
+                    continue
+            await process.wait()
 
     async def signal(self, process: int, number: int) -> None:
         """Send it."""
