@@ -189,6 +189,7 @@ class ConsoleLine:
         self._path: Path | None = None
         self._socket: socket.socket | None = None
         self._pump: asyncio.Task[None] | None = None
+        self._typing = asyncio.Lock()
         self._tail = b""
 
     async def connect(self, path: Path) -> None:
@@ -229,10 +230,12 @@ class ConsoleLine:
 
     async def _grows(self) -> None:
         quiet = _SOONEST
-        while self._pipes and not self.by_socket:
-            quiet = _SOONEST if self._advance() else min(2 * quiet, _LATEST)
-            await asyncio.sleep(quiet)
-        self._follower = None
+        try:
+            while self._pipes and not self.by_socket:
+                quiet = _SOONEST if self._advance() else min(2 * quiet, _LATEST)
+                await asyncio.sleep(quiet)
+        finally:
+            self._follower = None
 
     def _advance(self) -> bool:
         """Give readers what is new in the log; whether there was anything."""
@@ -240,9 +243,10 @@ class ConsoleLine:
             return False
         with self._log.open("rb") as log:
             log.seek(self._offset)
-            data = log.read()
-        self._offset += len(data)
-        self._give(data)
+            # Where nobody has read for long, there is much.
+            while data := log.read(_CHUNK):
+                self._offset += len(data)
+                self._give(data)
         return True
 
     # The socket.
@@ -259,7 +263,8 @@ class ConsoleLine:
                 self._pump = asyncio.create_task(self._run(self._socket))
             client, pump = self._socket, self._pump
             if client is not None and pump is not None and not pump.done():
-                await asyncio.get_running_loop().sock_sendall(client, data)
+                async with self._typing:
+                    await asyncio.get_running_loop().sock_sendall(client, data)
                 return
         except OSError as error:
             raise self._off() from error

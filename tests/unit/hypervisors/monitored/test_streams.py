@@ -49,7 +49,12 @@ class Process:
         if self._client is None:
             self._client, _ = self._server.accept()
             self._client.setblocking(False)
-        assert await asyncio.get_running_loop().sock_recv(self._client, 100) == text
+        assert await self.takes() == text
+
+    async def takes(self) -> bytes:
+        """Some of what was typed."""
+        assert self._client is not None
+        return await asyncio.get_running_loop().sock_recv(self._client, 1 << 16)
 
     async def counts(self) -> None:
         """Wait until the console is read from the socket."""
@@ -145,6 +150,23 @@ def test_a_key_that_is_not_answered_changes_nothing(tmp_path: Path) -> None:
         await process.is_typed_at(reader, b"x")
         process.logs(b"of another client's")
         await exactly(reader, b"of another client's")
+
+    with_process(tmp_path, test)
+
+
+def test_what_two_type_at_once_arrives_whole(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        one, other = process.line.reader(), process.line.reader()
+        await process.is_typed_at(one, b"x")
+        # More than the socket takes at once.
+        texts = [b"1" * 1_000_000, b"2" * 1_000_000]
+        typing = asyncio.gather(one.write(texts[0]), other.write(texts[1]))
+        got = b""
+        while len(got) < 2_000_000:
+            got += await process.takes()
+        await typing
+        assert got in {texts[0] + texts[1], texts[1] + texts[0]}
 
     with_process(tmp_path, test)
 
