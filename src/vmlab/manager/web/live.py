@@ -8,14 +8,15 @@ what it missed, or that something may have been.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from vmlab.manager.api.streaming import EVENT_STREAM, streamed
 from vmlab.manager.store.failures import EventsGone
 from vmlab.manager.web.rendering import headers
 from vmlab.manager.web.visit import Pages, Visit
@@ -43,11 +44,11 @@ async def live(visit: Visit) -> Response:
     said = visit.request.headers.get("last-event-id") or visit.query("after") or ""
     after = int(said) if said.isdecimal() and said.isascii() and len(said) < 19 else None
     service: Service = visit.request.app.state.service
-    visit.request.state.streaming = True
-    return StreamingResponse(
+    return await streamed(
+        visit.request,
         _told(visit.manager.database.events, topics, after, service),
+        media_type=EVENT_STREAM,
         headers=headers(),
-        media_type="text/event-stream",
     )
 
 
@@ -62,7 +63,7 @@ class _News:
 
 async def _told(
     events: EventStream, topics: frozenset[str], after: int | None, service: Service
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The lines of the stream; it ends with the service."""
     with service.streams.place():
         subscription, news = _subscribed(events, after)

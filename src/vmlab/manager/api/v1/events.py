@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Header, Query, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.machine.fields import LARGEST
 from vmlab.manager.api.problems import documented
 from vmlab.manager.api.service import Here, Service, told
+from vmlab.manager.api.streaming import EVENT_STREAM, streamed
 from vmlab.manager.documents import EventDocument, Page
 from vmlab.manager.store import queries
 from vmlab.manager.store.failures import EventsGone
 from vmlab.manager.store.pages import LARGEST_PAGE
 
-__all__ = ["KEEP_ALIVE_SECONDS", "message", "router"]
+__all__ = ["router"]
 
 router = APIRouter(prefix="/v1", tags=["events"])
 
-EVENT_STREAM: Final = "text/event-stream"
-KEEP_ALIVE_SECONDS: Final = 15.0
+_KEEP_ALIVE_SECONDS: Final = 15.0
 """After so long without an event a comment is sent, or proxies think that nobody is there."""
 
 
@@ -69,14 +69,8 @@ async def list_events(
         return told(page)
     if last:
         after = _number(last)
-    places = ExitStack()
-    places.enter_context(here.streams.place())
-    request.state.streaming = True
-    return StreamingResponse(
-        _told_as_they_come(here, places, after, kind, subject),
-        media_type=EVENT_STREAM,
-        # nginx would collect the stream before it hands it on.
-        headers={"X-Accel-Buffering": "no"},
+    return await streamed(
+        request, _told_as_they_come(here, after, kind, subject), media_type=EVENT_STREAM
     )
 
 
@@ -88,34 +82,33 @@ def _number(last: str) -> int:
     return int(last)
 
 
-def message(event: str, number: int, data: str) -> bytes:
+def _message(event: str, number: int, data: str) -> bytes:
     """One message of a stream; `data` is a line."""
     return f"event: {event}\nid: {number}\ndata: {data}\n\n".encode()
 
 
 async def _told_as_they_come(
-    here: Service, places: ExitStack, after: int | None, kind: str | None, subject: str | None
-) -> AsyncIterator[bytes]:
+    here: Service, after: int | None, kind: str | None, subject: str | None
+) -> AsyncGenerator[bytes]:
     stream = here.manager.database.events
-    with places:
-        here.meters.streams.inc()
-        places.callback(here.meters.streams.dec)
+    with here.streams.place(), here.meters.streams.track_inprogress():
         # Headers go out with the first bytes: who waits for them knows then that it listens.
         yield b": the manager's events\n\n"
         while not here.closing.is_set():
             try:
-                async for piece in _pieces(here, after, kind, subject):
-                    yield piece
+                async with aclosing(_pieces(here, after, kind, subject)) as pieces:
+                    async for piece in pieces:
+                        yield piece
                 return
             except EventsGone as gone:
                 after = stream.latest()
                 numbers = {"oldest": gone.oldest, "latest": after}
-                yield message("resync", after, json.dumps(numbers))
+                yield _message("resync", after, json.dumps(numbers))
 
 
 async def _pieces(
     here: Service, after: int | None, kind: str | None, subject: str | None
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The messages of a stream until the service ends, with a comment wherever it is quiet."""
     closing = asyncio.ensure_future(here.closing.wait())
     coming: asyncio.Task[EventDocument] | None = None
@@ -126,7 +119,7 @@ async def _pieces(
                 waiting: set[asyncio.Future[Any]] = {coming, closing}
                 await asyncio.wait(
                     waiting,
-                    timeout=KEEP_ALIVE_SECONDS,
+                    timeout=_KEEP_ALIVE_SECONDS,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if coming.done():
@@ -136,7 +129,7 @@ async def _pieces(
                         return
                     coming = None
                     if _meant(event, kind, subject):
-                        yield message(event.kind, event.id, event.model_dump_json())
+                        yield _message(event.kind, event.id, event.model_dump_json())
                 elif not closing.done():
                     yield b": still here\n\n"
     finally:

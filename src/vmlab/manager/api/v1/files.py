@@ -7,16 +7,17 @@ appears as a whole or not at all. How much is taken is limited, told or untold.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Path, Query, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from vmlab.guests.guest import Guest
 from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
 from vmlab.manager.api.problems import TooLarge, documented
 from vmlab.manager.api.service import Here, Service
+from vmlab.manager.api.streaming import streamed
 
 __all__ = ["router"]
 
@@ -72,10 +73,7 @@ async def copy_out(request: Request, here: Here, machine: Machine, path: GuestPa
     """A file or a tree of its guest."""
     guest = await _guest(here, machine)
     stream = _Outgoing(guest, _checked(path), here.limits.download)
-    # The first piece tells whether there is anything there, while that can be answered.
-    first = await stream.begin()
-    request.state.streaming = True
-    return StreamingResponse(stream.pieces(first), media_type=TAR)
+    return await streamed(request, stream.pieces(), media_type=TAR)
 
 
 class _Outgoing:
@@ -87,7 +85,6 @@ class _Outgoing:
         self._most = most
         self._sent = 0
         self._pieces = asyncio.Queue[bytes](2)
-        self._packing: asyncio.Task[None] | None = None
 
     async def _take(self, data: bytes) -> None:
         self._sent += len(data)
@@ -97,53 +94,39 @@ class _Outgoing:
             )
         await self._pieces.put(data)
 
-    async def begin(self) -> bytes:
-        """Begin, and wait for the first piece.
+    async def pieces(self) -> AsyncGenerator[bytes]:
+        """All pieces, at least one; what goes wrong breaks the stream off: nobody takes it for whole.
 
         Raises:
-            ResourceNotFound: there is nothing there.
+            ResourceNotFound: there is nothing there; before the first piece.
         """
-        self._packing = asyncio.create_task(self._guest.pack(self._path, self._take))
+        packing = asyncio.create_task(self._guest.pack(self._path, self._take))
         try:
-            first = await self._next() or b""
+            first = await self._next(packing) or b""
             if not first.strip(b"\0"):
                 # An archive of nothing: tar says at its end why.
-                await self._packing
-            return first
-        except BaseException:
-            await self._stop()
-            raise
+                await packing
+            yield first
+            while (piece := await self._next(packing)) is not None:
+                yield piece
+        finally:
+            packing.cancel()
+            await asyncio.wait({packing})
 
-    async def _next(self) -> bytes | None:
+    async def _next(self, packing: asyncio.Task[None]) -> bytes | None:
         """The next piece; None when it has ended well."""
-        assert self._packing is not None
         if self._pieces.empty():
             coming = asyncio.ensure_future(self._pieces.get())
             try:
-                await asyncio.wait({coming, self._packing}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({coming, packing}, return_when=asyncio.FIRST_COMPLETED)
                 if coming.done():
                     return coming.result()
             finally:
                 coming.cancel()
         if not self._pieces.empty():
             return self._pieces.get_nowait()
-        self._packing.result()
+        packing.result()
         return None
-
-    async def pieces(self, first: bytes) -> AsyncIterator[bytes]:
-        """All pieces; what goes wrong now breaks the stream off: nobody takes it for whole."""
-        try:
-            piece: bytes | None = first
-            while piece is not None:
-                yield piece
-                piece = await self._next()
-        finally:
-            await self._stop()
-
-    async def _stop(self) -> None:
-        if self._packing is not None:
-            self._packing.cancel()
-            await asyncio.wait({self._packing})
 
 
 @router.put(
