@@ -95,7 +95,7 @@ class _Outgoing:
         await self._pieces.put(data)
 
     async def pieces(self) -> AsyncGenerator[bytes]:
-        """All pieces, at least one; what goes wrong breaks the stream off: nobody takes it for whole.
+        """All pieces, at least one; what goes wrong breaks the stream off: none takes it for whole.
 
         Raises:
             ResourceNotFound: there is nothing there; before the first piece.
