@@ -392,7 +392,7 @@ class OperationRow(Versioned, Base):
     request_id: Mapped[str | None] = mapped_column(String(255))
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
     request_hash: Mapped[str | None] = mapped_column(String(64))
-    undo_of: Mapped[str | None] = mapped_column(ForeignKey("operations.id"))
+    undo_of: Mapped[str | None] = mapped_column(ForeignKey("operations.id"), index=True)
     created: Mapped[datetime] = mapped_column(default=now)
     started: Mapped[datetime | None]
     ended: Mapped[datetime | None]
@@ -482,7 +482,7 @@ class FindingRow(Base):
     first_seen: Mapped[datetime] = mapped_column(default=now)
     last_seen: Mapped[datetime] = mapped_column(default=now)
     resolved: Mapped[datetime | None]
-    operation_id: Mapped[str | None] = mapped_column(ForeignKey("operations.id"))
+    operation_id: Mapped[str | None] = mapped_column(ForeignKey("operations.id"), index=True)
 
     __table_args__ = (
         CheckConstraint("severity IN ('info', 'warning', 'error', 'critical')", name="severity"),
