@@ -186,6 +186,8 @@ def _check_fields(request: CreateNetwork) -> None:
     ):
         expected = f'{NAME_RULE}; not beginning with "{names.PREFIX[:3]}", as vmlab\'s own do'
         problems.append(SpecProblem("bridge", request.bridge, expected))
+    if request.subnet6 is not None and request.subnet6.network_address.scope_id is not None:
+        problems.append(SpecProblem("subnet6", str(request.subnet6), "a subnet without a zone"))
     for server in request.dns:
         try:
             ipam.parse_address("dns", server)

@@ -120,15 +120,18 @@ def _bounds(subnet: Subnet) -> tuple[int, int]:
 
 
 def parse_address(field: str, text: str) -> Address:
-    """An address that somebody wrote.
+    """An address that somebody wrote; none with a zone (RFC 4007, 11), which may be any text.
 
     Raises:
         InvalidSpec: it is none.
     """
+    expected = 'an address such as "10.9.8.7" or "fd00::7"'
+    if "%" in text:
+        raise _wrong(field, text, expected)
     try:
         return ipaddress.ip_address(text)
     except ValueError:
-        raise _wrong(field, text, 'an address such as "10.9.8.7" or "fd00::7"') from None
+        raise _wrong(field, text, expected) from None
 
 
 def gateway_of(subnet: Subnet, gateway: str | None) -> Address:

@@ -116,6 +116,12 @@ def test_what_is_no_address_is_told() -> None:
         parse_address("nics.address", "10.9")
 
 
+@pytest.mark.parametrize("zone", ["eth0", "a\ndhcp-script=evil", '"; }'])
+def test_an_address_has_no_zone_which_could_be_any_text(zone: str) -> None:
+    with pytest.raises(InvalidSpec, match="dns"):
+        parse_address("dns", f"fe80::1%{zone}")
+
+
 @given(
     taken=st.sets(st.integers(0, 63)),
     kept=st.sets(st.integers(1, 62)),
