@@ -1,7 +1,8 @@
 """A manager that does mixed work at random until it is killed; run as a program by test_crashes.
 
-It begins by taking up what the one before it left, says what is wrong then ("problem ..."), or that
-nothing is ("whole"), and goes on. Each operation that was acknowledged is a line ("ack ID").
+It begins by taking up what the one before it left, says so when that has ended ("settled"), then
+what is wrong ("problem ...") and that it has looked ("whole"), and goes on. Each operation that was
+acknowledged is a line ("ack ID").
 """
 
 from __future__ import annotations
@@ -251,6 +252,7 @@ async def main(
     settings = Settings(home=Home.open(home), hosts=hosts, workers=6, sweep_seconds=3600)
     async with await Manager.open(settings) as manager:
         await settled(manager)
+        say("settled")
         for problem in await problems(manager, acknowledged):
             say(f"problem {problem}")
         say("whole")

@@ -1,19 +1,27 @@
-"""kill -9 of a manager amid mixed work: nothing acknowledged is lost, doubled or leaked."""
+"""kill -9 of a manager amid mixed work: nothing acknowledged is lost, doubled or leaked.
+
+How long the next manager took until all that it found was settled is measured by the soak alone,
+which writes the figures to the directory that VMLAB_RESULTS names.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import queue
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -24,6 +32,10 @@ from vmlab.hypervisors.ownership import Home, Store
 PROGRAM = Path(__file__).with_name("restless.py")
 WAIT = 280.0
 """Seconds that a manager may take to say something; nothing depends on how long it does."""
+SETTLED_WITHIN = 30.0
+"""Seconds from the start of the next manager's process until nothing is under way any more."""
+# Read before the tests get an environment of their own.
+RESULTS = os.environ.get("VMLAB_RESULTS")
 PROFILE = """
 extends = "performance"
 [latency]
@@ -74,6 +86,7 @@ class Restless:
     def __init__(self, home: Path, options: dict[str, str], seed: int, count: int) -> None:
         self.acks = home.with_name("acks")
         self.errors = home.with_name("errors")
+        self.began = time.monotonic()
         arguments = [str(home), json.dumps(options), str(self.acks), str(seed), str(count)]
         with self.errors.open("a", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
@@ -119,9 +132,36 @@ class Restless:
         self.process.stdout.close()
 
 
-def story(folder: Path, options: dict[str, str], points: int, seed: int) -> int:
-    """Kill a manager at random points of its work; returns how many operations it acknowledged."""
-    luck = random.Random(seed)
+@dataclass
+class Story:
+    """What became of a manager's life of many deaths: seconds of each restart, and operations."""
+
+    seed: int
+    settled: list[float] = field(default_factory=list)
+    acknowledged: int = 0
+
+    def note(self, title: str) -> None:
+        """Say how soon all was settled, and have it be soon enough."""
+        longest, median = max(self.settled), statistics.median(self.settled)
+        figures = {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "seed": self.seed,
+            "kills": len(self.settled),
+            "operations": self.acknowledged,
+            "settled seconds": {"median": round(median, 2), "most": round(longest, 2)},
+        }
+        print(title, json.dumps(figures))
+        if RESULTS:
+            path = Path(RESULTS) / "manager-crashes.json"
+            known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            known[title] = figures
+            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        assert longest <= SETTLED_WITHIN, self.settled
+
+
+def story(folder: Path, options: dict[str, str], points: int, seed: int) -> Story:
+    """Kill a manager at random points of its work, and have the next one settle all."""
+    luck, told = random.Random(seed), Story(seed)
     home = folder / "home"
     for point in range(points + 1):
         last = point == points
@@ -129,6 +169,9 @@ def story(folder: Path, options: dict[str, str], points: int, seed: int) -> int:
         # busy host would else be killed before it did anything.
         restless = Restless(home, options, seed * 1000 + point, 40 if last else 100_000)
         try:
+            assert restless.until("settled") == ["settled"]
+            if point:
+                told.settled.append(time.monotonic() - restless.began)
             said = restless.until("whole")
             assert said == ["whole"], f"seed {seed}, point {point}: {said}"
             if last:
@@ -143,9 +186,10 @@ def story(folder: Path, options: dict[str, str], points: int, seed: int) -> int:
             if restless.process.poll() is None:
                 restless.kill()
     final = Restless(home, options, 0, 0)
-    assert final.until("worked") == ["whole", "worked"]
+    assert final.until("worked") == ["settled", "whole", "worked"]
     final.end()
-    return len(final.acks.read_text("ascii").split())
+    told.acknowledged = len(final.acks.read_text("ascii").split())
+    return told
 
 
 @pytest.mark.parametrize("where", ["in its own process", "in the manager's"])
@@ -155,10 +199,10 @@ def test_a_manager_that_is_killed_loses_doubles_and_leaks_nothing(folder: Path, 
     seed = random.randrange(1 << 16)
     if where == "in the manager's":
         options = {"clock": "wall", "profile": str(profile), "seed": "1"}
-        assert story(folder, options, 4, seed) > 0
+        assert story(folder, options, 4, seed).acknowledged
     else:
         with simulate(folder, profile) as socket:
-            assert story(folder, {"socket": str(socket)}, 6, seed) > 0
+            assert story(folder, {"socket": str(socket)}, 6, seed).acknowledged
 
 
 @pytest.mark.soak
@@ -168,7 +212,9 @@ def test_a_manager_that_is_killed_at_two_hundred_points(folder: Path) -> None:
     profile.write_text(PROFILE, encoding="utf-8")
     seed = random.randrange(1 << 16)
     with simulate(folder, profile) as socket:
-        assert story(folder, {"socket": str(socket)}, 200, seed) > 1000
+        told = story(folder, {"socket": str(socket)}, 200, seed)
+    assert told.acknowledged > 1000
+    told.note("simulated")
 
 
 @pytest.mark.soak
@@ -177,4 +223,6 @@ def test_a_manager_of_qemus_machines_that_is_killed_at_twenty_points(folder: Pat
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
     seed = random.randrange(1 << 16)
-    assert story(folder, {"hypervisor": "qemu"}, 20, seed) > 20
+    told = story(folder, {"hypervisor": "qemu"}, 20, seed)
+    assert told.acknowledged > 20
+    told.note("qemu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors.ownership import Home
-from vmlab.images.settings import default_store
 from vmlab.manager.documents import OperationDocument
 from vmlab.manager.manager import Manager
 from vmlab.manager.requests import (
@@ -33,14 +32,12 @@ pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PATIENCE = 600.0
 IMAGES = {"embedded": "debian-13-riscv64-tiny", "qemu": "debian-12-amd64-tiny"}
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """A home with a path that is short enough for sockets; nothing is left in it."""
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
     directory = Path(tempfile.mkdtemp(prefix="vmlab-m-"))
     yield Home.open(directory)
     shutil.rmtree(directory)
