@@ -14,13 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.images import Image
 from vmlab.images.formats import cpio
-from vmlab.images.settings import default_store
-
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 AMD64 = ("--hypervisor", "qemu", "--image", "debian-12-amd64-tiny")
 """The options of a machine that most of these tests are about."""

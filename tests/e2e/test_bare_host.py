@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import IMAGE_STORE
+from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
 from vmlab.lab.preference import TINY

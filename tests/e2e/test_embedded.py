@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.e2e.conftest import IMAGE_STORE, Vmlab, unpack_modules
+from tests.e2e.conftest import Vmlab, unpack_modules
 from tests.e2e.test_run import nothing_left, read_until
+from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
 

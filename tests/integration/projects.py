@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.store import IMAGE_STORE
 
-from vmlab.images.settings import default_store
 from vmlab.report import Run, Test, read_run
-
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 class Project:

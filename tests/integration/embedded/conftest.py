@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
@@ -11,19 +10,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests.store import IMAGE_STORE
 from tests.unit.engine.process import programs
 
 from vmlab.conformance.runner import Subject
 from vmlab.hypervisors.embedded import EmbeddedHypervisor, provider
 from vmlab.hypervisors.ownership import Home, Run, Store
-from vmlab.images.settings import default_store
 from vmlab.machine.spec import MachineSpec
 
 T = TypeVar("T")
 MakeSpec = Callable[..., MachineSpec]
-
-# Read before the tests get directories of their own.
-_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 class Bench:
@@ -88,8 +84,8 @@ def make_spec(tmp_path: Path) -> MakeSpec:
 @pytest.fixture
 def image_store(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where images are: slow to fetch, they never change."""
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(_IMAGE_STORE))
-    return _IMAGE_STORE
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
+    return IMAGE_STORE
 
 
 @pytest.fixture

@@ -5,30 +5,26 @@ Minutes, and the image takes longer to build: only `make soak` runs it.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 from vmlab.lab.boot import Wish, specification
 from vmlab.lab.ways import channel_into
 from vmlab.machine.events import EventType
 from vmlab.machine.spec import Nic
 
-# Read before the tests get directories of their own: what was built once need not be again.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 _PATIENCE = 3000.0
 
 pytestmark = [pytest.mark.soak, pytest.mark.boots]
 
 
 async def booted(bench: Any, image: str, **wishes: Any) -> tuple[Machine, Guest]:
-    found = ImageStore(_STORE).ensure(image)
+    found = ImageStore(IMAGE_STORE).ensure(image)
     spec = specification(Wish(image=image, **wishes), found.cmdline, found)
     nic = Nic(name="net0", network="segment:lab")
     machine = await bench.embedded.create(spec.with_changes(nics=(nic,)))

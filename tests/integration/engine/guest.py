@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Coroutine
@@ -12,18 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qemu.qmp import QMPClient
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.command import Command
 from vmlab.hypervisors.monitored.streams import SocketChannel
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 
 T = TypeVar("T")
 
 TINY = "debian-13-riscv64-tiny"
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 PATIENCE = 300
 
 
@@ -102,7 +99,7 @@ def start(
         megabytes: Of memory.
         patience: Seconds that a command may take.
     """
-    made = ImageStore(STORE).ensure(image)
+    made = ImageStore(IMAGE_STORE).ensure(image)
     lines = [f'name = "vm"\nmemory = {megabytes << 20}\nharts = {harts}\nqmp = "q.sock"', more]
     lines += [f'[boot]\nkernel = "{made.kernel}"\ninitrd = "{made.initrd}"']
     lines += [f'cmdline = "{made.cmdline} console=ttyS0"']

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.engine.configuration import Boot, Configuration, SocketPort, Time, TimeMode
 from vmlab.engine.devices.reactor import Reactor
@@ -26,11 +27,9 @@ from vmlab.engine.devices.virtio.console import VirtioConsole
 from vmlab.engine.machine import Machine
 from vmlab.guests.agent import CHANNELS
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
 
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 _RESULTS = os.environ.get("VMLAB_RESULTS")
 _PATIENCE = 600
 PER_TICK = 10
@@ -55,7 +54,7 @@ class Boots:
     """A deterministic machine with Debian in this process, its channels joined."""
 
     def __init__(self, folder: Path, seed: int, harts: int) -> None:
-        image = ImageStore(_STORE).ensure("debian-13-riscv64-tiny")
+        image = ImageStore(IMAGE_STORE).ensure("debian-13-riscv64-tiny")
         folder.mkdir()
         channels = [SocketPort(str(folder / f"c{at}"), name) for at, name in enumerate(CHANNELS)]
         made = Configuration(

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
 
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
-
 
 def test_a_machine_is_forked_at_any_moment_and_both_go_on() -> None:
-    image = ImageStore(_STORE).ensure("debian-13-riscv64-tiny")
+    image = ImageStore(IMAGE_STORE).ensure("debian-13-riscv64-tiny")
     program = Path(__file__).with_name("forking.py")
     arguments = [image.kernel, image.initrd, image.cmdline, "2"]
     done = subprocess.run(

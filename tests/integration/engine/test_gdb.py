@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,15 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(600)]
 
 IMAGE = "debian-13-riscv64-tiny"
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 _PATIENCE = 300
 KERNEL_START = 0x8020_0000
 
@@ -29,7 +26,7 @@ KERNEL_START = 0x8020_0000
 @pytest.fixture
 def socket(tmp_path: Path) -> Iterator[Path]:
     """The debugger's socket of a machine of two harts that has not begun."""
-    image = ImageStore(_STORE).ensure(IMAGE)
+    image = ImageStore(IMAGE_STORE).ensure(IMAGE)
     (tmp_path / "m.toml").write_text(f"""
         name = "vm"
         memory = {256 << 20}

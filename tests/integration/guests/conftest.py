@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import Guest
@@ -18,7 +18,6 @@ from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Home, Run
 from vmlab.hypervisors.qemu import QemuHypervisor, provider
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.spec import MachineSpec
 
@@ -33,8 +32,6 @@ _QEMU = {
     Architecture.RISCV64: "qemu-system-riscv64",
 }
 _PACKAGE = {Architecture.X86_64: "qemu-system-x86", Architecture.RISCV64: "qemu-system-misc"}
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 class Lab:
@@ -47,7 +44,7 @@ class Lab:
         hypervisor = provider.open(self.run.owner)
         assert isinstance(hypervisor, QemuHypervisor)
         self.hypervisor = hypervisor
-        image = ImageStore(_IMAGE_STORE).ensure(IMAGES[architecture])
+        image = ImageStore(IMAGE_STORE).ensure(IMAGES[architecture])
         self.spec = MachineSpec.of(
             name="vm",
             architecture=architecture,

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.guests.conftest import _IMAGE_STORE
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.command import AgentRestarted
 from vmlab.guests.guest import Guest
@@ -35,7 +35,7 @@ Do = Callable[[Callable[[Guest], Awaitable[None]]], None]
 def do(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Do]:
     """Runs a coroutine function with a guest that has qemu-ga and no agent of vmlab's."""
     assert shutil.which("qemu-system-x86_64"), "tools/debian-packages.txt lists it"
-    image = ImageStore(_IMAGE_STORE).ensure("debian-12-amd64-tiny-qga")
+    image = ImageStore(IMAGE_STORE).ensure("debian-12-amd64-tiny-qga")
     spec = MachineSpec.of(
         name="qga",
         architecture=Architecture.X86_64,

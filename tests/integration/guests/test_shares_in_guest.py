@@ -14,8 +14,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.guests.conftest import _IMAGE_STORE, IMAGES
+from tests.integration.guests.conftest import IMAGES
 from tests.integration.ordinary_user import NOBODY, as_nobody
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import CommandFailed, Guest
@@ -84,7 +85,7 @@ def work(request: pytest.FixtureRequest, shares: tuple[Share, ...]) -> Share:
 def spec_with(*shares: Share) -> MachineSpec:
     """A machine with those shares."""
     assert shutil.which("qemu-system-x86_64"), "tools/debian-packages.txt lists it"
-    image = ImageStore(_IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
+    image = ImageStore(IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
     return MachineSpec.of(
         name="shares",
         architecture=Architecture.X86_64,
@@ -357,7 +358,7 @@ AS_ORDINARY_USER = """
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_what_an_ordinary_users_guest_writes_is_that_users(tmp_path: Path) -> None:
-    image = ImageStore(_IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
+    image = ImageStore(IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
     with tempfile.TemporaryDirectory(prefix="vmlab-u-") as directory:
         place = Path(directory)
         shutil.copy(image.kernel, place / "kernel")

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.agent import CHANNELS
 from vmlab.guests.choice import ChosenChannel, Login, forwarded
@@ -21,7 +22,6 @@ from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Home, Run
 from vmlab.hypervisors.qemu import provider
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
 from vmlab.machine.errors import DeadlineExceeded, OperationFailed
 from vmlab.machine.spec import MachineSpec
 
@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(1800)]
 SECONDS = 1500.0
 """Whatever hangs is ended; what is slow is not: systemd boots in half a minute on an idle host."""
 
-_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 Drive = Callable[[Callable[[Machine, Path], Awaitable[None]]], None]
 
@@ -38,7 +37,7 @@ Drive = Callable[[Callable[[Machine, Path], Awaitable[None]]], None]
 @pytest.fixture
 def drive() -> Iterator[Drive]:
     """Runs a coroutine function with a Debian that has just been started, and a directory."""
-    image = ImageStore(_IMAGE_STORE).ensure("debian-12-amd64")
+    image = ImageStore(IMAGE_STORE).ensure("debian-12-amd64")
     directory = Path(tempfile.mkdtemp(prefix="vmlab-d-"))
     run = Run.begin(Home.open(directory))
     spec = MachineSpec.of(

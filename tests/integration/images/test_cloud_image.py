@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import socket
 import subprocess
@@ -20,17 +19,15 @@ from pathlib import Path
 import pytest
 from tests.integration.images import gpt
 from tests.integration.images.plain_qemu import SECONDS, Guest, needs
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.command import Command
 from vmlab.guests.ssh import SshChannel
 from vmlab.guests.ssh_keys import MachineKeys
 from vmlab.images import ImageStore
 from vmlab.images.importing import Parts, import_image
-from vmlab.images.settings import default_store
 from vmlab.machine.architecture import Architecture
 
-# Read before the tests get directories of their own: what was fetched once need not be again.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 MEBI = 1 << 20
 
 RECIPE = """
@@ -193,8 +190,8 @@ def test_cloud_image_boots_by_its_own_boot_loader_and_is_what_cloud_init_made_of
     store_path = tmp_path / "store"
     store_path.mkdir()
     for folder in ("cache", "index"):
-        (_STORE / folder).mkdir(parents=True, exist_ok=True)
-        (store_path / folder).symlink_to(_STORE / folder)
+        (IMAGE_STORE / folder).mkdir(parents=True, exist_ok=True)
+        (store_path / folder).symlink_to(IMAGE_STORE / folder)
     store = ImageStore(store_path)
     recipe = tmp_path / "cloud.toml"
     recipe.write_text(RECIPE)

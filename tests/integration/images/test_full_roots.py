@@ -17,13 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
 from vmlab.images.roots import confinement, tools
-from vmlab.images.settings import default_store
 
-# Read before the tests get directories of their own: what was fetched once need not be again.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 SMALL = """
 name = "small-root"
 suite = "bookworm"
@@ -48,8 +46,8 @@ def store_with_what_was_fetched(root: Path) -> ImageStore:
     """An empty store that need not fetch what the user's has."""
     root.mkdir()
     for folder in ("cache", "index"):
-        (_STORE / folder).mkdir(parents=True, exist_ok=True)
-        (root / folder).symlink_to(_STORE / folder)
+        (IMAGE_STORE / folder).mkdir(parents=True, exist_ok=True)
+        (root / folder).symlink_to(IMAGE_STORE / folder)
     return ImageStore(root)
 
 
@@ -109,7 +107,7 @@ def test_every_tool_of_a_developers_image_works_in_its_guest(tmp_path: Path, nam
         sys.executable, "-m", "vmlab", "run", "--image", name, "--memory", "1G",
         "--share", f"{shared}:/src", "--", "sh", "/src/tools.sh",
     ]  # fmt: skip
-    environment = {**os.environ, "VMLAB_IMAGE_STORE": str(_STORE)}
+    environment = {**os.environ, "VMLAB_IMAGE_STORE": str(IMAGE_STORE)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     works = {line.removeprefix("works: ") for line in done.stdout.splitlines()
@@ -162,9 +160,9 @@ def nobodys() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="vmlab-u-"))
     directory.chmod(0o755)
     (directory / "small.toml").write_text(SMALL)
-    shutil.copytree(_STORE / "index", directory / "store" / "index")
+    shutil.copytree(IMAGE_STORE / "index", directory / "store" / "index")
     (directory / "store" / "cache").mkdir()
-    shutil.copytree(_STORE / "cache" / "sha256", directory / "store" / "cache" / "sha256")
+    shutil.copytree(IMAGE_STORE / "cache" / "sha256", directory / "store" / "cache" / "sha256")
     for place in (directory, *directory.rglob("*")):
         os.chown(place, NOBODY, NOBODY)
     yield directory

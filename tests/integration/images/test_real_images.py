@@ -22,22 +22,19 @@ from typing import Any
 import pytest
 from tests.integration.images import gpt
 from tests.integration.images.plain_qemu import SECONDS, Guest, needs, needs_qemu
+from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
 from vmlab.images.debian import openpgp
 from vmlab.images.formats import deb, tarball
 from vmlab.images.importing import Parts, import_image
-from vmlab.images.settings import default_store
 from vmlab.images.store.usage import unused
 from vmlab.machine.architecture import Architecture
-
-# Read before the tests get directories of their own: what was fetched once need not be again.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 @pytest.fixture(scope="module")
 def store() -> ImageStore:
-    return ImageStore(_STORE)
+    return ImageStore(IMAGE_STORE)
 
 
 @pytest.fixture
@@ -175,7 +172,7 @@ def test_warm_store_answers_without_apt_and_without_reading_the_image_again(
     monkeypatch.setattr("vmlab.images.store.store.host_configuration", nobody)
     monkeypatch.setattr("vmlab.images.store.store.sha256", nobody)
     monkeypatch.setattr("vmlab.images.store.blobs.sha256", nobody)
-    assert ImageStore(_STORE).ensure("debian-13-riscv64-tiny") == image
+    assert ImageStore(IMAGE_STORE).ensure("debian-13-riscv64-tiny") == image
 
 
 @pytest.mark.slow

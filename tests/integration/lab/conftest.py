@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 
 import pytest
+from tests.store import IMAGE_STORE
 
-from vmlab.images.settings import default_store
 from vmlab.lab.laboratory import Lab
 
 IMAGE = "debian-12-amd64-tiny"
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 
 
 @pytest.fixture(scope="session")
 def image_store() -> Iterator[str]:
     """Where the images are; labs of the tests, and processes that they start, look there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
-        yield _IMAGE_STORE
+        patch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
+        yield str(IMAGE_STORE)
 
 
 @pytest.fixture(scope="session")

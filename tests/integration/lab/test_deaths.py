@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
-from vmlab.images.settings import default_store
 from vmlab.lab.evidence import collect_evidence
 from vmlab.lab.incident import Incident
 from vmlab.lab.incident import IncidentKind as K
@@ -27,8 +27,6 @@ from vmlab.machine.errors import VmlabError
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
 
 IMAGES = {"qemu": "debian-12-amd64-tiny", "embedded": "debian-13-riscv64-tiny"}
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 _PATIENCE = 300.0
 CRASHER = Path(__file__).parent / "crasher"
 
@@ -67,7 +65,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     if hypervisor == "qemu" and shutil.which("qemu-system-x86_64") is None:
         pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+        patch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
         with Lab(hypervisor=hypervisor, image=IMAGES[hypervisor]) as lab:
             if hypervisor == "qemu":
                 # What the others are forks of is of no single test's.

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.engine.devices.occasions import Occasions, Trigger
-from vmlab.images.settings import default_store
 from vmlab.lab.faulting import FaultEvent, FaultRun
 from vmlab.lab.given import LabDisk
 from vmlab.lab.laboratory import Lab
@@ -29,8 +29,6 @@ from vmlab.machine.spec import Disk
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
 
 IMAGES = {"qemu": "debian-12-amd64-tiny", "embedded": "debian-13-riscv64-tiny"}
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 BLOCK = 4096
 
 
@@ -57,7 +55,7 @@ def booted(hypervisor: str, file_system: Path) -> Iterator[VM]:
         LabDisk(Disk(name="fs", source=file_system, serial="fs", breakable=True), named=True),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+        patch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
         with Lab(hypervisor=hypervisor, image=IMAGES[hypervisor]) as lab:
             yield lab.vm(disks=disks, template=False)
 

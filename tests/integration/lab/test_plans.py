@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
-from vmlab.images.settings import default_store
 from vmlab.lab.laboratory import Lab
 from vmlab.lab.plans import Plan, PlanResult, run_plan
 from vmlab.lab.vm import VM
@@ -19,8 +18,6 @@ from vmlab.report import Attempt, Outcome, Recorder, read_run
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(1200)]
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "plans"
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +34,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vm(sources: Path) -> Iterator[VM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+        patch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
         with Lab(hypervisor="qemu", image="debian-12-amd64-tiny") as lab:
             yield lab.vm(disks=["64M"], shares=[f"{sources}:/src"])
 
@@ -110,7 +107,7 @@ def test_a_kernel_module_is_built_and_loaded_in_a_guest_with_headers(
 ) -> None:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
     plan = Plan.load(EXAMPLES / "kernel-module" / "hello.vmlab.toml")
     with Lab(hypervisor="qemu") as lab:
         machine = lab.vm(

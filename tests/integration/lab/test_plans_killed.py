@@ -21,14 +21,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.store import IMAGE_STORE
 
-from vmlab.images.settings import default_store
 from vmlab.report import Outcome, Run, read_run
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
 
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 _PATIENCE = 300.0
 _ENTRIES = 50
 """A few less than the journal of a whole run has."""
@@ -68,7 +66,7 @@ class Project:
         self.environment = {
             **os.environ,
             "VMLAB_HOME": str(self.home),
-            "VMLAB_IMAGE_STORE": _IMAGE_STORE,
+            "VMLAB_IMAGE_STORE": str(IMAGE_STORE),
             "TMPDIR": str(place / "tmp"),
         }
         (place / "tmp").mkdir()

@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
-from vmlab.images.settings import default_store
 from vmlab.report import Outcome, Run, read_run
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(1800)]
 
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 
 MACHINE = """
 [machine]
@@ -86,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     done = subprocess.run(
         [sys.executable, "-m", "vmlab", "test", "--vm-report=reports"],
         cwd=place, capture_output=True, text=True, check=False, timeout=1700,
-        env={**os.environ, "VMLAB_IMAGE_STORE": _IMAGE_STORE},
+        env={**os.environ, "VMLAB_IMAGE_STORE": str(IMAGE_STORE)},
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     return read_run(place / "reports" / "latest")

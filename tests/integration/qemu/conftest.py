@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import shutil
 import tempfile
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import Snapshot
 from vmlab.hypervisors.ownership import Home, Run
 from vmlab.hypervisors.qemu import QemuHypervisor, provider
 from vmlab.images import Image, ImageStore
-from vmlab.images.settings import default_store
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.spec import MachineSpec
 
@@ -30,8 +29,6 @@ IMAGES = {
     Architecture.AARCH64: "debian-13-arm64-tiny",
     Architecture.PPC64LE: "debian-13-ppc64el-tiny",
 }
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 
 def image_spec(image: Image, name: str, **fields: Any) -> MachineSpec:
@@ -116,7 +113,7 @@ def images() -> Callable[[Architecture], Image]:
     def find(architecture: Architecture) -> Image:
         if shutil.which(QEMU_BINARIES[architecture]) is None:
             pytest.fail(f"{QEMU_BINARIES[architecture]} is not installed: see tools/")
-        return ImageStore(_IMAGE_STORE).ensure(IMAGES[architecture])
+        return ImageStore(IMAGE_STORE).ensure(IMAGES[architecture])
 
     return find
 

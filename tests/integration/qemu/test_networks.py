@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors.monitored.networks import segment_group
 from vmlab.hypervisors.ownership import Home
 from vmlab.hypervisors.reaper import reap_dead_runs
 from vmlab.images import ImageStore
-from vmlab.images.settings import default_store
-
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 
 # A copy's kernel has its origin's MAC address until it is told: `vmlab.guests` does that.
 UP = (
@@ -296,7 +293,7 @@ TRAFFIC = """
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for taps and bridges")
 def test_guests_reach_the_host_and_each_other_over_a_bridge_and_a_tap(tmp_path: Path) -> None:
-    image = ImageStore(_STORE).ensure("debian-12-amd64-tiny")
+    image = ImageStore(IMAGE_STORE).ensure("debian-12-amd64-tiny")
     setup = (
         'ip link set lo up && ip link add vmlbr type bridge && ip link set vmlbr up && exec "$@"'
     )

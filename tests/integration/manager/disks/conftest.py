@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors.ownership import Home
-from vmlab.images.settings import default_store
 from vmlab.manager.documents import DiskDocument, MachineDocument, OperationDocument
 from vmlab.manager.manager import Manager
 from vmlab.manager.settings import HostSetting, Settings
@@ -21,8 +20,6 @@ from vmlab.manager.store import queries
 
 PATIENCE = 900.0
 IMAGES = {"qemu": "debian-12-amd64-tiny", "embedded": "debian-13-riscv64-tiny"}
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 
 
 class Asking:
@@ -70,7 +67,7 @@ def home() -> Iterator[Home]:
 @pytest.fixture
 def tell(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a story with a manager of two hosts of one hypervisor; nothing of it may be left."""
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
 
     def run(story: Callable[[Asking], Awaitable[None]], hypervisor: str) -> None:
         hosts = [

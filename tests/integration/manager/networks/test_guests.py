@@ -6,17 +6,16 @@ One manager in a namespace of the test's own does it all, because booting is wha
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home
-from vmlab.images.settings import default_store
 from vmlab.manager.documents import MachineDocument
 from vmlab.manager.manager import Manager
 from vmlab.manager.networks import links, nat
@@ -35,8 +34,6 @@ from vmlab.manager.store.queries import find_machine, list_addresses, machine_do
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
 
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = os.environ.get("VMLAB_IMAGE_STORE") or str(default_store(os.environ))
 WAIT = 600.0
 ADDRESS = "ip -4 -o addr show dev {} | awk '{{print $4}}'"
 PING = "ping -c 1 -W 2 {0} || ping -c 2 -W 2 {0}"
@@ -95,7 +92,7 @@ def office(
 ) -> Callable[[Callable[[Office], Any]], None]:
     """Runs a test with a manager."""
     assert shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed: see tools/"
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", _IMAGE_STORE)
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
 
     async def work(test: Callable[[Office], Any]) -> None:
         settings = Settings(home=home, hosts=(HostSetting(name="qemu", hypervisor="qemu"),))

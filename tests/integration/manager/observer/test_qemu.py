@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
+from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors import processes
-from vmlab.images.settings import default_store
 from vmlab.machine.states import MachineState
 from vmlab.manager.observer.observer import Pace
 from vmlab.manager.requests import DeleteMachine
 from vmlab.manager.settings import HostSetting
 
-# Read before the tests get directories of their own: images are slow to fetch and never change.
-_IMAGE_STORE = Path(os.environ.get("VMLAB_IMAGE_STORE") or default_store(os.environ))
 IMAGE = "debian-12-amd64-tiny"
 HOSTS = (HostSetting(name="qemu", hypervisor="qemu"),)
 MISMATCH = "machine-state-mismatch"
@@ -124,6 +121,6 @@ def test_a_real_guest_whose_clock_is_wrong_is_found_and_its_clock_set(run, monke
         await watched.nothing()
         await watched.did(DeleteMachine(machine="web", force=True))
 
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(_IMAGE_STORE))
+    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
     pace = Pace(settle=0.01, guest_every=86400, guest_answers=200.0, boots=0.0)
     run(test, hosts=HOSTS, pace=pace)
