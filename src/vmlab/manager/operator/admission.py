@@ -4,6 +4,10 @@ What is in use follows from the store: vCPUs and memory of machines that are liv
 nothing is known; all machines that are there; sizes of all disks. Beside that stand reservations:
 what an operation was promised when it was taken down, until its machine has it or it has ended. So
 whatever ends an operation or a machine gives back what it had, and nothing is given twice.
+
+A live machine that moves is one machine: by the manager's quotas it counts once. Where it is and
+where it is to be it counts on either host, and twice on this computer, which has both of its
+memories until it has arrived.
 """
 
 from __future__ import annotations
@@ -79,6 +83,12 @@ def in_use(
     if host is not None:
         machines = machines.where(MachineRow.host == host)
         promised = promised.where(ReservationRow.host == host)
+    elif not real:
+        # What moves is counted where it still is.
+        moving = select(MachineRow.id).where(
+            MachineRow.id == ReservationRow.machine_id, live, MachineRow.host != ReservationRow.host
+        )
+        promised = promised.where(~moving.exists())
     if real:
         machines = machines.where(MachineRow.hypervisor != _SIMULATED)
         promised = promised.where(
@@ -100,6 +110,7 @@ def reserve(
     operation: str,
     host: str | None = None,
     machine: str | None = None,
+    moves: bool = False,
     what: str,
     keep: bool = True,
 ) -> None:
@@ -112,6 +123,7 @@ def reserve(
         operation: Id of the operation.
         host: Where it is needed.
         machine: Id of the machine that is to have it, if its row is there.
+        moves: Whether that machine has it elsewhere now, and so within the manager's quotas.
         what: What it is for, in words, such as "start 'web'".
         keep: Whether the promise is to last; otherwise there is only to be room now.
 
@@ -122,7 +134,7 @@ def reserve(
     excess = list[str]()
     limits = settings.limits.model_dump()
     # What has no limit is not counted: there may be ten thousand machines.
-    if _limited(need, limits):
+    if not moves and _limited(need, limits):
         excess += _excess(in_use(session, besides=operation), need, limits, "of the manager")
     row = session.get(HostRow, host) if host is not None else None
     if row is not None and _limited(need, row.limits):

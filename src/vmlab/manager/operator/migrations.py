@@ -80,6 +80,7 @@ class MigrateHandler(Handler[MigrateMachine]):
             operation=operation_of(session),
             host=host.name,
             machine=row.id,
+            moves=True,
             what=f"move machine {row.name!r} to host {host.name!r}",
         )
         return Target(row.id, row.name, frozenset({key("machine", row.id)}), row.version)

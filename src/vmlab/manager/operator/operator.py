@@ -84,8 +84,8 @@ class Operator:
         self._pump()
 
     def _take_up(self, left: Unfinished) -> None:
-        entry = Entry(left.id, left.kind, left.number, left.keys, immediate=left.immediate)
-        self._queue.add(entry)
+        immediate = self._handler(left.kind).immediate
+        self._queue.add(Entry(left.id, left.kind, left.number, left.keys, immediate=immediate))
 
     async def close(self) -> None:
         """Leave everything as it is: what runs is interrupted, and taken up by the next manager."""

@@ -24,7 +24,6 @@ class Unfinished:
     kind: str
     number: int
     keys: frozenset[str]
-    immediate: bool = False
 
 
 def unfinished(session: Session) -> list[Unfinished]:

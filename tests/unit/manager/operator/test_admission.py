@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
+from tests.unit.manager.operator.conftest import INSTANT
 
 from vmlab.machine.errors import HypervisorUnavailable, ResourceExhausted
 from vmlab.manager.operator import admission
@@ -15,6 +16,7 @@ from vmlab.manager.requests import (
     CreateMachine,
     DeleteMachine,
     MachinePolicy,
+    MigrateMachine,
     StartMachine,
     StopMachine,
 )
@@ -25,8 +27,8 @@ SPEC = {"memory": "64M"}
 MIB = 1 << 20
 
 
-async def used(manager: Any) -> Need:
-    need: Need = await manager.database.read(in_use)
+async def used(manager: Any, **of: Any) -> Need:
+    need: Need = await manager.database.read(in_use, **of)
     return need
 
 
@@ -111,6 +113,41 @@ def test_limits_of_a_host_hold_and_another_is_taken_if_the_policy_says_so(
                 manager, CreateMachine(name="b", spec=SPEC, host="small", policy=policy)
             )
             assert (await doing.machine(manager, "b")).host == "large"
+
+    asyncio.run(story())
+
+
+def test_a_machine_that_moves_counts_once_for_the_manager_and_on_both_of_its_hosts(
+    place: Any, doing: Any
+) -> None:
+    slow = "\n".join(line for line in INSTANT.splitlines() if not line.startswith("migration"))
+    place.hosts = {"one": f"[latency]\nvariability = 0\n{slow}\nmigration = 3600", "two": ""}
+
+    async def story() -> None:
+        async with place.manager(limits=Limits(memory=128 * MIB, vcpus=2)) as manager:
+            await doing.did(manager, CreateMachine(name="a", spec=SPEC, host="one", start=True))
+            for name in "bc":
+                await doing.did(manager, CreateMachine(name=name, spec=SPEC, host="two"))
+            # Alone it takes up half of what there is; there is room for no second one of it.
+            await doing.did(manager, StartMachine(machine="b"))
+            moving = await manager.operator.submit(MigrateMachine(machine="a", host="two"))
+
+            async def moves() -> bool:
+                document = await manager.operator.document(moving.id)
+                return any(step.state == "running" for step in document.steps)
+
+            await doing.eventually(moves, "it moves")
+            assert await used(manager) == Need(machines=3, vcpus=2, memory=128 * MIB)
+            assert (await used(manager, host="one")).memory == 64 * MIB
+            assert (await used(manager, host="two")).memory == 128 * MIB
+            with pytest.raises(ResourceExhausted, match="of the manager"):
+                await manager.operator.submit(StartMachine(machine="c"))
+            await doing.did(manager, StopMachine(machine="b"))
+            await doing.did(manager, StartMachine(machine="c"))
+            await manager.operator.cancel(moving.id)
+            assert (await manager.operator.wait(moving.id, 120)).state == "cancelled"
+            assert await used(manager) == Need(machines=3, vcpus=2, memory=128 * MIB)
+            assert await promised(manager) == 0
 
     asyncio.run(story())
 

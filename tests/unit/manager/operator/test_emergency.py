@@ -9,6 +9,7 @@ import pytest
 
 from vmlab.machine.errors import ResourceNotFound
 from vmlab.machine.spec import MachineSpec
+from vmlab.manager.operator.emergency import EmergencyHandler
 from vmlab.manager.requests import CreateMachine, EmergencyStop, StartMachine
 
 SPEC = {"memory": "64M"}
@@ -85,6 +86,29 @@ def test_what_is_under_way_and_what_waits_is_ended_and_stays_so(place: Any, doin
             assert (await doing.machine(manager, "a")).state in {"created", "stopped", "failed"}
             with pytest.raises(ResourceNotFound):
                 await doing.machine(manager, "b")
+
+    asyncio.run(story())
+
+
+def test_one_that_was_interrupted_waits_for_no_worker_of_the_next_manager(
+    place: Any, doing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.hosts = {"slow": "[latency]\nvariability = 0\ncreate = 0\nstart = 3600\nkill = 0"}
+    begun = asyncio.Event()
+
+    async def hang(self: EmergencyHandler, work: object) -> None:
+        begun.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def story() -> None:
+        async with place.manager(workers=1) as manager:
+            await manager.operator.submit(CreateMachine(name="a", spec=SPEC, start=True))
+            with monkeypatch.context() as patch:
+                patch.setattr(EmergencyHandler, "_kill_all", hang)
+                stop = await manager.operator.submit(EmergencyStop())
+                await begun.wait()
+        async with place.manager(workers=1) as manager:
+            assert (await manager.operator.wait(stop.id, 120)).state == "succeeded"
 
     asyncio.run(story())
 
