@@ -36,7 +36,11 @@ from vmlab.engine.isa.values import Value
 
 __all__ = ["SIZE", "SOURCES", "Plic", "PlicState"]
 
-_FIRST_STATE: Final = interrupts.PENDING
+_SOURCE_WORDS: Final = (
+    *range(interrupts.PENDING, interrupts.PENDING + WORDS),
+    *range(interrupts.SERVICE, interrupts.SERVICE + WORDS),
+    *range(interrupts.PRIORITY, interrupts.PRIORITY + SOURCES + 1),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Plic:
             level themselves.
 
     Attributes:
-        block: The state. What a snapshot must hold is its words from PENDING on.
+        block: The state.
     """
 
     def __init__(self, harts: int, set_pending: Callable[[int, int, bool], None]) -> None:
@@ -94,9 +98,13 @@ class Plic:
     def reset(self) -> None:
         """As at power-on, while the harts stand; the lines stay what their devices drive."""
         with self._lock:
+            # What else is in the block is others': where harts' words are, the UART's status.
             words = self.block.words
-            for index in range(_FIRST_STATE, CONTEXT + CONTEXT_WORDS * self.block.contexts):
-                if not interrupts.LEVEL <= index < interrupts.LEVEL + WORDS:
+            for index in _SOURCE_WORDS:
+                words[index] = 0
+            for context in range(self.block.contexts):
+                enable = CONTEXT + CONTEXT_WORDS * context
+                for index in range(enable, enable + interrupts.THRESHOLD + 1):
                     words[index] = 0
             state = self.state
             state.pending[:] = state.level

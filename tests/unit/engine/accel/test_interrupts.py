@@ -367,7 +367,7 @@ def test_the_line_status_is_read_without_leaving(kind: str) -> None:
     board.uart.break_()
     restore()
     assert status() == (0x71, True)
-    board.uart.reset()
+    board.reset()
     assert status() == (0x60, False)
     ram.close()
 
