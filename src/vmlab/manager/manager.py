@@ -18,6 +18,7 @@ from vmlab.manager.guests import Guests
 from vmlab.manager.networks.networks import Networks
 from vmlab.manager.observer.observer import Observer
 from vmlab.manager.operator import handlers as _handlers  # registers the kinds of requests
+from vmlab.manager.operator.exports import clear_exports
 from vmlab.manager.operator.hosts import Hosts
 from vmlab.manager.operator.operator import Operator
 from vmlab.manager.operator.placement import placed
@@ -110,6 +111,8 @@ class Manager:
                 await part.start()
                 if part is self.hosts:
                     await self._adopt()
+                elif part is self.storage:
+                    await clear_exports(self)
         except BaseException:
             await self.close()
             raise

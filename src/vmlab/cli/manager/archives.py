@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,12 +92,9 @@ def import_(
     if _is_elsewhere():
         wanted = request("ImportMachine", path=_name(file), name=name)
         return change([wanted], how, made.told, after=made.looked_up)
-    lent = _lend(file)
-    try:
-        wanted = request("ImportMachine", path=lent.name, name=name)
+    with _lent(file) as lent:
+        wanted = request("ImportMachine", path=lent, name=name)
         return change([wanted], how, made.told, after=made.looked_up)
-    finally:
-        lent.unlink(missing_ok=True)
 
 
 def _is_elsewhere() -> bool:
@@ -111,8 +110,9 @@ def _name(file: Path) -> str:
     return file.name
 
 
-def _lend(file: Path) -> Path:
-    """A second name of a file among the exports of the home's manager; a copy where it has to be.
+@contextmanager
+def _lent(file: Path) -> Iterator[str]:
+    """A name of a file among the exports of the home's manager, for as long as the block lasts.
 
     Raises:
         InvalidSpec: it is no file that can be read.
@@ -122,19 +122,15 @@ def _lend(file: Path) -> Path:
     with extra():
         from vmlab.hypervisors.ownership import Home
         from vmlab.manager.client.address import directory_of
+        from vmlab.manager.lending import lent
 
-    directory = directory_of(Home.open()) / "exports"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    lent = directory / f"import-{secrets.token_hex(8)}"
-    try:
+    exports = directory_of(Home.open()) / "exports"
+    with ExitStack() as stack:
+        lending = lent(file, exports, copying=lambda: output.note(f"copying {file}"))
         try:
-            os.link(file.resolve(strict=True), lent)
-        except OSError:
-            output.note(f"copying {file}")
-            shutil.copyfile(file, lent)
-    except OSError as error:
-        lent.unlink(missing_ok=True)
-        raise options.wrong(
-            "FILE", str(file), f"a file that can be read: {error.strerror}", command="import"
-        ) from error
-    return lent
+            name = stack.enter_context(lending)
+        except OSError as error:
+            raise options.wrong(
+                "FILE", str(file), f"a file that can be read: {error.strerror}", command="import"
+            ) from error
+        yield name

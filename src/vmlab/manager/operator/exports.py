@@ -7,11 +7,12 @@ is there is ever overwritten. What is in it is in `vmlab.manager.machine_archive
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -19,11 +20,12 @@ from sqlalchemy.orm import Session
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.monitored.disks import image_format
 from vmlab.hypervisors.threads import done_in_thread, in_thread
-from vmlab.machine.errors import OperationFailed
+from vmlab.machine.errors import InvalidSpec, OperationFailed, SpecProblem
 from vmlab.machine.fields import is_name
 from vmlab.machine.spec import Disk, MachineSpec
 from vmlab.machine.states import OPERATIONS
 from vmlab.manager import machine_archive
+from vmlab.manager.lending import forget_lent, is_lent
 from vmlab.manager.machine_archive import DiskMember, FileMember, Manifest, NicPart
 from vmlab.manager.operator.definition import json_of
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key, register
@@ -34,11 +36,15 @@ from vmlab.manager.requests import ExportMachine, Metadata
 from vmlab.manager.settings import Settings
 from vmlab.manager.store.changes import Conflict
 from vmlab.manager.store.queries import find_machine
-from vmlab.manager.store.tables import DiskRow, MachineRow
+from vmlab.manager.store.tables import DiskRow, MachineRow, OperationRow
+
+if TYPE_CHECKING:
+    from vmlab.manager.manager import Manager
 
 __all__ = [
     "LEFT_OUT",
     "ExportHandler",
+    "clear_exports",
     "export_path",
     "exports_directory",
     "forget_parts",
@@ -46,6 +52,7 @@ __all__ = [
     "parts_directory",
 ]
 
+_PART: Final = re.compile(r"\.([0-9a-f]{32})\.part")
 _REST: Final = OPERATIONS["start"]
 LEFT_OUT: Final = ("shares", "host_devices")
 """What of a specification belongs to the host that the machine was on."""
@@ -72,6 +79,31 @@ def export_path(settings: Settings, name: str) -> Path:
 def parts_directory(settings: Settings, operation: str) -> Path:
     """What an operation unpacks, or packs; no archive can have such a name."""
     return exports_directory(settings) / f".{operation}.part"
+
+
+async def clear_exports(manager: Manager) -> None:
+    """Remove what commands and operations that were killed have left among the exports."""
+    unfinished, wanted = await manager.database.read(_wanted)
+    await done_in_thread(_clear, exports_directory(manager.settings), unfinished, wanted)
+
+
+def _wanted(session: Session) -> tuple[set[str], set[str]]:
+    """Ids of the operations that are not ended, and what imports among them have yet to read."""
+    rows = session.execute(
+        select(OperationRow.id, OperationRow.kind, OperationRow.request).where(
+            OperationRow.state.in_(("queued", "running"))
+        )
+    ).all()
+    imports = {str(row.request["path"]) for row in rows if row.kind == "machine.import"}
+    return {row.id for row in rows}, imports
+
+
+def _clear(directory: Path, unfinished: Set[str], wanted: Set[str]) -> None:
+    forget_lent(directory, wanted)
+    for path in directory.iterdir():
+        part = _PART.fullmatch(path.name)
+        if part is not None and part[1] not in unfinished:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 async def forget_parts(directory: Path) -> None:
@@ -103,6 +135,9 @@ class ExportHandler(Handler[ExportMachine]):
         row = find_machine(session, request.machine)
         refuse_unless(self.manager, row, "export", _REST)
         path = export_path(self.manager.settings, request.path)
+        if is_lent(request.path):
+            expected = 'another name: those that begin with "import-" are of files that are lent'
+            raise InvalidSpec([SpecProblem("path", request.path, expected)], what=self.kind)
         if path.exists():
             raise Conflict(
                 f"there is a file {request.path!r} among the exports already",

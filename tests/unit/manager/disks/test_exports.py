@@ -17,7 +17,7 @@ from tests.unit.manager.disks.conftest import simulated_hosts, told
 
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.sizes import MIB
-from vmlab.manager.operator.exports import export_path
+from vmlab.manager.operator.exports import export_path, parts_directory
 from vmlab.manager.requests import (
     AttachDisk,
     CreateDisk,
@@ -27,7 +27,8 @@ from vmlab.manager.requests import (
     StartMachine,
     StopMachine,
 )
-from vmlab.manager.settings import Limits
+from vmlab.manager.settings import Limits, Settings
+from vmlab.manager.store import queries
 
 Tell = Callable[..., None]
 
@@ -352,3 +353,54 @@ def test_name_that_is_taken_is_refused(tell: Tell, archive: bytes) -> None:
         assert "names are unique" in error.message
 
     tell(story)
+
+
+def test_what_was_left_among_the_exports_is_gone_when_the_next_manager_begins(
+    settings: Settings, tell: Tell
+) -> None:
+    async def first(asking: Any) -> None:
+        await exported(asking)
+
+    tell(first)
+    exports = settings.directory / "exports"
+    (exports / "import-0123456789abcdef").write_bytes(b"of a command that was killed")
+    part = parts_directory(settings, "0" * 32)
+    part.mkdir()
+    (part / "archive").write_bytes(b"of an operation that is no more")
+
+    async def second(asking: Any) -> None:
+        assert [path.name for path in exports.iterdir()] == ["one.tar"]
+        await asking.do(ImportMachine(path="one.tar", name="again"))
+        reserved = ExportMachine(machine="again", path="import-0123456789abcdef")
+        assert "another name" in (await asking.refuse(reserved)).message
+
+    tell(second)
+
+
+def test_what_an_import_has_yet_to_read_is_still_there_for_the_next_manager(
+    settings: Settings, tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent = "import-0123456789abcdef"
+
+    async def first(asking: Any) -> None:
+        (await exported(asking)).rename(settings.directory / "exports" / lent)
+        # It is closed before a worker has begun.
+        monkeypatch.setattr(asking.manager.operator, "_pump", lambda: None)
+        await asking.manager.operator.submit(ImportMachine(path=lent, name="again"))
+
+    tell(first)
+
+    async def second(asking: Any) -> None:
+        (operation,) = (
+            await asking.manager.database.read(queries.list_operations, kind="machine.import")
+        ).items
+        ended = await asking.manager.operator.wait(operation.id, 120)
+        assert ended.state == "succeeded", ended.error
+
+    tell(second)
+    tell(_nothing_lent)
+
+
+async def _nothing_lent(asking: Any) -> None:
+    exports = asking.manager.settings.directory / "exports"
+    assert list(exports.iterdir()) == []
