@@ -33,6 +33,7 @@ from vmlab.manager.observer.checks import Thresholds
 from vmlab.manager.observer.observer import Observer, Pace
 from vmlab.manager.operator.hosts import machine_name
 from vmlab.manager.requests import MachinePolicy
+from vmlab.manager.service.collecting import collected_rarely
 from vmlab.manager.settings import HostSetting, Settings
 from vmlab.manager.store.tables import (
     AddressRow,
@@ -193,7 +194,7 @@ def main() -> int:
     parser.add_argument("--machines", type=int, default=10_000)
     parser.add_argument("--sweeps", type=int, default=3)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="vmh-") as directory:
+    with tempfile.TemporaryDirectory(prefix="vmh-") as directory, collected_rarely():
         result = asyncio.run(measure(given.machines, given.sweeps, Path(directory)))
     print(json.dumps(result, indent=1))
     whole = result["whole_s"]

@@ -20,6 +20,7 @@ import uvicorn
 
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.client.address import socket_of
+from vmlab.manager.service.collecting import collected_rarely
 from vmlab.manager.service.holding import hold
 from vmlab.manager.service.idle import Activity, until_idle
 from vmlab.manager.service.listening import Listening, UnixListener, tcp_listener
@@ -94,7 +95,7 @@ async def serve(
 
     listening.check()
     ending = asyncio.Event()
-    with _signals(ending), ExitStack() as stack:
+    with collected_rarely(), _signals(ending), ExitStack() as stack:
         held = await asyncio.to_thread(hold, settings.directory, background=background)
         stack.callback(held.release)
         listeners = [UnixListener(socket_of(settings.home))]
