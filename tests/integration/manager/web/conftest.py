@@ -35,6 +35,11 @@ from vmlab.manager.store.tables import NetworkRow, NicRow
 # Generous: a browser on a busy machine is slow, and no test is about how fast it is.
 PATIENCE_MS = 240_000
 PATIENCE = PATIENCE_MS / 1000
+SIMULATED = HostSetting(
+    name="simulated",
+    hypervisor="simulated",
+    options={"clock": "wall", "profile": "performance", "seed": "1"},
+)
 SPEC = {"architecture": "x86_64", "memory": "64M", "nics": []}
 
 T = TypeVar("T")
@@ -47,11 +52,15 @@ class Site:
 
     Args:
         directory: Of the manager's home.
+        host: Where its machines are; the simulator if left out.
         authenticate: Whether tokens are asked for.
     """
 
-    def __init__(self, directory: Path, *, authenticate: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, host: HostSetting = SIMULATED, authenticate: bool = False
+    ) -> None:
         self._directory = directory
+        self._host = host
         self._authenticate = authenticate
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -76,12 +85,9 @@ class Site:
         self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
         try:
-            host = HostSetting(
-                name="simulated",
-                hypervisor="simulated",
-                options={"clock": "wall", "profile": "performance", "seed": "1"},
+            settings = Settings(
+                home=Home.open(self._directory), hosts=(self._host,), sweep_seconds=86400
             )
-            settings = Settings(home=Home.open(self._directory), hosts=(host,), sweep_seconds=86400)
             async with await Manager.open(settings) as self.manager:
                 await self._serve()
         except BaseException as failure:
@@ -263,6 +269,13 @@ class Reader:
 @pytest.fixture
 def reader(browser: Browser, site: Site) -> Iterator[Reader]:
     """A person at a browser; nothing that a page does may be worth a complaint."""
+    with reading(browser, site) as person:
+        yield person
+
+
+@contextmanager
+def reading(browser: Browser, site: Site) -> Iterator[Reader]:
+    """Have a person at a browser before a site, who has nothing to complain about."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     person = Reader(context, site)
     yield person
