@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import text
+from sqlalchemy import Row, select
 
-from vmlab.manager.store.queries import list_hosts
+from vmlab.manager.store.tables import HostRow
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from vmlab.manager.manager import Manager
 
 __all__ = ["Health", "health", "is_running"]
@@ -47,11 +50,10 @@ async def health(manager: Manager) -> Health:
         if not works:
             failing.append(part)
 
-    hosts: list[Any] = []
+    hosts: Sequence[Row[str, bool, str, str]] = ()
     try:
         async with asyncio.timeout(_SECONDS):
-            await manager.database.read(lambda s: s.execute(text("SELECT 1")).scalar_one())
-            hosts = list((await manager.database.read(list_hosts)).items)
+            hosts = await manager.database.read(_hosts)
     except TimeoutError:
         note("database", f"error: no answer within {_SECONDS:g} s", works=False)
     except Exception as error:
@@ -87,6 +89,12 @@ async def health(manager: Manager) -> Health:
         hint="look at the manager's log",
         failing=failing,
     )
+
+
+def _hosts(session: Session) -> Sequence[Row[str, bool, str, str]]:
+    """What is known of each host, without what is taken of it."""
+    columns = (HostRow.name, HostRow.available, HostRow.reason, HostRow.breaker)
+    return session.execute(select(*columns).order_by(HostRow.name)).all()
 
 
 def is_running(manager: Manager, part: str) -> bool:

@@ -16,13 +16,14 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
+from vmlab.machine.states import LIVE
+from vmlab.manager.store.queries import crowds
 from vmlab.manager.store.tables import (
     AddressRow,
     DiskRow,
     EventRow,
     FindingRow,
     HostRow,
-    MachineRow,
     NetworkRow,
     OperationRow,
 )
@@ -55,20 +56,11 @@ class Counts:
 def count(session: Session) -> Counts:
     """Count everything, in one transaction."""
     counts = Counts()
-    live = ("running", "paused", "starting", "stopping", "restarting", "pausing", "resuming")
-    for host, state, number, vcpus, memory in session.execute(
-        select(
-            MachineRow.host,
-            MachineRow.state,
-            func.count(),
-            func.sum(MachineRow.vcpus),
-            func.sum(MachineRow.memory),
-        ).group_by(MachineRow.host, MachineRow.state)
-    ):
-        counts.machines[host, state] = number
-        if state in live:
-            counts.vcpus[host] = counts.vcpus.get(host, 0) + int(vcpus)
-            counts.memory[host] = counts.memory.get(host, 0) + int(memory)
+    for crowd in crowds(session):
+        counts.machines[crowd.host, crowd.state.value] = crowd.machines
+        if crowd.state in LIVE:
+            counts.vcpus[crowd.host] = counts.vcpus.get(crowd.host, 0) + crowd.vcpus
+            counts.memory[crowd.host] = counts.memory.get(crowd.host, 0) + crowd.memory
     for state, number, size in session.execute(
         select(DiskRow.state, func.count(), func.sum(DiskRow.size)).group_by(DiskRow.state)
     ):

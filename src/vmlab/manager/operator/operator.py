@@ -348,6 +348,7 @@ def _take_down(
         request_id=submission.request_id,
         undo_of=submission.undo_of,
         deadline=submission.deadline,
+        steps=[],
     )
     session.add(row)
     session.flush()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.engine import Connection
 from sqlalchemy.event import listens_for
 from sqlalchemy.exc import IntegrityError
@@ -42,6 +42,12 @@ __all__ = [
 ]
 
 _COUNTERS: Final = CounterRow.metadata.tables["counters"]
+_COUNT: Final = (
+    update(_COUNTERS)
+    .where(_COUNTERS.c.name == bindparam("counter"))
+    .values(value=_COUNTERS.c.value + bindparam("by"))
+    .returning(_COUNTERS.c.value)
+)
 
 EVENTS: Final = "vmlab.events"
 """Where a session keeps the events of its transaction until it commits."""
@@ -127,14 +133,10 @@ def check_version(
 
 def count(s: Session | Connection, name: str, by: int = 1) -> int:
     """Take the next `by` numbers of a counter; returns the last of them. The first one is 1."""
-    last = s.execute(
-        update(_COUNTERS)
-        .where(_COUNTERS.c.name == name)
-        .values(value=_COUNTERS.c.value + by)
-        .returning(_COUNTERS.c.value)
-    ).scalar()
+    connection = s.connection() if isinstance(s, Session) else s
+    last = connection.execute(_COUNT, {"counter": name, "by": by}).scalar()
     if last is None:
-        s.execute(insert(_COUNTERS).values(name=name, value=by))
+        connection.execute(insert(_COUNTERS).values(name=name, value=by))
         last = by
     return int(last)
 

@@ -49,6 +49,8 @@ _BUSY_SECONDS: Final = 30.0
 _ATTEMPTS: Final = 20
 _AGAIN: Final = {"40001", "40P01"}
 """SQLSTATEs of a transaction that may be run again: serialization failure, deadlock."""
+_INSERT_EVENTS: Final = insert(EventRow.metadata.tables["events"])
+"""Events are no objects of the session: nothing is to be known of them but that they are there."""
 
 
 class Database:
@@ -209,7 +211,7 @@ class Database:
         last = changes.count(session, "events", len(pending))
         first = last - len(pending) + 1
         rows = [{"id": first + n, **values} for n, values in enumerate(pending)]
-        session.execute(insert(EventRow), rows)
+        session.connection().execute(_INSERT_EVENTS, rows)
         oldest = self.events.oldest()
         kept = self._settings.events_kept
         # In steps, so that not each transaction has to remove something.

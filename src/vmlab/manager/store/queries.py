@@ -30,6 +30,7 @@ from vmlab.manager.store.lookup import (
 )
 from vmlab.manager.store.told import (
     address_document,
+    crowds,
     disk_document,
     event_document,
     finding_document,
@@ -43,6 +44,7 @@ from vmlab.manager.store.told import (
 
 __all__ = [
     "address_document",
+    "crowds",
     "disk_document",
     "event_document",
     "find_disk",

@@ -191,10 +191,10 @@ class MachineRow(Versioned, Base):
     __tablename__ = "machines"
     id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(String(63), unique=True)
-    state: Mapped[str] = mapped_column(String(16), default="created", index=True)
+    state: Mapped[str] = mapped_column(String(16), default="created")
     wanted: Mapped[str] = mapped_column(String(16), default="stopped")
     reason: Mapped[str] = mapped_column(Text, default="")
-    host: Mapped[str] = mapped_column(ForeignKey("hosts.name"), index=True)
+    host: Mapped[str] = mapped_column(ForeignKey("hosts.name"))
     hypervisor: Mapped[str] = mapped_column(String(63))
     template_id: Mapped[str | None] = mapped_column(ForeignKey("templates.id"), index=True)
     image: Mapped[str | None] = mapped_column(String(255))
@@ -228,6 +228,10 @@ class MachineRow(Versioned, Base):
     __table_args__ = (
         CheckConstraint("wanted IN ('running', 'paused', 'stopped')", name="wanted"),
         CheckConstraint(_one_of("state", [state.value for state in MachineState]), name="state"),
+        # A page of those in one state, in its order.
+        Index(None, "state", "name"),
+        # What is taken of a host, without a look at its machines.
+        Index(None, "host", "state", "vcpus", "memory"),
     )
 
 

@@ -6,11 +6,11 @@ Where a document tells something that is counted, the function for many rows ask
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ipaddress import IPv4Address, ip_network
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Row, case, func, inspect, select
+from sqlalchemy import BindParameter, Row, Select, bindparam, func, inspect, select
 from sqlalchemy.orm import Session
 
 from vmlab.machine.states import LIVE, MachineState
@@ -39,7 +39,6 @@ from vmlab.manager.store.tables import (
     HostRow,
     MachineRow,
     NetworkRow,
-    NicRow,
     OperationRow,
     SnapshotRow,
     TemplateRow,
@@ -47,7 +46,9 @@ from vmlab.manager.store.tables import (
 
 __all__ = [
     "MACHINE_COLUMNS",
+    "Crowd",
     "address_document",
+    "crowds",
     "disk_document",
     "event_document",
     "finding_document",
@@ -63,13 +64,45 @@ __all__ = [
     "template_documents",
 ]
 
-_LIVE: Final = sorted(state.value for state in LIVE)
-
-
 MACHINE_COLUMNS: Final = tuple(
     getattr(MachineRow, attribute.key) for attribute in inspect(MachineRow).column_attrs
 )
 """What a list of machines reads: rows that nobody changes need not be objects of the session."""
+
+# What belongs to machines is read by statements that are made once, past the session's objects:
+# most of what a small page costs is not the database.
+_TABLES: Final = MachineRow.metadata.tables
+_TEMPLATES, _DISKS, _NICS = _TABLES["templates"], _TABLES["disks"], _TABLES["nics"]
+_NETWORKS, _ADDRESSES = _TABLES["networks"], _TABLES["addresses"]
+_IDS: Final[BindParameter[Any]] = bindparam("ids", expanding=True)
+_TEMPLATE_NAMES: Final = select(_TEMPLATES.c.id, _TEMPLATES.c.name).where(_TEMPLATES.c.id.in_(_IDS))
+_DISKS_OF: Final = (
+    select(*(_DISKS.c[name] for name in ("machine_id", "id", "name", "device", "size")))
+    .where(_DISKS.c.machine_id.in_(_IDS))
+    .order_by(_DISKS.c.name)
+)
+_NICS_OF: Final = (
+    select(
+        *(_NICS.c[name] for name in ("machine_id", "id", "name", "mode", "mac")),
+        _NETWORKS.c.name.label("network"),
+    )
+    .outerjoin_from(_NICS, _NETWORKS, _NICS.c.network_id == _NETWORKS.c.id)
+    .where(_NICS.c.machine_id.in_(_IDS))
+    .order_by(_NICS.c.position, _NICS.c.name)
+)
+_ADDRESSES_OF: Final = (
+    select(_ADDRESSES.c.nic_id, _ADDRESSES.c.address)
+    .where(_ADDRESSES.c.nic_id.in_(_IDS))
+    .order_by(_ADDRESSES.c.number)
+)
+
+
+def _belonging(s: Session, statement: Select[Any], ids: Collection[str]) -> Sequence[Any]:
+    """The rows that `statement` has of those ids."""
+    if not ids:
+        return ()
+    s.flush()  # as the session's own queries do
+    return s.connection().execute(statement, {"ids": list(ids)}).all()
 
 
 def machine_document(s: Session, row: MachineRow) -> MachineDocument:
@@ -82,16 +115,10 @@ def machine_documents(
 ) -> list[MachineDocument]:
     """Machines, of rows or of `MACHINE_COLUMNS`."""
     ids = [row.id for row in rows]
-    templates: dict[str | None, str] = {}
-    if wanted := {row.template_id for row in rows} - {None}:
-        found = select(TemplateRow.id, TemplateRow.name).where(TemplateRow.id.in_(wanted))
-        templates = {template.id: template.name for template in s.execute(found)}
-    disks: defaultdict[str | None, list[AttachedDisk]] = defaultdict(list)
-    for id_, name, device, size, machine in s.execute(
-        select(DiskRow.id, DiskRow.name, DiskRow.device, DiskRow.size, DiskRow.machine_id)
-        .where(DiskRow.machine_id.in_(ids))
-        .order_by(DiskRow.name)
-    ):
+    made_of = {row.template_id for row in rows if row.template_id is not None}
+    templates: dict[str, str] = dict(_belonging(s, _TEMPLATE_NAMES, made_of))
+    disks: defaultdict[str, list[AttachedDisk]] = defaultdict(list)
+    for machine, id_, name, device, size in _belonging(s, _DISKS_OF, ids):
         disks[machine].append(AttachedDisk(id=id_, name=name, device=device or "", size=size))
     nics = _nics(s, ids)
     return [
@@ -103,7 +130,7 @@ def machine_documents(
             reason=row.reason,
             host=row.host,
             hypervisor=row.hypervisor,
-            template=templates.get(row.template_id),
+            template=None if row.template_id is None else templates[row.template_id],
             image=row.image,
             architecture=row.architecture,
             vcpus=row.vcpus,
@@ -126,21 +153,13 @@ def machine_documents(
 
 def _nics(s: Session, machines: Sequence[str]) -> Mapping[str, Sequence[NicDocument]]:
     """The NICs of each machine, with their addresses."""
-    addresses: defaultdict[str | None, list[str]] = defaultdict(list)
-    for nic, address in s.execute(
-        select(AddressRow.nic_id, AddressRow.address)
-        .join(AddressRow.nic)
-        .where(NicRow.machine_id.in_(machines))
-        .order_by(AddressRow.number)
-    ):
+    rows = _belonging(s, _NICS_OF, machines)
+    addresses: defaultdict[str, list[str]] = defaultdict(list)
+    networked = [nic.id for nic in rows if nic.network is not None]
+    for nic, address in _belonging(s, _ADDRESSES_OF, networked):
         addresses[nic].append(address)
     nics: defaultdict[str, list[NicDocument]] = defaultdict(list)
-    for machine, id_, name, mode, mac, network in s.execute(
-        select(NicRow.machine_id, NicRow.id, NicRow.name, NicRow.mode, NicRow.mac, NetworkRow.name)
-        .outerjoin(NicRow.network)
-        .where(NicRow.machine_id.in_(machines))
-        .order_by(NicRow.position, NicRow.name)
-    ):
+    for machine, id_, name, mode, mac, network in rows:
         nics[machine].append(
             NicDocument(
                 name=name, network=network or mode, mac=mac, addresses=tuple(addresses[id_])
@@ -361,24 +380,12 @@ def host_document(s: Session, row: HostRow) -> HostDocument:
 
 
 def host_documents(s: Session, rows: Sequence[HostRow]) -> list[HostDocument]:
-    live = MachineRow.state.in_(_LIVE)
-    taken = {
-        host: numbers
-        for host, *numbers in s.execute(
-            select(
-                MachineRow.host,
-                func.count(),
-                func.sum(case((live, 1), else_=0)),
-                func.sum(case((live, MachineRow.vcpus), else_=0)),
-                func.sum(case((live, MachineRow.memory), else_=0)),
-            )
-            .where(MachineRow.host.in_([row.name for row in rows]))
-            .group_by(MachineRow.host)
-        )
-    }
+    taken = defaultdict[str, list[Crowd]](list)
+    for crowd in crowds(s):
+        taken[crowd.host].append(crowd)
     documents = []
     for row in rows:
-        machines, running, vcpus, memory = map(int, taken.get(row.name, (0, 0, 0, 0)))
+        live = [crowd for crowd in taken[row.name] if crowd.state in LIVE]
         documents.append(
             HostDocument(
                 name=row.name,
@@ -388,11 +395,38 @@ def host_documents(s: Session, rows: Sequence[HostRow]) -> list[HostDocument]:
                 reason=row.reason,
                 breaker=row.breaker,
                 failures=row.failures,
-                machines=machines,
-                live=running,
-                vcpus=vcpus,
-                memory=memory,
+                machines=sum(crowd.machines for crowd in taken[row.name]),
+                live=sum(crowd.machines for crowd in live),
+                vcpus=sum(crowd.vcpus for crowd in live),
+                memory=sum(crowd.memory for crowd in live),
                 limits=dict(row.limits),
             )
         )
     return documents
+
+
+class Crowd(NamedTuple):
+    """The machines of a host that are in the same state, and what they have together."""
+
+    host: str
+    state: MachineState
+    machines: int
+    vcpus: int
+    memory: int
+
+
+_CROWDS: Final = select(
+    MachineRow.host,
+    MachineRow.state,
+    func.count(),
+    func.sum(MachineRow.vcpus),
+    func.sum(MachineRow.memory),
+).group_by(MachineRow.host, MachineRow.state)
+
+
+def crowds(s: Session) -> list[Crowd]:
+    """All machines of the store, counted; an index has all of it."""
+    return [
+        Crowd(host, MachineState(state), int(machines), int(vcpus), int(memory))
+        for host, state, machines, vcpus, memory in s.execute(_CROWDS)
+    ]
