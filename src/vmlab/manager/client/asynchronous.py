@@ -190,11 +190,37 @@ class AsyncClient:
         return events.follow(self.sender, after, {"kind": kind, "subject": subject})
 
     async def past_events(
-        self, /, after: int | None = None, *, limit: int | None = None, **filters: str | None
+        self,
+        after: int | None = None,
+        *,
+        before: int | None = None,
+        latest: bool = False,
+        limit: int | None = None,
+        kind: str | None = None,
+        subject: str | None = None,
     ) -> tuple[EventDocument, ...]:
-        """Events that have happened after one, at most `limit`."""
-        query = {**filters, "after": after, "limit": limit}
-        page = await self.get(path_of("events"), Page[EventDocument], query)
+        """Events that have happened, in their order.
+
+        Args:
+            after: Number of the event before the first.
+            before: Number of the event after the last.
+            latest: The last ones if there are more than `limit`, instead of the first.
+            limit: How many at most, up to 1,000.
+            kind: Only of this kind, such as "machine.*".
+            subject: Only of the thing with this id or name.
+        """
+        page = await self.get(
+            path_of("events"),
+            Page[EventDocument],
+            {
+                "after": after,
+                "before": before,
+                "latest": latest or None,
+                "limit": limit,
+                "kind": kind,
+                "subject": subject,
+            },
+        )
         return page.items
 
     async def health(self) -> dict[str, Any]:

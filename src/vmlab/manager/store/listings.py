@@ -350,6 +350,8 @@ def list_events(
     s: Session,
     *,
     after: int = 0,
+    before: int | None = None,
+    latest: bool = False,
     limit: int = 100,
     kind: str | None = None,
     subject: str | None = None,
@@ -359,6 +361,9 @@ def list_events(
     Args:
         s: The session.
         after: Number of the event before the first.
+        before: Number of the event after the last.
+        latest: The last ones if there are more than `limit`; `Page.next` is the number to go on
+            before, then.
         limit: How many at most.
         kind: Only those of that kind; * and ? stand for any characters: "machine.*".
         subject: Only those of what has that id, or had that name then.
@@ -366,9 +371,12 @@ def list_events(
     Raises:
         InvalidSpec: an argument is none.
     """
-    if abs(after) > LARGEST:
-        raise refuse("after", after, "the number of an event")
+    for name, number in (("after", after), ("before", before)):
+        if number is not None and abs(number) > LARGEST:
+            raise refuse(name, number, "the number of an event")
     query = select(EventRow).where(EventRow.id > after)
+    if before is not None:
+        query = query.where(EventRow.id < before)
     if kind is not None:
         query = query.where(EventRow.kind.like(pattern(text("kind", kind)), escape="\\"))
     if subject is not None:
@@ -381,9 +389,11 @@ def list_events(
         document=lambda s, rows: [event_document(s, row) for row in rows],
         limit=limit,
         cursor=None,
+        descending=latest,
     )
     following = str(page.items[-1].id) if page.next is not None else None
-    return page.model_copy(update={"next": following})
+    items = page.items[::-1] if latest else page.items
+    return page.model_copy(update={"items": items, "next": following})
 
 
 def list_findings(

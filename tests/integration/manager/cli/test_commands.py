@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.integration.manager.cli.conftest import Person
+from tests.integration.manager.cli.conftest import PATIENCE, Person
 
 Make = Callable[..., str]
 
@@ -231,6 +232,38 @@ def test_events_are_told_and_end(person: Person, machine: Make) -> None:
     (last,) = person.does("events", "-n", "1").splitlines()
     assert last.split()[0].isdigit()
     assert person.does("events", "--after", last.split()[0]) == ""
+    assert person.does("events", "--tail", "0") == ""
+    every = person.says("events").out.splitlines()
+    assert person.says("events", "-n", "3").out.splitlines() == every[-3:]
+    assert person.says("events", "-n", str(len(every) + 5)).out.splitlines() == every
+    mine = [event["id"] for event in events]
+    tail = person.says("events", "-n", "2", "--subject", "eventful", "--json").out.splitlines()
+    assert [json.loads(line)["id"] for line in tail] == mine[-2:]
+
+
+@pytest.mark.parametrize(("tail", "shown"), [((), 10), (("-n", "3"), 3)], ids=["ten", "three"])
+def test_events_are_followed_from_the_last_ones_on(
+    person: Person, machine: Make, tail: tuple[str, ...], shown: int
+) -> None:
+    machine("before")
+    past = [int(line.split()[0]) for line in person.does("events").splitlines()]
+    assert len(past) > 3
+    with person.begins("events", "--follow", *tail, "--json") as follower:
+        assert follower.stdout is not None
+        # It has asked for all that there is by then, and follows what comes after that.
+        for number in past[-shown:]:
+            assert json.loads(follower.stdout.readline())["id"] == number
+        machine("afterwards")
+        for line in follower.stdout:
+            event = json.loads(line)
+            assert event["id"] > past[-1]
+            if (event["kind"], event["name"]) == ("machine.created", "afterwards"):
+                break
+        else:
+            pytest.fail("it ended before it told")
+        follower.send_signal(signal.SIGINT)
+        follower.communicate(timeout=PATIENCE)
+        assert follower.returncode == 130
 
 
 def test_hosts(person: Person, machine: Make) -> None:

@@ -144,6 +144,10 @@ def test_the_other_nouns(tell: Tell) -> None:
         assert {"disk.attach", "network.create", "template.create"} <= kinds
         happened = await client.past_events(kind="disk.*")
         assert [event.kind for event in happened][:2] == ["disk.created", "disk.attached"]
+        (last,) = await client.past_events(latest=True, limit=1, kind="disk.*")
+        assert last == happened[-1]
+        rest = await client.past_events(latest=True, before=last.id, kind="disk.*")
+        assert (*rest, last) == happened
         assert (await client.health())["status"] == "ok"
 
     tell(story)

@@ -107,6 +107,7 @@ def test_page_has_at_least_one_item_and_at_most_a_thousand(
         (queries.list_addresses, {"network": "\0"}, "there is no network"),
         (queries.list_snapshots, {"machine": "\ud800"}, "there is no machine"),
         (queries.list_events, {"after": 1 << 70}, "the number of an event"),
+        (queries.list_events, {"before": 1 << 70}, "the number of an event"),
         (queries.list_events, {"subject": "\0"}, "subject"),
     ],
 )
@@ -164,6 +165,23 @@ def test_disks_networks_and_templates_are_filtered(database: Database) -> None:
     assert names(queries.list_networks, name="l*") == ["lan"]
     assert names(queries.list_templates, name="s*") == ["small"]
     assert names(queries.list_templates, name="t*") == []
+
+
+def test_the_latest_events_are_listed_in_their_order_and_back_from_there(
+    database: Database,
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        database.write_now(add_machine, name)
+
+    def found(**of: Any) -> tuple[list[int], str | None]:
+        page = database.read_now(queries.list_events, **of)
+        return [event.id for event in page.items], page.next
+
+    assert found(latest=True, limit=2) == ([3, 4], "3")
+    assert found(latest=True, limit=2, before=3) == ([1, 2], None)
+    assert found(latest=True, after=2, before=4) == ([3], None)
+    assert found(before=3) == ([1, 2], None)
+    assert found(before=1) == found(latest=True, after=4) == ([], None)
 
 
 def test_events_are_listed_from_a_number_on(database: Database) -> None:

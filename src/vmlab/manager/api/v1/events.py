@@ -53,6 +53,12 @@ async def list_events(
     after: Annotated[
         int | None, Query(ge=0, le=LARGEST, description="number of the event before the first")
     ] = None,
+    before: Annotated[
+        int | None, Query(ge=0, le=LARGEST, description="number of the event after the last")
+    ] = None,
+    latest: Annotated[
+        bool, Query(description="the last ones if a page has no room for all; `next` goes before")
+    ] = False,
     limit: Annotated[int, Query(ge=1, le=LARGEST_PAGE, description="of a page")] = 100,
     kind: Annotated[str | None, Query(description='such as "machine.*"')] = None,
     subject: Annotated[str | None, Query(description="id or name of what it happened to")] = None,
@@ -64,7 +70,13 @@ async def list_events(
     """Events in their order; a stream of them goes on from `after`, or from now."""
     if EVENT_STREAM not in request.headers.get("accept", ""):
         page = await here.manager.database.read(
-            queries.list_events, after=after or 0, limit=limit, kind=kind, subject=subject
+            queries.list_events,
+            after=after or 0,
+            before=before,
+            latest=latest,
+            limit=limit,
+            kind=kind,
+            subject=subject,
         )
         return told(page)
     if last:
