@@ -71,6 +71,10 @@ def restore_backup(
     No manager may run meanwhile. The store is then as if its manager had been killed when the
     backup was made: the next one takes up the operations that were under way, and its observer
     finds what has changed in the world since.
+
+    On PostgreSQL --replace drops vmlab's tables and makes them anew, in one transaction: their
+    owner can, once nobody reads them and where nothing else refers to them; a manager of another
+    home with the same database is not noticed. Permissions that others had are to be granted again.
     """
     with extra():
         from vmlab.manager.store.backup import read, restore

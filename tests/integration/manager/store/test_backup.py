@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import zstandard
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
+from tests.integration.manager.store.conftest import PostgresServer
 from tests.integration.manager.store.test_killed_writers import agrees_with_itself
 from tests.integration.manager.store.writer import step
 from tests.unit.manager.store.rows import add_disk, add_machine, add_network, add_nic
@@ -24,6 +26,7 @@ from vmlab.manager.settings import Settings
 from vmlab.manager.storage import Storage
 from vmlab.manager.store import backup, migrations, queries
 from vmlab.manager.store.database import Database
+from vmlab.manager.store.failures import StoreUnavailable
 from vmlab.manager.store.tables import (
     AddressRow,
     Base,
@@ -218,6 +221,25 @@ def test_store_that_is_there_is_not_replaced_unless_told_and_is_saved_first(
     assert replaced is not None and replaced.parent == settings.directory
     backup.restore(settings, replaced, replace=True)
     assert names() == ["new", "old"]
+
+
+def test_store_on_which_others_have_built_is_not_replaced(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    url = postgres.new_database()
+    settings = Settings(home=Home.open(tmp_path / "home"), database_url=url)
+    database = Database.open(settings)
+    database.write_now(add_machine, "kept")
+    backup.save(settings, tmp_path / "b")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("CREATE VIEW fleet AS SELECT name FROM machines")
+        with pytest.raises(StoreUnavailable, match="view fleet depends on table machines"):
+            backup.restore(settings, tmp_path / "b", replace=True)
+        assert connection.execute("SELECT name FROM fleet").fetchall() == [("kept",)]
+        connection.execute("DROP VIEW fleet")
+        backup.restore(settings, tmp_path / "b", replace=True)
+    assert [row.name for row in database.read_now(queries.list_machines).items] == ["kept"]
+    database.close()
 
 
 def test_store_is_not_restored_under_a_manager(settings: Settings, tmp_path: Path) -> None:
