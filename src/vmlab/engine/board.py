@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from vmlab.engine.cpu.interrupts import MSWI_BASE, NOWHERE
 from vmlab.engine.devices import aclint, plic, rtc, syscon, uart
 from vmlab.engine.devices.bus import Bus, Device, Window
 from vmlab.engine.devices.clock import TIMEBASE_HZ, Clock
@@ -84,8 +85,8 @@ class Board:
         slots: virtio-mmio slots, 8 to 28.
         extensions: What the harts have beside rv64imafdc.
         set_compare: Called with (hart, ticks) for `mtimecmp`, if the harts do the comparing.
-        line_changed: Called instead of `set_pending` for the PLIC's lines, if the harts look at its
-            block themselves.
+        line_changed: Called instead of `set_pending` for the lines of the PLIC and of MSWI, if the
+            harts look at their block themselves.
     """
 
     def __init__(
@@ -118,7 +119,14 @@ class Board:
         self.extensions = extensions
         self.bus = Bus([("RAM", ram.base, ram.end)])
         self.plic = plic.Plic(harts, line_changed or set_pending)
-        self.aclint = aclint.Aclint(harts, clock, set_pending, set_compare)
+        self.aclint = aclint.Aclint(
+            harts,
+            clock,
+            set_pending,
+            set_compare,
+            software=self.plic.block.software,
+            software_changed=line_changed,
+        )
         self.uart = uart.Uart(self.plic.line(UART_SOURCE))
         self.rtc = rtc.GoldfishRtc(clock, self.plic.line(RTC_SOURCE))
         self.syscon = syscon.Syscon(end)
@@ -130,6 +138,7 @@ class Board:
         attach(Window("syscon", SYSCON_BASE, syscon.SIZE, frozenset({2, 4})), self.syscon)
         attach(Window("rtc", RTC_BASE, rtc.SIZE, words), self.rtc)
         attach(Window("aclint", CLINT_BASE, aclint.CLINT_SIZE, frozenset({4, 8})), self.aclint)
+        self.bus.tell("aclint", self._aclint_answers)
         if separate_aclint:
             sswi = aclint.Sswi(harts, set_pending)
             attach(Window("sswi", SSWI_BASE, aclint.SSWI_SIZE, words), sswi)
@@ -144,6 +153,10 @@ class Board:
     def _plic_answers(self, device: Device) -> None:
         """Harts claim and complete by themselves unless something stands before the PLIC."""
         self.plic.answer_at(PLIC_BASE if device is self.plic else None)
+
+    def _aclint_answers(self, device: Device) -> None:
+        """So they interrupt each other by MSWI."""
+        self.plic.block.words[MSWI_BASE] = CLINT_BASE if device is self.aclint else NOWHERE
 
     def _uart_answers(self, device: Device) -> None:
         """So they do with the UART's line status."""

@@ -26,7 +26,7 @@ from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.csr import read_csr, write_csr
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
-from vmlab.engine.cpu.interrupts import TOLD, external_lines
+from vmlab.engine.cpu.interrupts import TOLD, controlled_lines
 from vmlab.engine.cpu.traps import instruction_bits, take_trap
 from vmlab.engine.devices.bus import Bus, BusFault
 from vmlab.engine.devices.clock import Clock
@@ -496,7 +496,7 @@ class Harts(ABC):
         """The bits of `mip`, and the tick at which a timer may set another (None: none will)."""
         pending = hart[layout.MIP] | hart.shared[layout.SHARED_LINES]
         pending |= hart.shared[layout.SHARED_SOFTWARE] << _SSIP
-        pending |= external_lines(ReferenceCore(hart)).number
+        pending |= controlled_lines(ReferenceCore(hart)).number
         now = self._time.ticks()
         moments = [(_MTIP, hart.shared[layout.SHARED_MTIMECMP])]
         if hart[layout.MENVCFG] & _STCE:

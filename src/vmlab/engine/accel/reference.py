@@ -112,6 +112,9 @@ class ReferenceCore(Core):
         assert self._devices is not None
         self._devices.set_device_word(index, value)
 
+    def post_device_word(self, index: Value, value: Value) -> None:
+        self.set_device_word(index, value)
+
     def lock_devices(self) -> Value:
         assert self._devices is not None
         return self._devices.lock_devices()

@@ -227,12 +227,16 @@ class NativeCore(Core):
 
     def device_word(self, index: Value) -> Value:
         return self.function.value(
-            f"load atomic i64, ptr {self._device_word(index)} monotonic, align 8"
+            f"load atomic i64, ptr {self._device_word(index)} acquire, align 8"
         )
 
     def set_device_word(self, index: Value, value: Value) -> None:
         pointer = self._device_word(index)
         self.function.effect(f"store atomic {value.typed}, ptr {pointer} monotonic, align 8")
+
+    def post_device_word(self, index: Value, value: Value) -> None:
+        pointer = self._device_word(index)
+        self.function.operation(f"atomicrmw xchg ptr {pointer}, {value.typed} seq_cst")
 
     def lock_devices(self) -> Value:
         pair = self.function.operation(

@@ -2,7 +2,7 @@
 
 The reference executor uses this for every access, native code where its TLB misses. An access to
 an address that is not RAM raises `DeviceAccess`: the executor leaves to the host with the whole
-access, and the host completes it, once. The interrupt controller's registers and the
+access, and the host completes it, once. The interrupt controllers' registers and the
 UART's line status are done here.
 """
 
@@ -17,6 +17,7 @@ from vmlab.engine.cpu.interrupts import (
     load_register,
     register_offset,
     store_register,
+    store_software,
 )
 from vmlab.engine.cpu.layout import (
     INTERRUPTS,
@@ -91,7 +92,10 @@ def store(core: Core, address: Value, size: int, value: Value) -> None:
         if size == 4 and core[INTERRUPTS].ne(0):
             register = register_offset(core, physical)
             word = value & 0xFFFF_FFFF
-            if register.below(interrupts.SIZE) and store_register(core, register, word).ne(BUSY):
+            if register.below(interrupts.SIZE):
+                if store_register(core, register, word).ne(BUSY):
+                    return
+            elif store_software(core, physical, word).ne(BUSY):
                 return
         raise DeviceAccess(physical, size, value)
     if core.is_observed(physical):

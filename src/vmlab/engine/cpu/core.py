@@ -33,6 +33,10 @@ class DeviceCore(ABC):
         """Write a word of the block; its lock is held."""
 
     @abstractmethod
+    def post_device_word(self, index: Value, value: Value) -> None:
+        """Write one that needs no lock, before anything is read that comes after."""
+
+    @abstractmethod
     def lock_devices(self) -> Value:
         """Take the block's lock: one bit, whether it was to be had."""
 

@@ -1,12 +1,14 @@
-"""The platform-level interrupt controller's state and rules (RISC-V PLIC specification 1.0.0).
+"""The interrupt controllers' state and rules (RISC-V PLIC specification 1.0.0, ACLINT's MSWI).
 
 One block of memory for all harts of a machine, and routines over it: for a hart's loads and stores
-of the controller's registers, for the lines that it polls, and for devices (by way of
-vmlab.engine.devices.plic). No hart leaves to its host to claim or to complete an interrupt.
+of the controllers' registers, for the lines that it polls, and for devices (by way of
+vmlab.engine.devices.plic and .aclint). No hart leaves to its host to claim or to complete an
+interrupt, nor to interrupt another hart that is awake.
 
 The block is an array of 64-bit words. Of PENDING, LEVEL, SERVICE and a context's ENABLE each word
 has 32 sources. Who changes them holds the block's lock; lines are not stored but found out when
-they are polled, so that they never lag behind. A hart that does not get the lock at once, or whose
+they are polled, so that they never lag behind. MSWI's levels are a word each, for which nobody
+needs the lock. A hart that does not get the lock at once, or whose
 store may raise a line that other harts sleep for, leaves it to the host.
 """
 
@@ -38,11 +40,13 @@ PENDING, LEVEL, SERVICE = 4, 8, 12
 PRIORITY = 16  # one per source
 STATUS_ADDRESS = 120  # physical address of the UART's line status, or NOWHERE
 STATUS = 121  # what it reads as; UNKNOWN where reading changes something
+MSWI_BASE = 122  # physical address of MSWI's registers; NOWHERE as for BASE
 CONTEXT = 128  # from here on CONTEXT_WORDS each: ENABLE, then the threshold
 CONTEXT_WORDS = 8
 # Of a context's words.
 THRESHOLD = 4
 SHARED_ADDRESS = 5  # of its hart's shared words, in the context of M mode
+SOFTWARE = 6  # in the context of M mode: MSWI's register of its hart, 0 or 1
 NOWHERE = UNKNOWN = mask(64)
 
 BUSY = 1 << 63  # the answer where the lock is not to be had, or the host has to do it
@@ -54,7 +58,7 @@ _CONTEXT_REGISTERS, _CONTEXT_SHIFT = 0x20_0000, 12
 _HIGHEST_PRIORITY = 7
 _WORD = 0xFFFF_FFFF
 
-SSIP, SEIP, MEIP = 1, 9, 11  # bits of mip
+SSIP, MSIP, SEIP, MEIP = 1, 3, 9, 11  # bits of mip
 
 
 class InterruptBlock:
@@ -68,13 +72,15 @@ class InterruptBlock:
     Attributes:
         native: the native functions of HOST_ROUTINES, by name, where harts run native code; they
             take the address of a state block and two numbers.
+        software: MSWI's registers.
     """
 
     def __init__(self, harts: int) -> None:
         self.contexts = 2 * harts
         self._memories: list[mmap.mmap] = []
         self.words, self.address = self._new(CONTEXT + CONTEXT_WORDS * self.contexts)
-        self.words[BASE] = self.words[STATUS_ADDRESS] = NOWHERE
+        self.words[BASE] = self.words[STATUS_ADDRESS] = self.words[MSWI_BASE] = NOWHERE
+        self.software = self.words[CONTEXT + SOFTWARE :: 2 * CONTEXT_WORDS]
         self.words[CONTEXTS] = self.contexts
         # Native code finds the block by a hart's state; the host's calls have one of their own.
         state, self._state_address = self._new(layout.STATE_SIZE // 8)
@@ -121,6 +127,9 @@ class BlockCore(DeviceCore):
 
     def set_device_word(self, index: Value, value: Value) -> None:
         self.block.words[index.number] = value.number
+
+    def post_device_word(self, index: Value, value: Value) -> None:
+        self.set_device_word(index, value)
 
     def lock_devices(self) -> Value:
         return Value(int(self.block.lock.acquire()), 1)
@@ -182,14 +191,16 @@ def context_line(core: DeviceCore, context: Value) -> Value:
 
 
 @routine()
-def external_lines(core: Core) -> Value:
-    """The bits of mip that the controller drives for this hart."""
+def controlled_lines(core: Core) -> Value:
+    """The bits of mip that the controllers drive for this hart."""
     if core[INTERRUPTS].eq(0):
         return Value(0, 64)
-    if ~_anything_pending(core):
-        return Value(0, 64)
     machine = core[HARTID] << 1
-    return (context_line(core, machine) << MEIP) | (context_line(core, machine + 1) << SEIP)
+    software = core.device_word(_enable(machine) + SOFTWARE) << MSIP
+    if ~_anything_pending(core):
+        return software
+    external = (context_line(core, machine) << MEIP) | (context_line(core, machine + 1) << SEIP)
+    return software | external
 
 
 # --------------------------------------------------------------------- interrupts between harts
@@ -236,6 +247,24 @@ def send_software_interrupts(core: Core, harts: Value, first: Value) -> Value:
     if left.below(64) & (harts >> (left & 63)).ne(0):
         return Value(0, 64)
     return interrupt_harts(core, harts, first, Value(1, 64))
+
+
+@routine()
+def store_software(core: Core, physical: Value, value: Value) -> Value:
+    """A hart's store of four bytes; BUSY if none of MSWI's registers, or the host's to do.
+
+    A hart that interrupts itself takes that at once: it has to come to a poll, and by the host it
+    does.
+    """
+    hart = (physical - core.device_word(Value(MSWI_BASE, 64))) >> 2
+    if ~hart.below(core.device_word(Value(CONTEXTS, 64)) >> 1):
+        return Value(BUSY, 64)
+    level = value & 1
+    if level.ne(0) & hart.eq(core[HARTID]):
+        return Value(BUSY, 64)
+    core.post_device_word(_enable(hart << 1) + SOFTWARE, level)
+    asleep = level.ne(0) & core.shared_of(hart, SHARED_ASLEEP).ne(0)
+    return asleep.select(Value(BUSY, 64), 0)
 
 
 # ------------------------------------------------------------------------- what is done to sources

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmlab.engine.cpu.core import Core, routine
-from vmlab.engine.cpu.interrupts import external_lines, note_software_interrupt
+from vmlab.engine.cpu.interrupts import controlled_lines, note_software_interrupt
 from vmlab.engine.cpu.layout import (
     MCAUSE,
     MEDELEG,
@@ -64,7 +64,7 @@ def pending_interrupts(core: Core) -> Value:
     machine = ~time.below(core.shared(SHARED_MTIMECMP))
     supervisor = core[MENVCFG].bit(STCE) & ~time.below(core[STIMECMP])
     timers = (machine.zero_extend(64) << MTIP) | (supervisor.zero_extend(64) << STIP)
-    return core[MIP] | core.shared(SHARED_LINES) | external_lines(core) | timers
+    return core[MIP] | core.shared(SHARED_LINES) | controlled_lines(core) | timers
 
 
 @routine()

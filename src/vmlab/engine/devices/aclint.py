@@ -7,7 +7,7 @@ them at 0x2000000. `mtime` itself is the machine's clock and is kept elsewhere.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -33,11 +33,10 @@ class AclintState:
     """Everything that a snapshot must hold."""
 
     harts: int
-    msip: list[bool] = field(default_factory=list)
+    msip: MutableSequence[int] | memoryview
     mtimecmp: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.msip = self.msip or [False] * self.harts
         self.mtimecmp = self.mtimecmp or [NEVER] * self.harts
 
 
@@ -50,6 +49,8 @@ class Aclint:
         set_pending: Called with (hart, bit of mip, level).
         set_compare: Called with (hart, ticks) when a comparator is set, if the harts compare it
             with the time themselves; None: MTIP is driven from here.
+        software: The words that are MSWI's registers, where harts see and set them themselves.
+        software_changed: Called instead of `set_pending` for MSIP then.
     """
 
     def __init__(
@@ -58,9 +59,13 @@ class Aclint:
         clock: Clock,
         set_pending: SetPending,
         set_compare: Callable[[int, int], None] | None = None,
+        *,
+        software: memoryview | None = None,
+        software_changed: SetPending | None = None,
     ) -> None:
-        self.state = AclintState(harts)
+        self.state = AclintState(harts, [0] * harts if software is None else software)
         self._set_compare = set_compare
+        self._software_changed = software_changed or set_pending
         self._clock = clock
         self._set_pending = set_pending
         self._timers: list[Timer | None] = [None] * harts
@@ -69,13 +74,15 @@ class Aclint:
     def reset(self) -> None:
         """As at power-on."""
         with self._lock:
-            self.state = AclintState(self.state.harts)
+            self.state = AclintState(self.state.harts, self.state.msip)
+            for hart in range(self.state.harts):
+                self.state.msip[hart] = 0
             self.refresh()
 
     def refresh(self) -> None:
         """Drive every line and arrange for every timer anew, after the state was replaced."""
         for hart in range(self.state.harts):
-            self._set_pending(hart, MSIP, self.state.msip[hart])
+            self._software_changed(hart, MSIP, bool(self.state.msip[hart]))
             self.set_timer(hart, self.state.mtimecmp[hart])
 
     def set_timer(self, hart: int, ticks: int) -> None:
@@ -104,7 +111,7 @@ class Aclint:
         """4 or 8 bytes; what is not there reads as zero."""
         state = self.state
         if offset < 4 * state.harts:
-            return int(state.msip[offset >> 2])
+            return state.msip[offset >> 2]
         if _MTIMECMP <= offset < _MTIMECMP + 8 * state.harts:
             return _part(state.mtimecmp[(offset - _MTIMECMP) >> 3], offset, size)
         if _MTIME <= offset < _MTIME + 8:
@@ -116,8 +123,8 @@ class Aclint:
         state = self.state
         if offset < 4 * state.harts:
             with self._lock:
-                state.msip[offset >> 2] = bool(value & 1)
-                self._set_pending(offset >> 2, MSIP, bool(value & 1))
+                state.msip[offset >> 2] = value & 1
+                self._software_changed(offset >> 2, MSIP, bool(value & 1))
         elif _MTIMECMP <= offset < _MTIMECMP + 8 * state.harts:
             hart = (offset - _MTIMECMP) >> 3
             with self._lock:

@@ -1,4 +1,4 @@
-"""The interrupt controller beside a model of it: from devices, from the bus, and from harts' loads.
+"""The interrupt controllers beside a model: from devices, from the bus, and from harts' loads.
 
 The model is written after the specification (RISC-V PLIC 1.0.0) with sets and without bits.
 """
@@ -18,18 +18,19 @@ from vmlab.engine.accel.reference import ReferenceExecutor
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
-from vmlab.engine.cpu.interrupts import LOCK, TOLD
+from vmlab.engine.cpu.interrupts import LOCK, MSWI_BASE, NOWHERE, TOLD
 from vmlab.engine.cpu.pmp import OPEN
+from vmlab.engine.devices.aclint import CLINT_SIZE, Aclint
 from vmlab.engine.devices.bus import Bus, Device, Window
 from vmlab.engine.devices.clock import ManualClock
 from vmlab.engine.devices.plic import SIZE, Plic
 from vmlab.engine.isa.riscv64 import RISCV64
 from vmlab.engine.memory.ram import Ram
 
-BASE, PLIC = 0x8000_0000, 0xC00_0000
+BASE, PLIC, CLINT = 0x8000_0000, 0xC00_0000, 0x200_0000
 HARTS = 2
 SOURCES = range(1, 97)
-SEIP, MEIP = 9, 11
+MSIP, SEIP, MEIP = 3, 9, 11
 SLEEPS = RISCV64["wfi"].encode()
 
 
@@ -138,6 +139,16 @@ class Board:
         self.bus.tell(
             "plic", lambda device: self.plic.answer_at(PLIC if self.own(device) else None)
         )
+        block = self.plic.block
+        self.aclint = Aclint(
+            HARTS,
+            ManualClock(),
+            lambda *line: None,
+            software=block.software,
+            software_changed=lambda *line: self.told.update({line[:2]: line[2]}),
+        )
+        self.bus.attach(Window("aclint", CLINT, CLINT_SIZE, frozenset({4, 8})), self.aclint)
+        block.words[MSWI_BASE] = CLINT
         self.ram = Ram(1 << 20, BASE)
         harts = [Hart(self.ram, number, self.plic.block) for number in range(HARTS)]
         self.executors: list[Executor]
@@ -177,13 +188,13 @@ class Board:
         else:
             raise AssertionError(left)
 
-    def load(self, number: int, offset: int) -> int:
-        self.executors[number].hart.set_x(11, PLIC + offset)
+    def load(self, number: int, offset: int, base: int = PLIC) -> int:
+        self.executors[number].hart.set_x(11, base + offset)
         return self.run(number, 0).x(10) & 0xFFFF_FFFF
 
-    def store(self, number: int, offset: int, value: int) -> None:
+    def store(self, number: int, offset: int, value: int, base: int = PLIC) -> None:
         hart = self.executors[number].hart
-        hart.set_x(11, PLIC + offset)
+        hart.set_x(11, base + offset)
         hart.set_x(10, value | 0xABCD_0000_0000_0000)
         self.run(number, 8)
 
@@ -448,3 +459,88 @@ def test_calls_that_are_counted_are_told(board: Board) -> None:
     board.plic.block.words[TOLD] = 1
     assert call(board, 0b10, 0)[0] is Reason.FIRMWARE_CALL
     assert not asked(board, 1)
+
+
+# -------------------------------------------------------------- MSWI, for firmware in M mode
+
+
+def software(board: Board) -> list[bool]:
+    """Which harts see MSIP."""
+    return [bool(board.run(number, 16).x(12) >> MSIP & 1) for number in range(HARTS)]
+
+
+def test_a_hart_interrupts_another_and_clears_its_own_without_leaving(board: Board) -> None:
+    for value in (0xFFFF_FFFF, 1):
+        board.store(0, 4, value, CLINT)
+        assert software(board) == [False, True]
+        assert board.aclint.read(4, 4) == 1
+        board.store(1, 4, 0xFFFF_FFFE & ~value, CLINT)
+        assert software(board) == [False, False]
+        assert board.aclint.read(4, 4) == 0
+    assert board.exits == 0
+    assert board.told == {}
+
+
+def test_a_hart_clears_what_was_raised_by_the_bus(board: Board) -> None:
+    board.bus.write(CLINT, 4, 1)
+    assert board.told == {(0, MSIP): True}
+    assert software(board) == [True, False]
+    board.store(1, 0, 0, CLINT)
+    assert software(board) == [False, False]
+    board.bus.write(CLINT + 4, 4, 1)
+    board.aclint.reset()
+    assert software(board) == [False, False]
+    assert board.exits == 0
+
+
+def test_a_hart_that_interrupts_itself_takes_that_at_once(board: Board) -> None:
+    hart = board.executors[0].hart
+    hart[layout.MIE] = 1 << MSIP
+    hart[layout.MTVEC] = BASE + 0x100
+    hart[layout.MSTATUS] = 1 << 3  # MIE
+    stays = RISCV64["jal"].encode(rd=0, imm=0)
+    board.ram.write(BASE + 0x100, stays.to_bytes(4, "little"))
+    hart.set_x(11, CLINT)
+    hart.set_x(10, 1)
+    hart.pc = BASE + 8
+    left = board.executors[0].run(1)
+    assert left.reason is Reason.WRITE
+    board.answer(hart, left)
+    board.executors[0].run(1)
+    assert hart[layout.MCAUSE] == 1 << 63 | MSIP
+    assert hart[layout.MEPC] == BASE + 12
+
+
+@pytest.mark.parametrize("offset", [4 * HARTS, 0x4000, 0xBFF8, CLINT_SIZE], ids=hex)
+def test_other_registers_are_the_hosts(board: Board, offset: int) -> None:
+    hart = board.executors[0].hart
+    hart.set_x(11, CLINT + offset)
+    hart.set_x(10, 1)
+    hart.pc = BASE + 8
+    left = board.executors[0].run(10)
+    assert left == Exit(Reason.WRITE, CLINT + offset, 4, 1)
+    assert software(board) == [False, False]
+
+
+def test_a_hart_that_sleeps_is_woken_by_the_host_from_msip_as_well(board: Board) -> None:
+    board.executors[1].hart.shared[layout.SHARED_ASLEEP] = 1
+    board.store(0, 4, 1, CLINT)
+    assert board.exits == 1
+    assert board.told == {(1, MSIP): True}
+    board.executors[1].hart.shared[layout.SHARED_ASLEEP] = 0
+    assert software(board) == [False, True]
+
+
+def test_something_between_the_harts_and_mswi_sees_every_store(board: Board) -> None:
+    board.plic.block.words[MSWI_BASE] = NOWHERE
+    board.store(0, 4, 1, CLINT)
+    assert board.exits == 1
+    ram = Ram(1 << 20, BASE)
+    made = virt.Board(ram, HARTS, ManualClock(), lambda *_: None, lambda *_: None)
+    words = made.plic.block.words
+    assert words[MSWI_BASE] == CLINT
+    restore = made.bus.interpose("aclint", lambda device: device_that_reads(3))
+    assert words[MSWI_BASE] == NOWHERE
+    restore()
+    assert words[MSWI_BASE] == CLINT
+    ram.close()
