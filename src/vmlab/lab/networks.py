@@ -17,7 +17,15 @@ from vmlab.guests.command import quote
 from vmlab.machine.errors import InvalidSpec, ResourceExhausted, SpecProblem
 from vmlab.machine.fields import NAME_RULE, is_name
 
-__all__ = ["Address", "LabNetwork", "Networks", "hosts_script", "interface_script", "link_script"]
+__all__ = [
+    "Address",
+    "LabNetwork",
+    "Networks",
+    "find_interface_script",
+    "hosts_script",
+    "interface_script",
+    "link_script",
+]
 
 _RANGE: Final = ipaddress.IPv4Network("10.213.0.0/16")
 """Where networks get theirs from: of RFC 1918's private addresses, few are less used; 10.0.2.0/24
@@ -170,21 +178,26 @@ def interface_script(mac: str, address: Address, *, tries: int = _TRIES) -> str:
         tries: How often it is looked for.
     """
     return (
-        f'{_named(mac, tries)}; ip addr flush dev "$n" && ip addr add {address} dev "$n" && '
-        'ip link set dev "$n" up || exit'
+        f'{find_interface_script(mac, tries=tries)}; ip addr flush dev "$n" && '
+        f'ip addr add {address} dev "$n" && ip link set dev "$n" up || exit'
     )
 
 
 def link_script(mac: str) -> str:
     """Shell text that waits until the interface with that MAC address has its link."""
     return (
-        f'{_named(mac, 1)}; until read -r c <"/sys/class/net/$n/carrier" && [ "$c" = 1 ]; '
-        "do sleep 0.05; done"
+        f'{find_interface_script(mac, tries=1)}; until read -r c <"/sys/class/net/$n/carrier" && '
+        '[ "$c" = 1 ]; do sleep 0.05; done'
     )
 
 
-def _named(mac: str, tries: int) -> str:
-    """Shell text that finds the interface with that MAC address: $n."""
+def find_interface_script(mac: str, *, tries: int = _TRIES) -> str:
+    """Shell text that finds the interface with that MAC address: $n.
+
+    Args:
+        mac: Of an interface that is there, or comes within `tries` looks, 20 in a second.
+        tries: How often it is looked for.
+    """
     return (
         f"n= t=0; while :; do for i in /sys/class/net/*; do "
         f'read -r a <"$i/address" && [ "$a" = {quote(mac)} ] && n=${{i##*/}}; done; '

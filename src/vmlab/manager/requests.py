@@ -49,6 +49,13 @@ class Metadata(_Request):
     hostname: Name | None = Field(None, description="the guest's name; the machine's if left out")
     user_data: str | None = Field(None, max_length=1 << 16, description="cloud-init's user-data")
     ssh_keys: tuple[str, ...] = Field((), description="public keys that may log in")
+    instance: Whole = Field(
+        0,
+        ge=0,
+        le=1 << 31,
+        description="part of the instance id: with a higher one cloud-init begins anew at the next "
+        "start; raised by one where `user_data` or `ssh_keys` change",
+    )
 
 
 class NewNic(_Request):

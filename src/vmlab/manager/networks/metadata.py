@@ -51,7 +51,8 @@ class InstanceNic:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A machine as its guest is told of it. `nics` begins with the one that it asks by."""
+    """A machine as its guest is told of it. `nics` begins with the one that it asks by; `id` is
+    that of `seed.instance_id`."""
 
     id: str
     hostname: str
@@ -73,13 +74,13 @@ def tree(instance: Instance) -> Tree:
     told: dict[str, Tree | str] = {
         "ami-id": instance.image,
         "hostname": instance.hostname,
-        "instance-id": f"i-{instance.id[:17]}",
+        "instance-id": instance.id,
         "instance-type": instance.kind,
         "local-hostname": instance.hostname,
         "local-ipv4": _addresses(first, 4),
         "mac": first.mac,
         "placement": {"availability-zone": instance.host},
-        "reservation-id": f"r-{instance.id[:17]}",
+        "reservation-id": f"r-{instance.id.partition('-')[2]}",
         "security-groups": "default",
         "network": {"interfaces": {"macs": _macs(instance)}},
     }

@@ -24,7 +24,7 @@ from vmlab.manager.networks import addresses, links, names
 from vmlab.manager.networks.host import HostNetworks
 from vmlab.manager.networks.layout import Layout, Lease, subnets_of
 from vmlab.manager.networks.metadata import Instance, InstanceNic, MetadataService
-from vmlab.manager.networks.seed import Identity, SeedNic, write_seed
+from vmlab.manager.networks.seed import Identity, SeedNic, instance_id, write_seed
 from vmlab.manager.operator.definition import SIMULATED
 from vmlab.manager.store.tables import AddressRow, MachineRow, NetworkRow, NicRow
 
@@ -159,6 +159,14 @@ class Networks:
     def seed(self, machine: MachineRow) -> Path:
         """A disk for the guest's cloud-init (NoCloud), as the store has the machine now."""
         return write_seed(_identity(machine), self._seed_path(machine.id))
+
+    def identity(self, machine: MachineRow) -> Identity:
+        """What the guest of a machine is to be told about itself, as the store has it now."""
+        return _identity(machine)
+
+    def is_seed(self, path: Path | None) -> bool:
+        """Whether a file is a disk of `seed`'s, for whichever machine."""
+        return path is not None and path.parent == self._seeds
 
     def _seed_path(self, machine: str) -> Path:
         assert machine.isalnum(), "an id that the manager made"
@@ -322,7 +330,7 @@ def _identity(machine: MachineRow) -> Identity:
             )
         )
     return Identity(
-        instance=f"i-{machine.id[:17]}",
+        instance=instance_id(machine.id, told.get("instance", 0)),
         hostname=addresses.host_name(machine),
         ssh_keys=tuple(told.get("ssh_keys") or ()),
         user_data=told.get("user_data"),
@@ -338,7 +346,7 @@ def _instance(s: Session, network: str, address: str) -> Instance | None:
     told = machine.metadata_
     others = [nic for nic in machine.nics if nic.id != asked.id]
     return Instance(
-        id=machine.id,
+        id=instance_id(machine.id, told.get("instance", 0)),
         hostname=addresses.host_name(machine),
         image=machine.image or "none",
         kind=f"{machine.vcpus}x{machine.memory >> 20}m",

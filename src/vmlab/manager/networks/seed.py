@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from vmlab.report import write_atomically
 
-__all__ = ["Identity", "SeedNic", "documents", "write_seed"]
+__all__ = ["Identity", "SeedNic", "documents", "instance_id", "write_seed"]
 
 _LABEL: Final = "cidata"
 _EMPTY_USER_DATA: Final = "#cloud-config\n{}\n"
@@ -61,6 +61,16 @@ class Identity:
     ssh_keys: tuple[str, ...] = ()
     user_data: str | None = None
     nics: Sequence[SeedNic] = field(default_factory=tuple)
+
+
+def instance_id(machine: str, instance: int) -> str:
+    """The id by which cloud-init knows a machine: with another one it begins anew.
+
+    Args:
+        machine: Id of the machine.
+        instance: How often it was to begin anew (`Metadata.instance`).
+    """
+    return f"i-{machine[:17]}" + (f"-{instance}" if instance else "")
 
 
 def documents(identity: Identity) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """Second ones of machines: of a snapshot, or as the machine is now.
 
 A live machine is forked, where its hypervisor can; of one at rest a snapshot is taken, a machine
-made of that, and the snapshot removed. The clone has an id, a name and MAC addresses of its own;
-what only one machine can have stays with the first: disks of the store, and addresses that
-somebody asked for.
+made of that, and the snapshot removed. The clone has an id, a name, addresses of MAC and IP and a
+disk for cloud-init of its own, and its guest is told of them if it runs; what only one machine can
+have stays with the first: disks of the store, and addresses that somebody asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from sqlalchemy.orm import Session
 from vmlab.hypervisors.base import Hypervisor, Machine, Snapshot
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import MachineNotFound, SnapshotNotFound, VmlabError
-from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
+from vmlab.manager.networks.addresses import release
+from vmlab.manager.networks.in_guest import addresses_script
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.definition import new_mac
 from vmlab.manager.operator.handler import (
@@ -36,7 +37,7 @@ from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, other_of, require_state, write_facts
 from vmlab.manager.operator.placement import look
 from vmlab.manager.operator.snapshots import removed, require_disks_aside, set_aside
-from vmlab.manager.operator.wiring import SEED_DISK, connect, wired
+from vmlab.manager.operator.wiring import connect, reseed
 from vmlab.manager.requests import CloneMachine
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.queries import find_machine, find_snapshot
@@ -102,7 +103,7 @@ class CloneHandler(Handler[CloneMachine]):
             labels=dict(source.labels),
             # What it is to do by itself is decided anew for each machine.
             policy={**source.policy, "autostart": False, "snapshot_every": None},
-            metadata_={**source.metadata_, "hostname": None},
+            metadata_={**source.metadata_, "hostname": None, "instance": 0},
         )
         session.add(row)
         session.flush()
@@ -168,26 +169,25 @@ class CloneHandler(Handler[CloneMachine]):
             work.on_undo(step, undo)
             if not step.done_before:
                 if await _at(hypervisor, machine_name(clone_id)) is None:
+                    if not passing:
+                        # It may run, and be on networks, from its first moment.
+                        await connect(self.manager, clone_id, host)
                     await _copy(work, hypervisor, source, machine_name(clone_id), passing)
                 if passing:
                     await removed(source, passing)
         copy = await hypervisor.get(machine_name(clone_id))
+        async with work.step("wire", "have addresses of its own for it") as step:
+            if not step.done_before:
+                macs = {nic.name: nic.mac for nic in (await copy.info()).nics}
+                networks = self.manager.networks if copy.state.is_live else None
+                step.also(_wired, clone_id, macs, networks, work.operation_id)
         async with work.step("seed", "have it told what it is") as step:
             if not step.done_before:
                 await self._seed(copy, clone_id, step)
         async with work.step("keep", "enter it") as step:
             if not step.done_before:
-                macs = {nic.name: nic.mac for nic in (await copy.info()).nics}
                 facts = await Facts.of(copy)
-                step.also(
-                    _entered,
-                    clone_id,
-                    source_id,
-                    facts,
-                    work.operation_id,
-                    macs=macs,
-                    networks=self.manager.networks,
-                )
+                step.also(_entered, clone_id, source_id, facts, work.operation_id)
                 step.also(drop_reservation, work.operation_id, machine=clone_id)
         work.keep()
         async with work.step("refresh", "have its guest be another one") as step:
@@ -196,24 +196,29 @@ class CloneHandler(Handler[CloneMachine]):
         return {"machine": clone_id, "of": source_id}
 
     async def _seed(self, copy: Machine, clone_id: str, step: Step) -> None:
-        """Give a clone at rest what cloud-init is to tell it, in place of what the first is told.
+        """Give a clone what cloud-init is to tell it, in place of what the first one is told.
 
-        One that runs has read it already.
+        A guest that runs has read that already: it is for what it reads later, and no reason to
+        fail; its next start brings it in any case.
         """
-        if copy.state.is_live or copy.spec.disk(SEED_DISK) is None:
-            step.skip("there is nothing to be told")
+        capabilities = await copy.hypervisor.capabilities()
+        plugs = copy.state is MachineState.RUNNING and Capability.HOTPLUG_DISK in capabilities
+        if copy.state.is_live and not plugs:
+            step.skip("it is told when it is started again")
             return
-        seed = (await wired(self.manager, clone_id, _without_seed(copy.spec))).disk(SEED_DISK)
-        await copy.unplug_disk(SEED_DISK)
-        if seed is not None:
-            await copy.plug_disk(seed)
+        try:
+            await reseed(self.manager, clone_id, copy)
+        except VmlabError as error:
+            if not copy.state.is_live:
+                raise
+            step.failed(error.message.partition("\n")[0])
 
     async def _refresh(
         self, work: Work[CloneMachine], copy: Machine, source_id: str, step: Step, *, host: str
     ) -> None:
-        """A guest that runs already is told that it is another one: name, clock, random numbers."""
+        """A guest that runs is told that it is another one: random numbers, name, addresses."""
         if copy.state is not MachineState.RUNNING:
-            step.skip("it begins when it is started")
+            step.skip("its guest does not run")
             return
         try:
             await connect(self.manager, work.target_id, host)
@@ -221,10 +226,14 @@ class CloneHandler(Handler[CloneMachine]):
             before = {nic.name: nic.mac for nic in (await source.info()).nics}
             after = {nic.name: nic.mac for nic in (await copy.info()).nics}
             macs = {mac: after[nic] for nic, mac in before.items() if nic in after}
-            clone_id = work.target_id
-            hostname = await work.database.read(lambda s: s.get_one(MachineRow, clone_id).name)
+            clone_id, networks = work.target_id, self.manager.networks
+            who = await work.database.read(
+                lambda s: networks.identity(s.get_one(MachineRow, clone_id))
+            )
             guest = await self.manager.guests.get(clone_id, timeout=_GUEST_ANSWERS_S)
-            await guest.refresh(hostname=hostname, machine_id=clone_id, macs=macs)
+            await guest.refresh(hostname=who.hostname, machine_id=clone_id, macs=macs)
+            if script := addresses_script(who.nics):
+                await guest.succeed(script, timeout=_GUEST_ANSWERS_S)
         except VmlabError as error:
             step.failed(error.message.partition("\n")[0])
 
@@ -243,11 +252,6 @@ async def _copy(
     if passing and not any(kept.name == passing for kept in await source.snapshots()):
         await source.snapshot(passing, memory=False)
     await hypervisor.create_from(await _named(source, wanted), name)
-
-
-def _without_seed(spec: MachineSpec) -> MachineSpec:
-    kept = tuple(disk for disk in spec.disks if disk.name != SEED_DISK)
-    return spec.model_copy(update={"disks": kept})
 
 
 async def _at(hypervisor: Hypervisor, name: str) -> Machine | None:
@@ -285,23 +289,25 @@ def _source(session: Session, operation: str, clone_id: str) -> tuple[str, str]:
     return source, session.get_one(MachineRow, clone_id).host
 
 
-def _entered(
+def _wired(
     session: Session,
     clone_id: str,
-    source_id: str,
-    facts: Facts,
-    operation: str,
-    *,
     macs: dict[str, str],
-    networks: Networks,
+    networks: Networks | None,
+    operation: str,
 ) -> None:
+    """It has the MAC addresses that its hypervisor gave it, and addresses if there are networks."""
     row = session.get_one(MachineRow, clone_id)
     for nic in row.nics:
         nic.mac = macs.get(nic.name, nic.mac)
+    if networks is not None:
+        networks.prepare(session, row, operation=operation)
+
+
+def _entered(session: Session, clone_id: str, source_id: str, facts: Facts, operation: str) -> None:
+    row = session.get_one(MachineRow, clone_id)
     live = facts.state in {MachineState.RUNNING, MachineState.PAUSED}
     row.wanted = facts.state.value if live else "stopped"
-    if live:
-        networks.prepare(session, row, operation=operation)
     add_event(
         session,
         "machine.created",
@@ -316,4 +322,5 @@ def _entered(
 def _forget(session: Session, clone_id: str | None) -> None:
     row = session.get(MachineRow, clone_id) if clone_id is not None else None
     if row is not None:
+        release(session, row.id)
         session.delete(row)

@@ -69,8 +69,8 @@ from vmlab.manager.operator.placement import (
     on_some_host,
     placed,
 )
-from vmlab.manager.operator.wiring import ended, wired
-from vmlab.manager.requests import CreateMachine, DeleteMachine, NewNic, UpdateMachine
+from vmlab.manager.operator.wiring import ended, wired, write_spec
+from vmlab.manager.requests import CreateMachine, DeleteMachine, Metadata, NewNic, UpdateMachine
 from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict, add_event, set_machine_state
 from vmlab.manager.store.queries import find_disk, find_machine, find_network, find_template
@@ -206,9 +206,9 @@ class CreateHandler(Handler[CreateMachine]):
                 spec = await self._specification(work, machine)
                 if machine.image is None:
                     step.skip("it boots from no image")
-                    await work.database.write(_write_spec, machine.id, spec)
+                    await work.database.write(write_spec, machine.id, spec)
                 else:
-                    step.also(_write_spec, machine.id, spec)
+                    step.also(write_spec, machine.id, spec)
         async with work.step("define", f"define it on host {machine.host!r}") as step:
             work.on_undo(step, partial(undefine, work, machine.id))
             if not step.done_before:
@@ -288,10 +288,6 @@ def _spec_with_parts(session: Session, storage: Storage, machine_id: str) -> Mac
     )
 
 
-def _write_spec(session: Session, machine_id: str, spec: MachineSpec) -> None:
-    session.get_one(MachineRow, machine_id).spec = json_of(spec)
-
-
 def _forget(session: Session, machine_id: str, operation: str | None) -> None:
     """Remove a machine's row; again does nothing. Disks of the store are free again."""
     row = session.get(MachineRow, machine_id)
@@ -320,6 +316,10 @@ async def undefine(work: Work[Any], machine_id: str) -> None:
 
 
 # ------------------------------------------------------------------------ update
+
+
+_ONCE: Final = ("user_data", "ssh_keys")
+"""What cloud-init looks at once for each instance id."""
 
 
 @register
@@ -358,6 +358,18 @@ def _changes(request: UpdateMachine) -> list[str]:
     return [field for field in fields if getattr(request, field) is not None]
 
 
+def _told(before: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """What a guest is told from now on; cloud-init is to begin anew if it would not look else.
+
+    A hostname it sets at every boot, but what it runs, and who may log in, only once.
+    """
+    told = metadata.model_dump(mode="json")
+    instance = int(before.get("instance") or 0)
+    changed = any((before.get(each) or None) != (told[each] or None) for each in _ONCE)
+    told["instance"] = max(told["instance"], instance + 1 if changed else instance)
+    return told
+
+
 def _update(session: Session, machine_id: str, request: UpdateMachine, operation: str) -> None:
     row = find_machine(session, machine_id)
     if request.name is not None:
@@ -367,7 +379,7 @@ def _update(session: Session, machine_id: str, request: UpdateMachine, operation
     if request.policy is not None:
         row.policy = request.policy.model_dump(mode="json")
     if request.metadata is not None:
-        row.metadata_ = request.metadata.model_dump(mode="json")
+        row.metadata_ = _told(row.metadata_, request.metadata)
     add_event(
         session,
         "machine.updated",

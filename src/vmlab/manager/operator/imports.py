@@ -55,7 +55,7 @@ from vmlab.manager.operator.handler import (
 from vmlab.manager.operator.hosts import machine_name
 from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.placement import defined, placed
-from vmlab.manager.operator.wiring import ended, wired
+from vmlab.manager.operator.wiring import ended, wired, write_spec
 from vmlab.manager.requests import ImportMachine
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.tables import DiskRow, HostRow, MachineRow, NetworkRow, NicRow, new_id
@@ -257,7 +257,7 @@ class ImportHandler(Handler[ImportMachine]):
                 hypervisor = await self.manager.hosts.get(machine.host)
                 made = await defined(hypervisor, machine, spec)
             await self._fill(work, made, manifest, files)
-            step.also(_write_spec, machine_id, made.spec)
+            step.also(write_spec, machine_id, made.spec)
 
     async def _fill(
         self,
@@ -399,10 +399,6 @@ def _disk_row(session: Session, machine_id: str, disk: DiskMember) -> DiskRow:
 def _disk_id(machine_id: str, member: str) -> str:
     """The id of a disk that is made of a member of an archive: the same one each time."""
     return hashlib.sha256(f"{machine_id}/{member}".encode()).hexdigest()[:32]
-
-
-def _write_spec(session: Session, machine_id: str, spec: MachineSpec) -> None:
-    session.get_one(MachineRow, machine_id).spec = json_of(spec)
 
 
 def _entered(session: Session, machine_id: str, operation: str) -> None:

@@ -24,6 +24,7 @@ from vmlab.machine.errors import (
     MachineNotFound,
     VmlabError,
 )
+from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import LIVE, OPERATIONS, MachineState
 from vmlab.manager.networks.addresses import release
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
@@ -46,7 +47,7 @@ from vmlab.manager.operator.placement import (
     refuse_unless,
     specification,
 )
-from vmlab.manager.operator.wiring import connect, ended
+from vmlab.manager.operator.wiring import connect, ended, reseed, write_spec
 from vmlab.manager.requests import (
     PauseMachine,
     RestartMachine,
@@ -301,16 +302,19 @@ async def boot(handler: Handler[Any], work: Work[Any], *, allowed: Any = _SETTLE
         if not step.done_before:
             machine = await work.database.read(placed, machine_id)
 
-            async def action(hypervisor: Hypervisor) -> None:
+            async def action(hypervisor: Hypervisor) -> MachineSpec:
                 found = (
                     await defined(hypervisor, machine, specification(machine))
                     if movable
                     else await _at(hypervisor, machine)
                 )
                 if (await found.status()).state is not MachineState.RUNNING:
+                    await reseed(manager, machine_id, found)
                     await found.start()
+                return found.spec
 
-            await on_some_host(work, machine, action, movable=movable)
+            spec = await on_some_host(work, machine, action, movable=movable)
+            step.also(write_spec, machine_id, spec)
             step.also(write_state, machine_id, MachineState.RUNNING, work.operation_id)
 
 
@@ -495,16 +499,21 @@ class RestartHandler(_OnMachine[RestartMachine]):
         graceful = work.request.graceful
         seconds = self.manager.settings.stop_seconds
 
+        async def begin(machine: Machine) -> None:
+            await reseed(work.manager, work.target_id, machine)
+            await work.database.write(write_spec, work.target_id, machine.spec)
+            await machine.start()
+
         async def restart(machine: Machine) -> None:
             state = (await machine.status()).state
             if state in OPERATIONS["start"]:
                 # A crash came between its end and its beginning.
-                await machine.start()
+                await begin(machine)
                 return
             if graceful:
                 why = await _ask(machine, seconds=seconds)
                 if not why:
-                    await machine.start()
+                    await begin(machine)
                     return
             await machine.restart(graceful=False)
 

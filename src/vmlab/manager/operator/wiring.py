@@ -14,14 +14,17 @@ from sqlalchemy.orm import Session
 
 from vmlab.machine.errors import VmlabError
 from vmlab.machine.spec import Disk, MachineSpec
-from vmlab.manager.operator.definition import SIMULATED
+from vmlab.machine.states import MachineState
+from vmlab.manager.operator.definition import SIMULATED, json_of
 from vmlab.manager.store.queries import find_machine
+from vmlab.manager.store.tables import MachineRow
 
 if TYPE_CHECKING:
+    from vmlab.hypervisors.base import Machine
     from vmlab.manager.manager import Manager
     from vmlab.manager.networks.networks import Networks
 
-__all__ = ["SEED_DISK", "connect", "ended", "wired"]
+__all__ = ["SEED_DISK", "connect", "ended", "reseed", "wired", "write_spec"]
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -53,8 +56,54 @@ async def wired(manager: Manager, machine_id: str, spec: MachineSpec) -> Machine
     disks = spec.disks
     seed = await manager.database.read(_seed, manager.networks, machine_id)
     if seed is not None and spec.disk(SEED_DISK) is None:
-        disks = (*disks, Disk(name=SEED_DISK, source=seed, format="raw", readonly=True))
+        disks = (*disks, _seed_disk(seed))
     return spec.with_changes(nics=nics, disks=disks)
+
+
+async def reseed(manager: Manager, machine_id: str, machine: Machine) -> None:
+    """Have a machine have the disk for cloud-init that the store wants it to have now.
+
+    One that somebody gave the machine under that name stays. Of a live machine the disk is
+    hot-plugged, which its guest has a part in.
+
+    Args:
+        manager: Whose machine it is.
+        machine_id: Its id.
+        machine: The machine at its hypervisor.
+
+    Raises:
+        VmlabError: the disk cannot be taken off it, or put into it.
+    """
+    seed = await manager.database.read(_seed, manager.networks, machine_id)
+    had = machine.spec.disk(SEED_DISK)
+    if had is not None and not manager.networks.is_seed(had.source):
+        return
+    wanted = _seed_disk(seed) if seed is not None else None
+    if wanted == had and (had is None or await _of_its_size(machine, had)):
+        return
+    if machine.state is MachineState.FAILED:
+        # What is left of it goes; only then it can be changed.
+        await machine.kill()
+    if had is not None:
+        await machine.unplug_disk(SEED_DISK)
+    if wanted is not None:
+        await machine.plug_disk(wanted)
+
+
+def _seed_disk(path: Path) -> Disk:
+    return Disk(name=SEED_DISK, source=path, format="raw", readonly=True)
+
+
+async def _of_its_size(machine: Machine, disk: Disk) -> bool:
+    """Whether a hypervisor takes a disk to be as large as its file, which may be another by now."""
+    assert disk.source is not None
+    there = {found.name: found.size for found in (await machine.info()).disks}
+    return there.get(disk.name) == disk.source.stat().st_size
+
+
+def write_spec(session: Session, machine_id: str, spec: MachineSpec) -> None:
+    """Have the store say how a machine is made."""
+    session.get_one(MachineRow, machine_id).spec = json_of(spec)
 
 
 def _seed(session: Session, networks: Networks, machine_id: str) -> Path | None:

@@ -1,9 +1,12 @@
-"""Copies of machines have addresses and seeds of their own on the networks of the first."""
+"""Copies of machines have addresses and seeds of their own on the networks of the first; what a
+guest is told is what the store says when it starts."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 from vmlab.manager.requests import (
@@ -13,10 +16,13 @@ from vmlab.manager.requests import (
     DeleteNetwork,
     Metadata,
     NewNic,
+    PauseMachine,
+    RestartMachine,
     RestoreMachine,
     SnapshotMachine,
     StartMachine,
     StopMachine,
+    UpdateMachine,
 )
 
 Tell = Callable[..., None]
@@ -29,6 +35,24 @@ async def on_a_network(asking: Any, **fields: Any) -> None:
     metadata = Metadata(user_data="#cloud-config\n")
     nics = (NewNic(network="lan"),)
     await asking.create("one", spec=spec, nics=nics, metadata=metadata, **fields)
+
+
+async def seed_of(asking: Any, name: str) -> Path:
+    """The disk for cloud-init that a machine has at its hypervisor, which the store knows."""
+    machine = await asking.machine(name)
+    (path,) = [Path(d["source"]) for d in machine.spec["disks"] if d["name"] == "cidata"]
+    held = (await asking.manager.machine(machine.id)).spec.disk("cidata")
+    assert held is not None
+    assert held.source == path
+    return path
+
+
+async def told_to(asking: Any, name: str) -> dict[str, Any]:
+    """What a machine's guest is told: the metadata of its seed, and its NICs by MAC address."""
+    files = json.loads((await seed_of(asking, name)).with_suffix(".json").read_text())
+    ethernets = json.loads(files["network-config"])["ethernets"].values()
+    macs = [each["match"]["macaddress"] for each in ethernets]
+    return {**json.loads(files["meta-data"]), "user-data": files["user-data"], "macs": macs}
 
 
 async def off_the_network(asking: Any, *names: str) -> None:
@@ -80,5 +104,102 @@ def test_machine_that_is_brought_back_running_has_its_address(tell: Tell) -> Non
         machine = await asking.machine("one")
         assert (machine.state, machine.nics[0].addresses) == ("running", before)
         await off_the_network(asking, "one")
+
+    tell(story)
+
+
+def test_copies_are_told_who_they_are_whether_they_run_or_not(tell: Tell) -> None:
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        before = await told_to(asking, "one")
+        await asking.do(CloneMachine(machine="one", name="forked"))
+        await asking.do(StopMachine(machine="one", graceful=False))
+        await asking.do(CloneMachine(machine="one", name="copied"))
+        for name in ("forked", "copied"):
+            machine, told = await asking.machine(name), await told_to(asking, name)
+            assert (await seed_of(asking, name)).stem == machine.id
+            assert told["instance-id"] == f"i-{machine.id[:17]}"
+            assert told["local-hostname"] == name
+            assert told["macs"] == [machine.nics[0].mac]
+        assert await told_to(asking, "one") == before
+        # What is the first one's goes with it, and leaves nothing that the others need.
+        await asking.do(DeleteMachine(machine="one"))
+        await asking.do(StopMachine(machine="forked", graceful=False))
+        for name in ("forked", "copied"):
+            await asking.do(StartMachine(machine=name))
+            assert (await seed_of(asking, name)).exists()
+        await off_the_network(asking, "forked", "copied")
+
+    tell(story)
+
+
+def test_copy_that_stands_still_is_told_when_it_is_started_again(tell: Tell) -> None:
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        await asking.do(PauseMachine(machine="one"))
+        await asking.do(CloneMachine(machine="one", name="two"))
+        assert (await seed_of(asking, "two")) == (await seed_of(asking, "one"))
+        await asking.do(StopMachine(machine="two", graceful=False))
+        await asking.do(StartMachine(machine="two"))
+        assert (await told_to(asking, "two"))["local-hostname"] == "two"
+        await off_the_network(asking, "one", "two")
+
+    tell(story)
+
+
+def test_what_is_changed_is_told_at_the_next_start(tell: Tell) -> None:
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        first = await told_to(asking, "one")
+        await asking.do(UpdateMachine(machine="one", metadata=Metadata(user_data="#!/bin/sh\n")))
+        assert await told_to(asking, "one") == first
+
+        async def again() -> dict[str, Any]:
+            await asking.do(StopMachine(machine="one", graceful=False))
+            await asking.do(StartMachine(machine="one"))
+            return await told_to(asking, "one")
+
+        changed = await again()
+        assert changed["user-data"] == "#!/bin/sh\n"
+        # cloud-init begins anew.
+        assert changed["instance-id"] == first["instance-id"] + "-1"
+        # It sets a name at every boot: that is no reason to run all the rest again.
+        metadata = Metadata(user_data="#!/bin/sh\n", hostname="other")
+        await asking.do(UpdateMachine(machine="one", metadata=metadata))
+        renamed = await again()
+        assert renamed == {**changed, "local-hostname": "other"}
+        # Also what it was told once before is new to it.
+        await asking.do(
+            UpdateMachine(machine="one", metadata=Metadata(user_data="#cloud-config\n"))
+        )
+        assert (await again())["instance-id"] == first["instance-id"] + "-2"
+        # And a person can want it.
+        metadata = Metadata(user_data="#cloud-config\n", instance=7)
+        await asking.do(UpdateMachine(machine="one", metadata=metadata))
+        assert (await again())["instance-id"] == first["instance-id"] + "-7"
+        await off_the_network(asking, "one")
+
+    tell(story)
+
+
+def test_machine_has_a_seed_while_there_is_something_to_tell(tell: Tell) -> None:
+    async def story(asking: Any) -> None:
+        await asking.create("one")
+        await asking.do(StartMachine(machine="one"))
+        assert [d["name"] for d in (await asking.machine("one")).spec["disks"]] == ["root"]
+        key = "ssh-ed25519 AAAA me"
+        await asking.do(UpdateMachine(machine="one", metadata=Metadata(ssh_keys=(key,))))
+        await asking.do(RestartMachine(machine="one"))
+        path = await seed_of(asking, "one")
+        assert key in path.with_suffix(".json").read_text()
+        await asking.do(UpdateMachine(machine="one", metadata=Metadata()))
+        await asking.do(StopMachine(machine="one", graceful=False))
+        await asking.do(StartMachine(machine="one"))
+        assert [d["name"] for d in (await asking.machine("one")).spec["disks"]] == ["root"]
+        # A disk of that name that somebody gave the machine is nobody else's.
+        spec = {"memory": "64M", "disks": [{"name": "cidata", "size": "1M"}]}
+        await asking.create("two", spec=spec, metadata=Metadata(ssh_keys=(key,)))
+        await asking.do(StartMachine(machine="two"))
+        assert (await asking.machine("two")).spec["disks"] == spec["disks"]
 
     tell(story)

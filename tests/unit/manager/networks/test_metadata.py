@@ -11,7 +11,7 @@ import pytest
 from vmlab.manager.networks.metadata import Instance, InstanceNic, application
 
 INSTANCE = Instance(
-    id="0123456789abcdef" * 2,
+    id="i-0123456789abcdef0",
     hostname="one",
     image="debian-12",
     kind="2x512m",
