@@ -71,7 +71,7 @@ class Eyes:
     async def know(self, scope: Scope) -> Known:
         """What the store says."""
         return await self._manager.database.read(
-            known_now, machine_name, self._manager.storage.path, self._digest, scope.machines
+            known_now, machine_name, self._manager.storage.path, scope.machines
         )
 
     async def see(self, known: Known, scope: Scope) -> Seen:

@@ -54,7 +54,6 @@ def known_now(
     session: Session,
     name_at: Callable[[str], str],
     place: PlaceOf,
-    home: str,
     only: Collection[str] | None = None,
 ) -> Known:
     """All of the store that can be compared with the world.
@@ -63,7 +62,6 @@ def known_now(
         session: A transaction that reads.
         name_at: What a machine of that id is called at its hypervisor.
         place: Where a disk's file is.
-        home: Digest of the networks' directory.
         only: Ids of machines: no others, and nothing that is not a machine's, is read then.
     """
     busy, since = under_way(session)
@@ -76,7 +74,7 @@ def known_now(
     return Known(
         machines=machines,
         disks=disks,
-        networks=tuple(_networks(session, home)),
+        networks=tuple(_networks(session)),
         addresses=tuple(
             KnownAddress(*row)
             for row in session.execute(
@@ -139,7 +137,7 @@ def _machines(
         )
 
 
-def _networks(session: Session, home: str) -> Iterable[KnownNetwork]:
+def _networks(session: Session) -> Iterable[KnownNetwork]:
     for id_, name, mode, bridge, vlan in session.execute(
         select(NetworkRow.id, NetworkRow.name, NetworkRow.mode, NetworkRow.bridge, NetworkRow.vlan)
     ):
