@@ -439,6 +439,63 @@ def images_page() -> str:
     return "\n".join(parts)
 
 
+# ------------------------------------------------------------------------------------ manager
+
+
+def manager_page() -> str:
+    """Every variable of the environment that says how a manager works, and which one is asked."""
+    from vmlab.manager.client.address import TOKEN_VARIABLE, URL_VARIABLE
+    from vmlab.manager.service.__main__ import LINGER_VARIABLE
+    from vmlab.manager.service.serving import LINGER
+    from vmlab.manager.settings import VARIABLES, Limits, Settings
+
+    fields = dict(Settings.model_fields)
+    fields |= {f"limits.{name}": field for name, field in Limits.model_fields.items()}
+    rows = [
+        (
+            f"`{variable}`",
+            "what the host has" if name.startswith("limits.") else _default(fields[name].default),
+            fields[name].description or "",
+        )
+        for variable, name in VARIABLES.items()
+    ]
+    linger = "seconds that a manager in the background stays after the last question"
+    url = "manager that commands speak to: `http://...`, `https://...`, `unix:/PATH`"
+    parts = [
+        "# The manager's settings\n",
+        "How to use it: [manage machines](../how-to/manage-machines.md), [serve the manager]"
+        "(../how-to/serve-the-manager.md).\n",
+        "## Of a manager\n",
+        "Variables of the environment, which are read when it starts: by `vmlab serve`, or by the "
+        "first command, which starts one in the background. `vmlab serve --stop` ends that one; "
+        "the next command starts another. A value that cannot be is refused by its variable's "
+        "name.\n",
+        _table(
+            ("variable", "if left out", "meaning"),
+            [*rows, (f"`{LINGER_VARIABLE}`", f"{LINGER:g}", linger)],
+        ),
+        "## Of commands and clients\n",
+        _table(
+            ("variable", "if left out", "meaning"),
+            [
+                ("`VMLAB_HOME`", "the user's data directory", "where a manager keeps all it has"),
+                (f"`{URL_VARIABLE}`", "the home's own manager", url),
+                (f"`{TOKEN_VARIABLE}`", "none", "token that a manager at a URL is shown"),
+            ],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _default(value: object) -> str:
+    """What a setting is if nobody says it; what is None or made anew says so in its meaning."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else ""
+
+
 # ------------------------------------------------------------------------------------- pytest
 
 
@@ -576,5 +633,6 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "reference/conformance.md": conformance_page,
     "reference/files.md": files_page,
     "reference/images.md": images_page,
+    "reference/manager.md": manager_page,
     "reference/pytest.md": pytest_page,
 }

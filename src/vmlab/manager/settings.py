@@ -21,7 +21,7 @@ from vmlab.machine.problems import invalid
 from vmlab.machine.sizes import Size
 from vmlab.manager.requests import Policy
 
-__all__ = ["HostSetting", "Limits", "Settings"]
+__all__ = ["VARIABLES", "HostSetting", "Limits", "Settings"]
 
 
 class Limits(BaseModel):
@@ -29,10 +29,10 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vcpus: int | None = Field(None, ge=1, description="vCPUs of all live machines")
-    memory: Size | None = Field(None, description="memory of all live machines")
-    disk: Size | None = Field(None, description="sizes of all disks of the store")
-    machines: int | None = Field(None, ge=1, description="machines that are there")
+    vcpus: int | None = Field(None, ge=1, description="number of vCPUs of all live machines")
+    memory: Size | None = Field(None, description='memory of all live machines: bytes, or "16G"')
+    disk: Size | None = Field(None, description='sizes of all disks of the store: bytes, or "1T"')
+    machines: int | None = Field(None, ge=1, description="number of machines that are there")
 
 
 class HostSetting(BaseModel):
@@ -59,9 +59,9 @@ class Settings(BaseModel):
         description="wait for the disk at each change, so that a power failure loses nothing",
     )
     dry_run: bool = Field(False, description="say what would be done and touch nothing")
-    workers: int = Field(4, ge=1, le=256, description="operations that run at once")
-    sweep_seconds: float = Field(5.0, gt=0, description="interval of the observer's sweeps")
-    stop_seconds: float = Field(30.0, gt=0, description="time that a guest has to shut down")
+    workers: int = Field(4, ge=1, le=256, description="number of operations that run at once")
+    sweep_seconds: float = Field(5.0, gt=0, description="seconds between sweeps of the observer")
+    stop_seconds: float = Field(30.0, gt=0, description="seconds that a guest has to shut down")
     limits: Limits = Field(default_factory=Limits)
     hosts: tuple[HostSetting, ...] | None = Field(
         None,
@@ -72,9 +72,13 @@ class Settings(BaseModel):
     rate_limit: float | None = Field(
         None, gt=0, description="requests per second of one client; no limit if left out"
     )
-    events_kept: int = Field(100_000, ge=1, description="events that can be replayed")
-    operations_kept: int = Field(50_000, ge=1, description="operations that have ended")
-    findings_kept: int = Field(10_000, ge=1, description="findings that are resolved")
+    events_kept: int = Field(100_000, ge=1, description="number of events that can be replayed")
+    operations_kept: int = Field(
+        50_000, ge=1, description="number of ended operations that are kept"
+    )
+    findings_kept: int = Field(
+        10_000, ge=1, description="number of resolved findings that are kept"
+    )
     findings: dict[str, Policy] = Field(
         default_factory=dict,
         description='what is done about findings, by code: "CODE=POLICY,CODE=POLICY"; those left '
@@ -118,7 +122,7 @@ class Settings(BaseModel):
         environment = os.environ if environment is None else environment
         values: dict[str, Any] = {}
         limits: dict[str, Any] = {}
-        for variable, field in _VARIABLES.items():
+        for variable, field in VARIABLES.items():
             text = environment.get(variable)
             if not text:
                 continue
@@ -151,7 +155,7 @@ class Settings(BaseModel):
         return directory
 
 
-_VARIABLES: Final = {
+VARIABLES: Final = {
     "VMLAB_DATABASE_URL": "database_url",
     "VMLAB_POWER_SAFE": "power_safe",
     "VMLAB_DRY_RUN": "dry_run",
@@ -169,9 +173,9 @@ _VARIABLES: Final = {
     "VMLAB_LIMIT_DISK": "limits.disk",
     "VMLAB_LIMIT_MACHINES": "limits.machines",
 }
-"""Which setting a variable of the environment is."""
+"""Which setting a variable of the environment is; docs/reference/manager.md tells of all."""
 
 
 def _variable(field: str) -> str:
     """The variable that a setting comes from; the setting itself if there is none."""
-    return next((name for name, setting in _VARIABLES.items() if setting == field), field)
+    return next((name for name, setting in VARIABLES.items() if setting == field), field)

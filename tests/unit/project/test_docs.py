@@ -21,6 +21,7 @@ from vmlab.machine.capabilities import Capability
 from vmlab.machine.events import EventType
 from vmlab.machine.faults import FaultKind
 from vmlab.machine.states import OPERATIONS, TRANSITIONS, MachineState
+from vmlab.manager.settings import VARIABLES, Limits, Settings
 
 ROOT = Path(__file__).parents[3]
 needs_graphviz = pytest.mark.skipif(
@@ -108,6 +109,23 @@ def test_reference_pages_leave_nothing_out() -> None:
     assert all(f"`{each.value}`" in events for each in EventType)
     assert all(f"| `{each.value}` |" in codes for each in ExitCode)
     assert all(f"## vmlab {entry.name}" in docs_hooks.command_line_page() for entry in COMMANDS)
+
+
+def test_every_setting_of_the_manager_has_a_variable_that_the_reference_tells_of() -> None:
+    settable = set(Settings.model_fields) - {"home", "limits"}
+    settable |= {f"limits.{name}" for name in Limits.model_fields}
+    assert set(VARIABLES.values()) == settable
+    rows = {
+        row[0]: row[1:]
+        for row in re.findall(
+            r"^\| `(VMLAB_\w+)` \| (.*) \| (.+) \|$", docs_hooks.manager_page(), re.MULTILINE
+        )
+    }
+    others = {"VMLAB_HOME", "VMLAB_URL", "VMLAB_TOKEN", "VMLAB_LINGER_SECONDS"}
+    assert set(rows) == set(VARIABLES) | others
+    assert rows["VMLAB_EVENTS_KEPT"][0] == f"{Settings.model_fields['events_kept'].default:,}"
+    assert rows["VMLAB_STOP_SECONDS"] == ("30", "seconds that a guest has to shut down")
+    assert rows["VMLAB_LIMIT_MEMORY"][0] == "what the host has"
 
 
 def blocks(path: Path, language: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from functools import partial
+from typing import Final
 
 from vmlab.hypervisors.ownership import Home
 from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
@@ -14,9 +15,9 @@ from vmlab.manager.client.address import directory_of
 from vmlab.manager.client.background import LOG
 from vmlab.manager.service.detaching import Ready, detached
 
-__all__ = ["background", "main"]
+__all__ = ["LINGER_VARIABLE", "background", "main"]
 
-_VARIABLE = "VMLAB_LINGER_SECONDS"
+LINGER_VARIABLE: Final = "VMLAB_LINGER_SECONDS"
 
 
 def background(home: Home, ready: Ready) -> None:
@@ -38,7 +39,7 @@ def _linger(usual: float) -> float:
     Raises:
         InvalidSpec: the environment says something that is no time.
     """
-    text = os.environ.get(_VARIABLE)
+    text = os.environ.get(LINGER_VARIABLE)
     if not text:
         return usual
     try:
@@ -47,7 +48,7 @@ def _linger(usual: float) -> float:
             raise ValueError
     except ValueError:
         raise InvalidSpec(
-            [SpecProblem(_VARIABLE, text, "a number of seconds above 0")], what="environment"
+            [SpecProblem(LINGER_VARIABLE, text, "a number of seconds above 0")], what="environment"
         ) from None
     return seconds
 
