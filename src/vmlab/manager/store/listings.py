@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session, joinedload, selectinload
+from sqlalchemy.orm import Session, joinedload
 
 from vmlab.machine.fields import LARGEST
 from vmlab.machine.states import MachineState
@@ -44,6 +44,7 @@ from vmlab.manager.store.tables import (
 )
 from vmlab.manager.store.told import (
     MACHINE_COLUMNS,
+    OPERATION_COLUMNS,
     address_document,
     disk_document,
     event_document,
@@ -51,7 +52,7 @@ from vmlab.manager.store.told import (
     host_documents,
     machine_documents,
     network_documents,
-    operation_document,
+    operation_documents,
     snapshot_document,
     template_documents,
 )
@@ -321,7 +322,7 @@ def list_operations(
     Raises:
         InvalidSpec: an argument is none.
     """
-    query = select(OperationRow).options(selectinload(OperationRow.steps))
+    query = select(*OPERATION_COLUMNS)
     if state is not None:
         states = [state] if isinstance(state, str) else list(state)
         known = get_args(OperationState)
@@ -338,7 +339,7 @@ def list_operations(
         s,
         query,
         key=(OperationRow.number,),
-        document=lambda s, rows: [operation_document(s, row) for row in rows],
+        document=operation_documents,
         limit=limit,
         cursor=cursor,
         descending=True,

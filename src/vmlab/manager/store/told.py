@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, ip_network
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import BindParameter, Row, Select, bindparam, func, inspect, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from vmlab.machine.states import LIVE, MachineState
 from vmlab.manager.documents import (
@@ -33,6 +33,7 @@ from vmlab.manager.networks.ipam import Subnet, pools
 from vmlab.manager.requests import MachinePolicy, Metadata
 from vmlab.manager.store.tables import (
     AddressRow,
+    Base,
     DiskRow,
     EventRow,
     FindingRow,
@@ -41,11 +42,13 @@ from vmlab.manager.store.tables import (
     NetworkRow,
     OperationRow,
     SnapshotRow,
+    StepRow,
     TemplateRow,
 )
 
 __all__ = [
     "MACHINE_COLUMNS",
+    "OPERATION_COLUMNS",
     "Crowd",
     "address_document",
     "crowds",
@@ -59,21 +62,26 @@ __all__ = [
     "network_document",
     "network_documents",
     "operation_document",
+    "operation_documents",
     "snapshot_document",
     "template_document",
     "template_documents",
 ]
 
-MACHINE_COLUMNS: Final = tuple(
-    getattr(MachineRow, attribute.key) for attribute in inspect(MachineRow).column_attrs
-)
-"""What a list of machines reads: rows that nobody changes need not be objects of the session."""
 
-# What belongs to machines is read by statements that are made once, past the session's objects:
+def _columns_of(table: type[Base]) -> tuple[InstrumentedAttribute[Any], ...]:
+    return tuple(getattr(table, attribute.key) for attribute in inspect(table).column_attrs)
+
+
+MACHINE_COLUMNS: Final = _columns_of(MachineRow)
+OPERATION_COLUMNS: Final = _columns_of(OperationRow)
+"""What lists read: rows that nobody changes need not be objects of the session."""
+
+# What belongs to them is read by statements that are made once, past the session's objects:
 # most of what a small page costs is not the database.
 _TABLES: Final = MachineRow.metadata.tables
 _TEMPLATES, _DISKS, _NICS = _TABLES["templates"], _TABLES["disks"], _TABLES["nics"]
-_NETWORKS, _ADDRESSES = _TABLES["networks"], _TABLES["addresses"]
+_NETWORKS, _ADDRESSES, _STEPS = _TABLES["networks"], _TABLES["addresses"], _TABLES["steps"]
 _IDS: Final[BindParameter[Any]] = bindparam("ids", expanding=True)
 _TEMPLATE_NAMES: Final = select(_TEMPLATES.c.id, _TEMPLATES.c.name).where(_TEMPLATES.c.id.in_(_IDS))
 _DISKS_OF: Final = (
@@ -95,6 +103,7 @@ _ADDRESSES_OF: Final = (
     .where(_ADDRESSES.c.nic_id.in_(_IDS))
     .order_by(_ADDRESSES.c.number)
 )
+_STEPS_OF: Final = select(_STEPS).where(_STEPS.c.operation_id.in_(_IDS)).order_by(_STEPS.c.position)
 
 
 def _belonging(s: Session, statement: Select[Any], ids: Collection[str]) -> Sequence[Any]:
@@ -305,6 +314,20 @@ def snapshot_document(s: Session, row: SnapshotRow) -> SnapshotDocument:
 
 def operation_document(s: Session, row: OperationRow) -> OperationDocument:
     """An operation with its journal, as it is told."""
+    return _operation_document(row, row.steps)
+
+
+def operation_documents(s: Session, rows: Sequence[Row[Any]]) -> list[OperationDocument]:
+    """Operations with their journals, of `OPERATION_COLUMNS`."""
+    steps: defaultdict[str, list[Any]] = defaultdict(list)
+    for step in _belonging(s, _STEPS_OF, [row.id for row in rows]):
+        steps[step.operation_id].append(step)
+    return [_operation_document(row, steps[row.id]) for row in rows]
+
+
+def _operation_document(
+    row: OperationRow | Row[Any], steps: Sequence[StepRow] | Sequence[Row[Any]]
+) -> OperationDocument:
     return OperationDocument(
         id=row.id,
         kind=row.kind,
@@ -324,7 +347,7 @@ def operation_document(s: Session, row: OperationRow) -> OperationDocument:
                 ended=step.ended,
                 data=dict(step.data),
             )
-            for step in row.steps
+            for step in steps
         ),
         progress=row.progress,
         message=row.message,
