@@ -1,12 +1,14 @@
 """The manager's service with 10,000 machines in the store: how soon it answers, and its memory.
 
-A manager with a simulated host serves on a unix socket in a process of its own, kept to one core.
-Its store has been given 10,000 machines. Then clients ask for 100 things a second, at moments that
-do not wait for the answers (an open loop: who waits for an answer before asking again hides how
-slow it was): single machines, pages of a list filtered by state or label, operations, events, and
-changes that are answered with 202 and carried out meanwhile. Told are the percentiles of reads and
-of changes, CPU, and memory (PSS). Beside them, as many requests a second for nothing (404 of a path
-that there is not), which is what HTTP alone takes here.
+The manager as it is served (`vmlab serve`), with its observer and its operator, on a unix socket in
+a process of its own, kept to one core. Its machines run on a simulated host in the same process,
+so that the observer has all of them to look at; each has a NIC and an address, every tenth a disk.
+Then clients ask for 100 things a second, at moments that do not wait for the answers (an open loop:
+who waits for an answer before asking again hides how slow it was): single machines, pages of a list
+filtered by state or label, operations, events, and changes that are answered with 202 and carried
+out meanwhile. Told are the percentiles of reads and of changes, CPU, sweeps of the observer, and
+memory (PSS), of which the simulated machines are a part. Beside them, as many requests a second for
+nothing (404 of a path that there is not), which is what HTTP alone takes here.
 
     python benchmarks/manager.py [--machines 10000] [--seconds 30] [--rate 100]
 
@@ -19,12 +21,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import gc
 import json
 import os
 import random
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -35,89 +36,69 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import httpx
+from observer import fill, settings_in
+from sqlalchemy import update
+from sqlalchemy.orm import Session
+
+from vmlab.hypervisors.ownership import Home
+from vmlab.manager.api.logs import configure
+from vmlab.manager.client.address import socket_of
+from vmlab.manager.manager import Manager
+from vmlab.manager.service.listening import Listening
+from vmlab.manager.service.serving import serve
+from vmlab.manager.store.tables import MachineRow, TemplateRow
+
 READ_P99 = 0.020
 CHANGE_P99 = 0.050
 MEMORY = 400 * 10**6
-
-_LATENCIES = (
-    *("create", "start", "stop", "kill", "pause", "resume", "delete", "status", "network"),
-    *("disk", "snapshot", "restore", "fork", "resize", "fault", "migration"),
-)
+SWEEP_SECONDS = 5.0
+"""Between two sweeps of the observer, as it is where nobody says otherwise."""
 
 
-def _fill(home: Path, machines: int) -> None:
-    """Put machines into the store of a home, as if they had been made and started or not."""
-    from vmlab.hypervisors.ownership import Home
-    from vmlab.manager.settings import Settings
-    from vmlab.manager.store.database import Database
-    from vmlab.manager.store.tables import HostRow, MachineRow, NicRow, TemplateRow
-
-    def fill(session: Any) -> None:
-        if session.get(HostRow, "simulated") is None:
-            session.add(HostRow(name="simulated", hypervisor="simulated"))
-        template = TemplateRow(name="small", memory=512 << 20, vcpus=1, spec={})
-        session.add(template)
-        session.flush()
-        for number in range(machines):
-            row = MachineRow(
-                name=f"filled-{number:05d}",
-                state="stopped" if number % 3 else "created",
-                host="simulated",
-                hypervisor="simulated",
-                template_id=template.id,
-                architecture="x86_64",
-                vcpus=1,
-                memory=512 << 20,
-                spec={"name": f"m-{number:012x}", "memory": {"size": "512M"}},
-                labels={"role": f"r{number % 100}"},
-                policy={},
-                metadata_={},
-            )
-            session.add(row)
-            session.flush()
-            mac = ":".join(f"{byte:02x}" for byte in (0x52, 0x54, *number.to_bytes(4, "big")))
-            session.add(NicRow(machine_id=row.id, name="net0", mode="none", mac=mac))
-
-    database = Database.open(Settings(home=Home.open(home)))
-    try:
-        database.write_now(fill)
-    finally:
-        database.close()
+async def _fill(directory: Path, machines: int) -> None:
+    """Have so many machines run on the simulated host and be in the store, with what is theirs."""
+    manager = await Manager.open(settings_in(directory, machines))
+    async with manager:
+        ids = await fill(manager, machines)
+        await manager.database.write(_name, ids)
 
 
-async def _serve(home: Path, profile: Path, path: str) -> None:
-    """Serve the manager of a home on a unix socket until SIGTERM comes."""
-    import uvicorn
-
-    from vmlab.hypervisors.ownership import Home
-    from vmlab.manager.api import create_app, end_streams
-    from vmlab.manager.api.logs import configure
-    from vmlab.manager.manager import Manager
-    from vmlab.manager.settings import HostSetting, Settings
-
-    configure(home / "log")
-    host = HostSetting(
-        name="simulated",
-        hypervisor="simulated",
-        options={"clock": "wall", "profile": str(profile), "seed": "1"},
+def _name(session: Session, ids: list[str]) -> None:
+    """Give machines names by number, labels, and a template that they were made of."""
+    template = TemplateRow(name="small", memory=64 << 20, vcpus=1, spec={})
+    session.add(template)
+    session.flush()
+    session.execute(
+        update(MachineRow),
+        [
+            {
+                "id": id_,
+                "name": _name_of(number),
+                "labels": {"role": f"r{number % 100}"},
+                "template_id": template.id,
+                "version": 1,
+            }
+            for number, id_ in enumerate(ids)
+        ],
     )
-    # The machines are in the store alone, so there is nothing for the observer to compare.
-    settings = Settings(home=Home.open(home), hosts=(host,), sweep_seconds=86_400)
-    ending = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    async with await Manager.open(settings) as manager:
-        app = create_app(manager, authenticate=False)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(path)
-        listener.listen(128)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_keep_alive=120))
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # ours
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        await ending.wait()
-        end_streams(app)
-        server.should_exit = True
-        await serving
-        listener.close()
+
+
+def _name_of(number: int) -> str:
+    return f"filled-{number:05d}"
+
+
+def _core() -> int:
+    """The core that the manager is kept to."""
+    return min(os.sched_getaffinity(0))
+
+
+async def _serve(directory: Path, machines: int) -> None:
+    """Be the manager, on one core, until SIGTERM comes."""
+    os.sched_setaffinity(0, {_core()})
+    settings = settings_in(directory, machines)
+    configure(directory / "log")
+    await serve(settings.model_copy(update={"sweep_seconds": SWEEP_SECONDS}), Listening())
 
 
 # ------------------------------------------------------------------- clients
@@ -140,8 +121,8 @@ def _reading(chances: random.Random, machines: int) -> str:
     number = chances.randrange(machines)
     return chances.choices(
         (
-            f"/v1/machines/filled-{number:05d}",
-            f"/v1/machines?state=created&limit=20&name=filled-{number // 100:03d}*",
+            f"/v1/machines/{_name_of(number)}",
+            f"/v1/machines?state=running&limit=20&name=filled-{number // 100:03d}*",
             f"/v1/machines?label=role%3Dr{number % 100}&limit=10",
             "/v1/operations?limit=20",
             "/v1/events?limit=20",
@@ -168,8 +149,6 @@ async def _measure(
     path: str, machines: int, rate: float, seconds: float, *, nothing: bool = False
 ) -> Answers:
     """Ask `rate` things a second for so long: nine of ten are reads."""
-    import httpx
-
     chances = random.Random(1)
     answers = Answers()
     transport = httpx.AsyncHTTPTransport(uds=path, limits=httpx.Limits(max_connections=64))
@@ -178,6 +157,9 @@ async def _measure(
     ) as client:
         for _ in range(20):
             await client.get("/v1/machines", params={"limit": 1})
+        # What the client collects would look like answers that take long.
+        gc.collect()
+        gc.disable()
         begin = time.perf_counter() + 0.5
         tasks = []
         for number in range(int(rate * seconds)):
@@ -188,10 +170,11 @@ async def _measure(
                 asked = ("read", "GET", _reading(chances, machines), due)
             else:
                 label = {"labels": {"role": f"r{chances.randrange(100)}"}}
-                name = f"filled-{chances.randrange(machines):05d}"
+                name = _name_of(chances.randrange(machines))
                 asked = ("change", "PATCH", f"/v1/machines/{name}", due, label)
             tasks.append(asyncio.create_task(_ask(client, answers, *asked)))
         await asyncio.gather(*tasks)
+        gc.enable()
     return answers
 
 
@@ -211,28 +194,21 @@ def _cpu(pid: int) -> float:
 
 
 def _until_quiet(pid: int) -> None:
-    """Wait until a manager has seen that none of its machines are at their host, and said so."""
-    quiet, deadline = 0, time.monotonic() + 90
-    while quiet < 2 and time.monotonic() < deadline:
+    """Wait until a manager has found its machines again and is not at its first sweep any more."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
         before = _cpu(pid)
         time.sleep(1)
-        quiet = quiet + 1 if _cpu(pid) - before < 0.05 else 0
+        if _cpu(pid) - before < 0.1:
+            return
 
 
 def _run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    home = directory / "home"
-    home.mkdir(mode=0o700)
-    profile = directory / "profile.toml"
-    latencies = "\n".join(f"{name} = 0" for name in _LATENCIES)
-    profile.write_text(f'extends = "performance"\n[latency]\n{latencies}\n', encoding="utf-8")
     begun = time.perf_counter()
-    _fill(home, arguments.machines)
+    subprocess.run(_part("fill", arguments.machines, directory), check=True)
     filled = time.perf_counter() - begun
-    path = str(directory / "s")
-    core = min(os.sched_getaffinity(0))
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(home), str(profile), path, str(core)]
-    )
+    path = str(socket_of(Home.open(directory / "home")))
+    server = subprocess.Popen(_part("serve", arguments.machines, directory))
     try:
         deadline = time.monotonic() + 120
         while not _answers(path):
@@ -240,7 +216,7 @@ def _run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
                 raise SystemExit("the manager does not answer")
             time.sleep(0.1)
         _until_quiet(server.pid)
-        rest = os.sched_getaffinity(0) - {core}
+        rest = os.sched_getaffinity(0) - {_core()}
         if rest:
             os.sched_setaffinity(0, rest)
         nothing = asyncio.run(_measure(path, arguments.machines, arguments.rate, 5, nothing=True))
@@ -275,6 +251,12 @@ def _run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return found
 
 
+def _part(part: str, machines: int, directory: Path) -> list[str]:
+    """The command of a process that does a part of it."""
+    program = [sys.executable, __file__, "--part", part, str(directory)]
+    return [*program, "--machines", str(machines)]
+
+
 def _answers(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -293,12 +275,11 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results" / "manager.json"
     )
-    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve:
-        home, profile, path, core = arguments.serve
-        os.sched_setaffinity(0, {int(core)})
-        asyncio.run(_serve(Path(home), Path(profile), path))
+    if arguments.part is not None:
+        part, where = arguments.part
+        asyncio.run({"fill": _fill, "serve": _serve}[part](Path(where), arguments.machines))
         return 0
     # A unix socket's path is short.
     directory = Path(tempfile.mkdtemp(prefix="vmlab-b-"))
