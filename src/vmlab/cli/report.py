@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from vmlab.machine.errors import VmlabError
 if TYPE_CHECKING:
     from vmlab.report import Run
     from vmlab.report.difference import Difference, TestChange
+    from vmlab.report.shelf import RunSummary
 
 __all__ = ["app"]
 
@@ -153,6 +155,96 @@ def diff(
     else:
         _show_difference(found)
     return ExitCode.FAILED if found.worse else ExitCode.OK
+
+
+_Place = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DIRECTORY]",
+        help="A directory of runs; your own, if left out.",
+        show_default=False,
+    ),
+]
+
+
+@app.command("list")
+def list_runs(
+    place: _Place = None,
+    *,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, help="How many of the newest are told.")
+    ] = 20,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """List runs, the newest first, with how they ended."""
+    from itertools import islice
+
+    from vmlab.machine.places import reports_directory
+    from vmlab.report.shelf import run_directories, summarize
+
+    runs = [summarize(path) for path in islice(run_directories(place), limit)]
+    rows = [_run_row(run, as_json=as_json) for run in runs]
+    columns = [
+        output.Column("name", "RUN", no_wrap=True),
+        output.Column("outcome", "OUTCOME"),
+        output.Column("tests", "TESTS", justify="right"),
+        output.Column("bad", "NOT OK", justify="right"),
+        output.Column("took", "TOOK", justify="right"),
+        output.Column("tool", "TOOL"),
+        output.Column("problem", ""),
+    ]
+    where = place or reports_directory()
+    output.print_table(columns, rows, as_json=as_json, empty=f"there is no run in {where}")
+
+
+def _run_row(run: RunSummary, *, as_json: bool) -> dict[str, object]:
+    from vmlab.report.model import Outcome
+
+    bad = sum(count for outcome, count in run.counts.items() if not Outcome(outcome).ok)
+    row: dict[str, object] = {**dataclasses.asdict(run), "bad": bad}
+    if as_json:
+        return row
+    if run.problem:
+        return {"name": run.name, "problem": run.problem}
+    return {**row, "took": "did not end" if run.took is None else f"{run.took:.1f} s"}
+
+
+@app.command()
+def prune(
+    place: _Place = None,
+    *,
+    keep: Annotated[
+        int, typer.Option("--keep", min=1, help="How many of the newest stay, whatever their age.")
+    ] = 20,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            "--older-than",
+            metavar="TIME",
+            help='Only runs that began longer ago, such as "30d" or "12h".',
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would be removed, and remove nothing.")
+    ] = False,
+    as_json: output.JsonFlag = False,
+) -> None:
+    """Remove old runs: their reports with all consoles and other files.
+
+    A run that has not ended stays, and so does the last one.
+    """
+    from vmlab.cli.given import duration
+    from vmlab.report.shelf import throw_away
+
+    older = duration("--older-than", older_than)
+    gone = throw_away(place, keep=keep, older=older, dry_run=dry_run)
+    if as_json:
+        output.print_json({"dry_run": dry_run, "runs": [str(path) for path in gone]})
+        return
+    for path in gone:
+        print(path)
+    output.note(f"{len(gone)} {'run' if len(gone) == 1 else 'runs'} {'would be ' * dry_run}removed")
 
 
 def _difference(found: Difference) -> dict[str, object]:

@@ -7,6 +7,7 @@ belongs to the kernel; only the death of the host asks for fsync(2), which costs
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import threading
@@ -82,7 +83,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 class AppendFile:
     """A new file that lines are appended to, by any thread of the process that made it.
 
-    A line is one write(2) call, so a killed writer leaves at most one torn line, the last.
+    A line is one write(2) call, so a killed writer leaves at most one torn line, the last. The file
+    is locked (flock(2)) as long as it is open.
 
     Raises:
         FileExistsError: `path` exists; a file has one writer.
@@ -104,6 +106,10 @@ class AppendFile:
             raise
         except OSError as error:
             raise cannot_write(path, error) from error
+        # The kernel drops it with the process, whatever kills that: so others know who lives. A
+        # file system without locks has nothing to say on it.
+        with suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _sync_directory(path.parent)
 
     @property

@@ -13,7 +13,7 @@ from vmlab.machine.errors import VmlabError
 from vmlab.machine.places import reports_directory
 from vmlab.report.journal import REPORT, has_journal
 
-__all__ = ["LATEST", "find_report"]
+__all__ = ["LATEST", "find_report", "is_run"]
 
 LATEST: Final = "latest"
 
@@ -36,13 +36,14 @@ def find_report(path: Path | None = None) -> Path:
                 hint="name a run's directory or its report.json; `vmlab test` makes one",
             )
         return latest
-    if _is_run(path) or not path.is_dir():
+    if is_run(path) or not path.is_dir():
         return path
     if (path / LATEST).exists():
         return path / LATEST
     # A run that was killed never became the latest; their names sort by time.
-    return max((each for each in path.iterdir() if _is_run(each)), default=path)
+    return max((each for each in path.iterdir() if is_run(each)), default=path)
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a run is in this very directory."""
     return (path / REPORT).exists() or has_journal(path)

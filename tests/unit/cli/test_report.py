@@ -206,3 +206,33 @@ def test_output_that_nobody_reads_ends_quietly(ran: Path) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (ExitCode.BROKEN_PIPE, b"")
+
+
+def test_runs_are_listed_and_old_ones_thrown_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "runs"
+    assert main(["report", "list", str(place)]) == ExitCode.OK
+    assert f"there is no run in {place}" in capsys.readouterr().out.replace("\n", "")
+    old = _record(place / "20260101T000000Z-old", outcome="fail", more="later")
+    new = _record(place / "20260102T000000Z-new")
+    assert main(["report", "list", str(place)]) == ExitCode.OK
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in shown[1:]] == [
+        [new.name, "pass", "1", "0"],
+        [old.name, "fail", "2", "1"],
+    ]
+    assert main(["report", "list", str(place), "--json", "-n", "1"]) == ExitCode.OK
+    [told] = json.loads(capsys.readouterr().out)
+    assert (told["name"], told["counts"]["pass"], told["directory"]) == (new.name, 1, str(new))
+
+    prune = ["report", "prune", str(place), "--keep", "1"]
+    assert main([*prune, "--dry-run", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == {"dry_run": True, "runs": [str(old)]}
+    assert main([*prune, "--older-than", "soon"]) == ExitCode.USAGE
+    assert '"30m" or "7d"' in capsys.readouterr().err
+    assert old.is_dir()
+    assert main(prune) == ExitCode.OK
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (f"{old}\n", "1 run removed\n")
+    assert (old.exists(), new.exists()) == (False, True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vmlab.cli.given import duration, wrong
 from vmlab.cli.manager.completing import completed
-from vmlab.machine.errors import InvalidSpec, SpecProblem
 
 if TYPE_CHECKING:
     from vmlab.manager.documents import MachineDocument
@@ -36,36 +35,6 @@ MachineArgument = Annotated[
 MachinesArgument = Annotated[
     list[str], typer.Argument(help="Names or ids.", autocompletion=completed("machines"))
 ]
-
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([smhdw])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_DURATION_RULE: Final = 'a number with s, m, h, d or w, such as "30m" or "7d"'
-
-
-def wrong(option: str, value: object, expected: str, *, command: str = "") -> InvalidSpec:
-    """The error for an option or argument that is not what it has to be."""
-    return InvalidSpec(
-        [SpecProblem(option, value, expected)],
-        what="command line",
-        hint=f"`vmlab {command} --help` shows what it takes".replace("  ", " "),
-    )
-
-
-def duration(option: str, text: str | None) -> timedelta | None:
-    """The time that "30m" or "7d" is.
-
-    Raises:
-        InvalidSpec: it is none.
-    """
-    if text is None:
-        return None
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise wrong(option, text, _DURATION_RULE)
-    try:
-        return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
-    except OverflowError:
-        raise wrong(option, text, "a time of less than some million years") from None
 
 
 def moment(option: str, text: str | None) -> datetime | None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,11 +15,12 @@ from typing import TYPE_CHECKING, Final
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import BaseRoute
 
-from vmlab.machine.errors import ResourceNotFound, VmlabError
+from vmlab.machine.errors import ResourceNotFound
 from vmlab.machine.places import reports_directory
 from vmlab.manager.web.rendering import headers
 from vmlab.manager.web.visit import Pages, Visit
 from vmlab.report.model import Outcome
+from vmlab.report.shelf import RunSummary, run_directories, summarize
 
 if TYPE_CHECKING:
     from vmlab.report.model import Artifact, Run
@@ -50,36 +49,13 @@ def routes(pages: Pages) -> list[BaseRoute]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Summary:
-    """A run in a line."""
-
-    name: str
-    outcome: str = ""
-    tool: str = ""
-    started: datetime | None = None
-    took: float | None = None
-    tests: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    problem: str = ""
-
-
-def _directories() -> Iterator[Path]:
-    """The directories of runs, the newest first: their names begin with the time."""
-    try:
-        found = sorted(reports_directory().iterdir(), reverse=True)
-    except FileNotFoundError:
-        return
-    yield from (path for path in found if path.is_dir() and not path.is_symlink())
-
-
 def _directory(name: str) -> Path:
     """The directory of the run of that name, of those that are there.
 
     Raises:
         ResourceNotFound: There is none.
     """
-    for path in _directories():
+    for path in run_directories():
         if path.name == name:
             return path
     raise ResourceNotFound(
@@ -87,30 +63,17 @@ def _directory(name: str) -> Path:
     )
 
 
-def _summaries() -> list[_Summary]:
-    found = []
-    for path, _ in zip(_directories(), range(_MOST), strict=False):
-        try:
-            found.append(_summary(path, path.stat().st_mtime_ns))
-        except (OSError, VmlabError) as error:
-            found.append(_Summary(path.name, problem=str(error)))
-    return found
+def _summaries() -> list[RunSummary]:
+    return [
+        _summary(path, path.stat().st_mtime_ns)
+        for path, _ in zip(run_directories(), range(_MOST), strict=False)
+    ]
 
 
 @lru_cache(4 * _MOST)
-def _summary(path: Path, changed: int) -> _Summary:
+def _summary(path: Path, changed: int) -> RunSummary:
     """The run in a directory that was changed then."""
-    run = _run(path)
-    totals = run.totals
-    return _Summary(
-        name=path.name,
-        outcome=run.outcome.value,
-        tool=f"{run.tool} {run.version}",
-        started=run.started,
-        took=run.duration_s,
-        tests=totals.tests,
-        counts={outcome.value: totals[outcome] for outcome in Outcome},
-    )
+    return summarize(path)
 
 
 def _run(path: Path) -> Run:
