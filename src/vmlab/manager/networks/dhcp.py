@@ -1,6 +1,7 @@
 """DHCP for IPv4 and ARP in Ethernet frames: what is asked, and what is answered; no sockets.
 
-For isolated networks, where no interface of the host is on the wire and dnsmasq can serve nobody.
+For isolated networks, where no interface of the host is on the wire and dnsmasq can serve nobody;
+`dhcp6` is the same for IPv6.
 Follows RFC 2131 (DHCP), RFC 2132 (its options), RFC 826 (ARP), RFC 791 and RFC 768.
 """
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface
 from typing import Final
 
-__all__ = ["Responder", "own_mac"]
+__all__ = ["Responder", "checksum", "own_mac"]
 
 _BROADCAST: Final = b"\xff" * 6
 _ETHERTYPE_IPV4: Final = 0x0800
@@ -129,9 +130,9 @@ class Responder:
         source, target = self.server.ip.packed, address.packed
         udp = struct.pack("!HHHH", _SERVER_PORT, _CLIENT_PORT, 8 + len(payload), 0) + payload
         pseudo = source + target + struct.pack("!BBH", 0, _UDP, len(udp))
-        udp = udp[:6] + (_checksum(pseudo + udp) or 0xFFFF).to_bytes(2) + udp[8:]
+        udp = udp[:6] + (checksum(pseudo + udp) or 0xFFFF).to_bytes(2) + udp[8:]
         ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, _UDP, 0, source, target)
-        ip = ip[:10] + _checksum(ip).to_bytes(2) + ip[12:]
+        ip = ip[:10] + checksum(ip).to_bytes(2) + ip[12:]
         return to + self.mac + _ETHERTYPE_IPV4.to_bytes(2) + ip + udp
 
 
@@ -167,7 +168,7 @@ def _options(data: bytes) -> dict[int, bytes]:
     return found
 
 
-def _checksum(data: bytes) -> int:
+def checksum(data: bytes) -> int:
     """The Internet's (RFC 1071)."""
     total: int = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
     while total >> 16:

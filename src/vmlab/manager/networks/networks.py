@@ -310,16 +310,14 @@ def _identity(machine: MachineRow) -> Identity:
             continue
         subnets = {subnet.version: subnet for subnet in subnets_of(network)}
         gateways = Layout.of(network, "").gateways if network.mode == "bridged" else ()
-        # On a bridge that is the host's own nobody of ours answers, and on a segment by IPv4 only.
-        served = {4, 6} if network.mode == "bridged" else {4}
-        if not network.dhcp or network.data.get("foreign"):
-            served = set()
+        # On a bridge that is the host's own nobody of ours answers.
+        served = network.dhcp and not network.data.get("foreign")
         versions = [(each.address, 6 if ":" in each.address else 4) for each in nic.addresses]
         nics.append(
             SeedNic(
                 nic.name,
                 nic.mac,
-                dhcp=frozenset(served & set(subnets)),
+                dhcp=frozenset(subnets if served else ()),
                 addresses=tuple(
                     f"{address}/{subnets[version].prefixlen}"
                     for address, version in versions

@@ -11,11 +11,12 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
-from ipaddress import IPv4Interface
+from ipaddress import IPv4Interface, ip_interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from vmlab.manager.networks.dhcp import Responder, own_mac
+from vmlab.manager.networks.dhcp6 import Responder6
 
 if TYPE_CHECKING:
     from vmlab.manager.networks.layout import Layout, Lease
@@ -33,26 +34,20 @@ def configuration(layout: Layout, leases: Sequence[Lease], group: tuple[str, int
 
     Args:
         layout: The network.
-        leases: Who gets which addresses; IPv4 ones are told.
+        leases: Who gets which addresses.
         group: Multicast group and port of its segment.
     """
-    server = next((each for each in layout.gateways if ":" not in each), None)
-    if server is None or not layout.dhcp:
+    if not layout.gateways or not layout.dhcp:
         return ""
-    told = {
-        lease.mac: [address, lease.hostname]
-        for lease in leases
-        for address in lease.addresses
-        if ":" not in address
-    }
     return json.dumps(
         {
             "network": layout.network,
             "group": group[0],
             "port": group[1],
-            "server": server,
-            "dns": [each for each in layout.dns if ":" not in each],
-            "leases": told,
+            # An address of each version of IP at most; a machine has one of each.
+            "servers": list(layout.gateways),
+            "dns": list(layout.dns),
+            "leases": [[each.mac, each.hostname, list(each.addresses)] for each in leases],
         },
         indent=1,
     )
@@ -89,13 +84,23 @@ def _told(path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
         return (found.st_ino, found.st_mtime_ns), json.loads(file.read())
 
 
-def _responder(told: dict[str, Any]) -> Responder:
-    return Responder(
-        mac=own_mac(told["network"]),
-        server=IPv4Interface(told["server"]),
-        leases={mac: (address, name) for mac, (address, name) in told["leases"].items()},
-        dns=told["dns"],
-    )
+def _responders(told: dict[str, Any]) -> list[Responder | Responder6]:
+    """Who answers, for each version of IP that the network has."""
+    made: list[Responder | Responder6] = []
+    leases = [
+        (mac, hostname, address)
+        for mac, hostname, addresses in told["leases"]
+        for address in addresses
+    ]
+    for text in told["servers"]:
+        server, mac = ip_interface(text), own_mac(told["network"])
+        if isinstance(server, IPv4Interface):
+            four = {who: (address, name) for who, name, address in leases if ":" not in address}
+            made.append(Responder(mac, server, four, told["dns"]))
+        else:
+            six = {who: address for who, _, address in leases if ":" in address}
+            made.append(Responder6(mac, server, six, told["dns"]))
+    return made
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -105,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     path = Path(arguments[0])
     read, told = _told(path)
-    responder = _responder(told)
+    responders = _responders(told)
     group, port = told["group"], told["port"]
     with join(group, port) as wire:
         wire.settimeout(_LOOK_SECONDS)
@@ -115,7 +120,7 @@ def main(arguments: Sequence[str]) -> None:
                 frame = wire.recv(_LARGEST)
             except TimeoutError:
                 frame = b""
-            if frame and not responder.asked(frame):
+            if frame and not any(each.asked(frame) for each in responders):
                 continue
             try:
                 found = path.stat()
@@ -123,10 +128,11 @@ def main(arguments: Sequence[str]) -> None:
                 return
             if (found.st_ino, found.st_mtime_ns) != read:
                 read, told = _told(path)
-                responder = _responder(told)
-            answer = responder.answer(frame)
-            if answer is not None:
-                wire.sendto(answer, (group, port))
+                responders = _responders(told)
+            for each in responders:
+                answer = each.answer(frame)
+                if answer is not None:
+                    wire.sendto(answer, (group, port))
 
 
 if __name__ == "__main__":
