@@ -5,7 +5,8 @@
 All machines run on one simulated host whose answers take no time, each has a row, a NIC and an
 address in the store, and every tenth a disk. `whole` asks each of them for its state and its parts,
 and its guest for a sign of life, in turns of `Pace.guests`; `paced` is what runs every few seconds
-and asks some of them. `heard` is from a machine's crash to its finding, with no sweep in between.
+and asks some of them. `waited` is the longest that somebody else on the manager's event loop had to
+wait meanwhile. `heard` is from a machine's crash to its finding, with no sweep in between.
 Ends with status 1 if the slowest whole sweep takes 10 s or more.
 """
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
@@ -52,6 +54,7 @@ _TIMES = (
     *("disk", "snapshot", "restore", "fork", "resize", "fault", "migration"),
 )
 _AT_ONCE = 64
+_MOMENT = 0.001
 _HEARD = 20
 
 
@@ -155,12 +158,31 @@ async def heard(manager: Manager, hypervisor: Hypervisor, ids: list[str]) -> lis
     return seconds
 
 
-async def timed(manager: Manager, asked: int | None) -> tuple[float, float]:
-    """Seconds that a sweep takes, and seconds of this process's CPU time."""
+class Timed(NamedTuple):
+    """Seconds that a sweep takes, of this process's CPU time, and that others waited at most."""
+
+    wall: float
+    cpu: float
+    waited: float
+
+
+async def timed(manager: Manager, asked: int | None) -> Timed:
+    """One sweep."""
+    waits = [0.0]
+
+    async def wait() -> None:
+        while True:
+            begun = time.perf_counter()
+            await asyncio.sleep(_MOMENT)
+            waits.append(time.perf_counter() - begun - _MOMENT)
+
+    waiting = asyncio.ensure_future(wait())
     begun, used = time.perf_counter(), time.process_time()
     findings = await manager.observer.sweep(asked=asked)
+    took = Timed(time.perf_counter() - begun, time.process_time() - used, max(waits))
+    waiting.cancel()
     assert findings == [], findings[:3]
-    return time.perf_counter() - begun, time.process_time() - used
+    return took
 
 
 async def measure(machines: int, sweeps: int, directory: Path) -> dict[str, object]:
@@ -178,10 +200,12 @@ async def measure(machines: int, sweeps: int, directory: Path) -> dict[str, obje
         assert len(findings) == min(_HEARD, machines), len(findings)
     return {
         "machines": machines,
-        "whole_s": [round(each, 3) for each, _ in whole],
-        "whole_cpu_s": [round(cpu, 3) for _, cpu in whole],
-        "paced_s": [round(each, 3) for each, _ in paced],
-        "paced_cpu_s": [round(cpu, 3) for _, cpu in paced],
+        "whole_s": [round(each.wall, 3) for each in whole],
+        "whole_cpu_s": [round(each.cpu, 3) for each in whole],
+        "whole_waited_s": [round(each.waited, 3) for each in whole],
+        "paced_s": [round(each.wall, 3) for each in paced],
+        "paced_cpu_s": [round(each.cpu, 3) for each in paced],
+        "paced_waited_s": [round(each.waited, 3) for each in paced],
         "heard_median_s": round(statistics.median(noticed), 3),
         "heard_worst_s": round(max(noticed), 3),
         "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -7,7 +7,7 @@ has to look at it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
@@ -31,6 +31,8 @@ _LOG: Final = logging.getLogger(__name__)
 ACTOR: Final = "observer"
 """Who asks for the repairs that policies want."""
 
+_AT_ONCE: Final = 500
+"""Ids in one statement: databases do not take any number of them."""
 _ATTEMPTS: Final = 5
 _FIRST_PAUSE: Final = timedelta(seconds=10)
 
@@ -67,10 +69,8 @@ class Automatic:
 def _wanted(session: Session, findings: list[str]) -> list[_Wanted]:
     """The repairs that are due for those findings."""
     wanted = []
-    for id_ in findings:
-        row = session.get(FindingRow, id_)
-        if row is None or row.resolved is not None:
-            continue
+    for row in _not_only_reported(session, findings):
+        id_ = row.id
         action = repair_for(row.code, row.policy, row.actions)
         if action is None:
             continue
@@ -91,3 +91,17 @@ def _wanted(session: Session, findings: list[str]) -> list[_Wanted]:
                 continue
         wanted.append(_Wanted(id_, action, len(before)))
     return wanted
+
+
+def _not_only_reported(session: Session, findings: list[str]) -> Iterator[FindingRow]:
+    """Those of the findings that are open, and that a policy wants more of than to be told."""
+    for first in range(0, len(findings), _AT_ONCE):
+        yield from session.scalars(
+            select(FindingRow)
+            .where(
+                FindingRow.id.in_(findings[first : first + _AT_ONCE]),
+                FindingRow.resolved.is_(None),
+                FindingRow.policy != "report",
+            )
+            .order_by(FindingRow.first_seen, FindingRow.id)
+        )

@@ -114,11 +114,11 @@ class Eyes:
             # A host that fails again and again is left alone for a while, by everybody.
             async with self._manager.hosts.guarded(host), asyncio.timeout(_ANSWER_SECONDS):
                 hypervisor = await self._manager.hosts.get(host)
-                await hypervisor.list()
-            async with asyncio.timeout(_LOOK_SECONDS):
-                machines, looked = await hypervisors.machines_of(
-                    host, hypervisor, known, ask, others=scope.machines is None
+                found = await hypervisors.present(
+                    hypervisor, None if scope.machines is None else ask
                 )
+            async with asyncio.timeout(_LOOK_SECONDS):
+                machines, looked = await hypervisors.seen_of(host, found, known, ask)
         except (VmlabError, OSError, TimeoutError) as error:
             _LOG.info("host %s was not looked at: %s", host, str(error) or type(error).__name__)
             return {}

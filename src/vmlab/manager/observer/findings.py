@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import func, select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from vmlab.manager.documents import FindingDocument
@@ -20,7 +20,7 @@ from vmlab.manager.observer.difference import Difference
 from vmlab.manager.requests import Policy
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.queries import finding_document
-from vmlab.manager.store.tables import FindingRow, now
+from vmlab.manager.store.tables import FindingRow, new_id, now
 
 __all__ = ["Open", "Raised", "documents", "note", "open_findings", "resolve"]
 
@@ -34,8 +34,6 @@ _NEVER_THE_SAME: Final = frozenset({"clock-drift", "storage-low"})
 _MOST_REPAIRS: Final = 5
 _WITHIN: Final = timedelta(hours=1)
 """What was repaired so often in that time is not mended by that: it is only reported."""
-
-_AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +102,6 @@ def note(
     gone: Collection[str],
     *,
     event: int,
-    moment: datetime,
 ) -> list[str]:
     """Write down what a look has shown.
 
@@ -113,17 +110,25 @@ def note(
         found: Differences that are there.
         gone: Ids of findings whose difference is not there any more.
         event: Number of the store's newest event when the look began.
-        moment: When that was.
 
     Returns:
         Ids of the findings that are open for `found`. A difference on what has changed since the
         look began is none: it is left out, and looked at again.
     """
-    stirred = stirred_since(session, event, moment)
+    stirred = stirred_since(session, event)
     present = now()
+    keys = [raised.difference.key for raised in found]
+    of_found = and_(
+        FindingRow.code.in_({code for code, _ in keys}),
+        FindingRow.subject.in_({subject for _, subject in keys}),
+    )
     before = {
         (row.code, row.subject): row
-        for row in session.scalars(select(FindingRow).where(FindingRow.resolved.is_(None)))
+        for row in session.scalars(
+            select(FindingRow).where(
+                FindingRow.resolved.is_(None), or_(of_found, FindingRow.id.in_(gone))
+            )
+        )
     }
     ids, again = [], []
     for raised in found:
@@ -137,13 +142,8 @@ def note(
         ids.append(row.id)
         again.append(row.id)
         _see_again(session, row, raised)
-    # One statement: thousands of findings that stay as they are would be thousands of updates.
-    for first in range(0, len(again), _AT_ONCE):
-        session.execute(
-            update(FindingRow)
-            .where(FindingRow.id.in_(again[first : first + _AT_ONCE]))
-            .values(last_seen=present)
-        )
+    # One statement: many findings that stay as they are would be as many updates.
+    session.execute(update(FindingRow).where(FindingRow.id.in_(again)).values(last_seen=present))
     for row in before.values():
         if row.id in gone and not _touches(row) & stirred:
             resolve(session, row)
@@ -165,11 +165,13 @@ def _evidence(difference: Difference) -> dict[str, Any]:
 def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
     difference = raised.difference
     policy, hint = raised.policy, difference.hint
-    repaired = _recently_repaired(session, difference.code, difference.subject)
-    if policy != "report" and repaired >= _MOST_REPAIRS:
-        policy = "report"
-        hint = f"it was repaired {repaired} times within an hour, and is left as it is; {hint}"
+    if policy != "report":
+        repaired = _recently_repaired(session, difference.code, difference.subject)
+        if repaired >= _MOST_REPAIRS:
+            policy = "report"
+            hint = f"it was repaired {repaired} times within an hour, and is left as it is; {hint}"
     row = FindingRow(
+        id=new_id(),
         code=difference.code,
         severity=difference.severity,
         subject=difference.subject,
@@ -183,7 +185,6 @@ def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
         last_seen=present,
     )
     session.add(row)
-    session.flush()
     _tell(session, row, "finding.raised")
     return row
 

@@ -18,6 +18,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.base import Hypervisor
+from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.errors import VmlabError
 from vmlab.machine.events import Event, EventType
 from vmlab.machine.states import OFF, MachineState
@@ -42,6 +43,8 @@ __all__ = ["Observer", "Pace"]
 
 _LOG: Final = logging.getLogger(__name__)
 _BAD: Final = frozenset({EventType.CRASHED, EventType.GUEST_PANIC})
+_NOTED_AT_ONCE: Final = 200
+"""Findings that are written down in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,22 +138,20 @@ class Observer:
         Raises:
             VmlabError: the store does not answer.
         """
-        if asked is None:
-            await self._sweep(Scope(ask=None), ask_guests=True)
-        else:
-            ids = await self._manager.database.read(_machine_ids)
-            names = self._turns.next(map(machine_name, ids), asked)
-            await self._sweep(Scope(ask=frozenset(names)))
+        await self._sweep(asked)
         return await self._manager.database.read(documents)
 
     # ------------------------------------------------------------------ looking
 
-    async def _sweep(self, scope: Scope, *, ask_guests: bool = False) -> None:
+    async def _sweep(self, asked: int | None) -> None:
         begun = time.monotonic()
         async with self._looking:
-            known = await self._eyes.know(scope)
-            if ask_guests:
-                scope = replace(scope, guests=frozenset(self._guests_due(known)))
+            known = await self._eyes.know(Scope())
+            if asked is None:
+                scope = Scope(guests=frozenset(self._guests_due(known)))
+            else:
+                names = self._turns.next((machine.at for machine in known.machines), asked)
+                scope = Scope(ask=frozenset(names))
             await self._examine(known, scope)
         self.sweeps += 1
         self.seconds = time.monotonic() - begun
@@ -158,10 +159,9 @@ class Observer:
 
     async def _examine(self, known: Known, scope: Scope) -> None:
         """Look at what `scope` says, twice where something is different, and write it down."""
-        moment = now()
         seen = await self._eyes.see(known, scope)
         self._remember(known, seen)
-        candidates = self._candidates(known, seen)
+        candidates = await done_in_thread(self._candidates, known, seen)
         open_ = await self._manager.database.read(open_findings)
         kept = {finding.key for finding in open_}
         new = [difference for difference in candidates if difference.key not in kept]
@@ -178,13 +178,19 @@ class Observer:
         raised = [self._with_policy(difference, known) for difference in confirmed]
         if not raised and not gone:
             return
-        ids = await self._manager.database.write(
-            note, raised, gone, event=known.event, moment=moment
-        )
+        ids = await self._note(raised, sorted(gone), known.event)
         left = await self._manager.database.read(open_findings)
         self._concerned = frozenset().union(*(finding.touches for finding in left))
         if ids:
             await self._automatic.repair(ids)
+
+    async def _note(self, raised: Sequence[Raised], gone: Sequence[str], event: int) -> list[str]:
+        """As `findings.note`, in transactions that keep nobody else from writing for long."""
+        ids: list[str] = []
+        for first in range(0, max(len(raised), len(gone)), _NOTED_AT_ONCE):
+            part = slice(first, first + _NOTED_AT_ONCE)
+            ids += await self._manager.database.write(note, raised[part], gone[part], event=event)
+        return ids
 
     def _candidates(self, known: Known, seen: Seen) -> list[Difference]:
         found: dict[tuple[str, str], Difference] = {}
@@ -207,7 +213,8 @@ class Observer:
         )
         known = await self._eyes.know(second)
         seen = await self._eyes.see(known, second)
-        again = {difference.key: difference for difference in self._candidates(known, seen)}
+        shown = await done_in_thread(self._candidates, known, seen)
+        again = {difference.key: difference for difference in shown}
         return [again[each.key] for each in new if each.key in again]
 
     def _with_policy(self, difference: Difference, known: Known) -> Raised:
@@ -226,7 +233,7 @@ class Observer:
             await asyncio.sleep(max(self._manager.settings.sweep_seconds, rest))
 
     async def _paced_sweep(self) -> None:
-        await self.sweep(asked=self.pace.asked)
+        await self._sweep(self.pace.asked)
 
     async def _surely(self, look: Callable[[], Awaitable[object]]) -> None:
         """Look, whatever goes wrong: the next look may go well."""
@@ -362,10 +369,6 @@ def _is_over(finding: Open, known: Known, seen: Seen, scope: Scope) -> bool:
 
 
 # ------------------------------------------------------------------------ transactions
-
-
-def _machine_ids(session: Session) -> list[str]:
-    return list(session.scalars(select(MachineRow.id)))
 
 
 def _machines_called(session: Session, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from vmlab.machine.errors import OperationFailed
-from vmlab.machine.faults import CpuStall
+from vmlab.machine.faults import CpuStall, KillFault
 from vmlab.manager.observer.observer import Pace
 
 
@@ -56,17 +56,45 @@ def test_rounds_ask_guests_and_find_those_that_do_not_answer(run):
     run(test, events=True, pace=pace)
 
 
+def test_what_happens_to_one_machine_is_heard_without_a_look_at_the_others(run, monkeypatch):
+    async def test(watched):
+        for name in ("web", "db"):
+            await watched.machine_of(name)
+        machine = await watched.at_host("web")
+        other = type(await watched.at_host("db"))
+        looked, status = [], other.status
+
+        async def all_of_them():
+            raise AssertionError("all machines were asked for")
+
+        async def noted(self, **options):
+            looked.append(self.name)
+            return await status(self, **options)
+
+        monkeypatch.setattr(machine.hypervisor, "list", all_of_them)
+        monkeypatch.setattr(other, "status", noted)
+
+        async def die():
+            await machine.inject(KillFault())
+
+        raised = await until_told(watched, "finding.raised", die)
+        assert (raised.name, raised.data["code"]) == ("web", "machine-state-mismatch")
+        assert set(looked) == {machine.name}
+
+    run(test, events=True)
+
+
 def test_a_sweep_that_fails_is_not_the_last_one(run, monkeypatch):
     async def test(watched):
         observer = watched.manager.observer
-        sweep, failures = observer.sweep, [OperationFailed("no luck"), ZeroDivisionError("a slip")]
+        sweep, failures = observer._sweep, [OperationFailed("no luck"), ZeroDivisionError("a slip")]
 
-        async def unlucky(**options):
+        async def unlucky(asked):
             if failures:
                 raise failures.pop(0)
-            return await sweep(**options)
+            await sweep(asked)
 
-        monkeypatch.setattr(observer, "sweep", unlucky)
+        monkeypatch.setattr(observer, "_sweep", unlucky)
         path = watched.manager.storage.path("a" * 32, "raw")
 
         async def make():

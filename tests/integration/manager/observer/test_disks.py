@@ -122,6 +122,25 @@ def test_policies_for_files_of_no_disk_remove_none(run, policy):
     run(test, findings={"orphan-disk": policy})
 
 
+def test_hundreds_of_findings_are_each_written_down_once_and_are_over_together(run):
+    async def test(watched):
+        paths = [watched.manager.storage.path(f"{number:032x}", "raw") for number in range(450)]
+        for path in paths:
+            path.write_bytes(b"\0" * 512)
+        first = {each.subject: each for each in await watched.sweep()}
+        assert set(first) == {path.name for path in paths}
+        again = {each.subject: each for each in await watched.sweep()}
+        assert {each.id for each in again.values()} == {each.id for each in first.values()}
+        assert all(again[name].last_seen > each.last_seen for name, each in first.items())
+        for path in paths[:-1]:
+            path.unlink()
+        assert [each.subject for each in await watched.sweep()] == [paths[-1].name]
+        done = await watched.finding(first[paths[0].name].id)
+        assert done.resolved is not None
+
+    run(test)
+
+
 # ------------------------------------------------------------------------ attachments
 
 

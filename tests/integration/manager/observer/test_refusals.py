@@ -20,7 +20,7 @@ from vmlab.manager.requests import (
 )
 from vmlab.manager.store.changes import Conflict
 from vmlab.manager.store.queries import find_machine
-from vmlab.manager.store.tables import DiskRow, now
+from vmlab.manager.store.tables import DiskRow
 
 
 async def refused(watched, finding, action, **options):
@@ -45,7 +45,7 @@ async def said(watched, code, subject, actions, **evidence):
     )
 
     def write(session):
-        return note(session, [Raised(difference, "report")], (), event=1 << 60, moment=now())
+        return note(session, [Raised(difference, "report")], (), event=1 << 60)
 
     (id_,) = await watched.manager.database.write(write)
     return await watched.finding(id_)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
 from vmlab.hypervisors.base import DiskInfo, MachineInfo, MachineStatus, NicInfo
 from vmlab.machine.errors import DeadlineExceeded, MachineNotFound
 from vmlab.machine.states import MachineState
-from vmlab.manager.observer.collect.hypervisors import machines_of
+from vmlab.manager.observer.collect.hypervisors import present, seen_of
 from vmlab.manager.observer.eyes import Scope
 from vmlab.manager.observer.findings import Open
 from vmlab.manager.observer.observer import _is_over
@@ -47,13 +46,27 @@ class Machine:
         )
 
 
-def look(known, *machines, **options):
-    async def all_of_them():
-        return list(machines)
+class Hypervisor:
+    """Has those machines."""
 
-    hypervisor = SimpleNamespace(list=all_of_them)
-    ask = options.pop("ask", None)
-    return asyncio.run(machines_of("qemu", hypervisor, known, ask, **options))
+    def __init__(self, *machines):
+        self.machines = {machine.name: machine for machine in machines}
+
+    async def list(self):
+        return list(self.machines.values())
+
+    async def get(self, name):
+        if name not in self.machines:
+            raise MachineNotFound(name)
+        return self.machines[name]
+
+
+def look(known, *machines, ask=None, others=True):
+    async def at_them():
+        found = await present(Hypervisor(*machines), None if others else ask)
+        return await seen_of("qemu", found, known, ask)
+
+    return asyncio.run(at_them())
 
 
 def test_a_machine_of_the_stores_tells_its_state_and_its_parts(known):
@@ -69,6 +82,16 @@ def test_one_that_is_not_asked_is_as_it_was_last_known(known):
     assert (found.state, found.disks, machine.asked) == (S.RUNNING, None, [])
     assert looked == {"host:qemu"}
     assert look(known, machine, ask={"m-other"}, others=False) == ([], {"host:qemu"})
+    assert machine.asked == []
+
+
+def test_thousands_are_told_of_whether_they_are_asked_or_not(known):
+    machines = [Machine(f"m-{number:012x}") for number in range(1500)]
+    names = {machine.name for machine in machines}
+    asked = set(sorted(names)[::3])
+    found, _ = look(known, *machines, ask=asked)
+    assert sorted(each.at for each in found) == sorted(names)
+    assert {machine.name for machine in machines if machine.asked} == asked
 
 
 def test_one_that_the_store_does_not_know_is_not_asked_for_its_parts(known):

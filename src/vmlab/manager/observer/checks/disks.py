@@ -89,7 +89,7 @@ def attachment_mismatch(known: Known, seen: Seen) -> Iterator[Difference]:
     """Disks that a machine has and the store says it has not, and the other way round."""
     for machine in known.machines:
         found = seen.placed.get((machine.host, machine.at))
-        if f"parts:{machine.id}" not in seen.looked or found is None or found.disks is None:
+        if found is None or found.disks is None or f"parts:{machine.id}" not in seen.looked:
             continue
         names = {disk.name: disk for disk in found.disks}
         here = {disk.path: disk for disk in found.disks if disk.path is not None}

@@ -27,9 +27,11 @@ def doing(state: MachineState) -> str:
 def state_mismatch(known: Known, seen: Seen) -> Iterator[Difference]:
     """Machines that do something else than the store says, both ways, and those that are gone."""
     for machine in known.machines:
+        found = seen.placed.get((machine.host, machine.at))
+        if found is not None and found.state is machine.state:
+            continue  # as of nearly all of them, and there may be thousands
         if f"host:{machine.host}" not in seen.looked or machine.state in _NEVER_THERE:
             continue
-        found = seen.placed.get((machine.host, machine.at))
         if found is None:
             # One that failed may be gone: it can be deleted, which is what is left to do.
             if machine.state is not MachineState.FAILED:

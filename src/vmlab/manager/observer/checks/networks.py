@@ -18,7 +18,7 @@ _ON = frozenset({MachineState.RUNNING, MachineState.PAUSED})
 
 def address_conflict(known: Known, seen: Seen) -> Iterator[Difference]:
     """Addresses in use by somebody else than whose they are, or by two at once."""
-    if "leases" not in seen.looked:
+    if "leases" not in seen.looked or not seen.leases:
         return
     taken = {(address.network, address.address): address for address in known.addresses}
     users: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -68,7 +68,7 @@ def leaked_address(known: Known, seen: Seen) -> Iterator[Difference]:
         machine = known.machine.get(address.machine) if address.machine is not None else None
         if machine is None:
             why = "is taken, and by no machine"
-        elif address.nic is None or address.nic not in known.nic:
+        elif all(nic.id != address.nic for nic in machine.nics):
             why = f"is taken by machine {machine.name!r}, which has no such NIC any more"
         elif machine.releases == "stop" and machine.state in OFF and machine.wanted == "stopped":
             why = f"is taken by machine {machine.name!r}, which is {machine.state}"

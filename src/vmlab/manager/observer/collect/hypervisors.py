@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from vmlab.hypervisors.base import Hypervisor, Machine, MachineInfo
@@ -17,13 +18,14 @@ from vmlab.machine.states import OPERATIONS, MachineState
 from vmlab.manager.observer.known import Known
 from vmlab.manager.observer.seen import SeenDisk, SeenMachine, SeenNic
 
-__all__ = ["Turns", "machines_of"]
+__all__ = ["Turns", "present", "seen_of"]
 
 _LOG: Final = logging.getLogger(__name__)
 
 _AT_ONCE: Final = 64
 """Machines that are asked at the same time."""
 _ASKING_SECONDS: Final = 30.0
+_MENTIONED_AT_ONCE: Final = 500
 
 
 class Turns:
@@ -43,47 +45,54 @@ class Turns:
         return set(chosen)
 
 
-async def machines_of(
-    host: str,
-    hypervisor: Hypervisor,
-    known: Known,
-    ask: Collection[str] | None,
-    *,
-    others: bool = True,
-) -> tuple[list[SeenMachine], set[str]]:
-    """The machines of one host.
-
-    Args:
-        host: Its name.
-        hypervisor: What runs there.
-        known: The store, to tell which parts belong to which of its machines.
-        ask: Names, at the hypervisor, of machines that are asked themselves; None is all.
-        others: Whether the others are told of, too, as far as is known without asking them.
-
-    Returns:
-        The machines, and what was looked at (see `Seen.looked`).
+async def present(hypervisor: Hypervisor, names: Collection[str] | None) -> Sequence[Machine]:
+    """The machines that a hypervisor has: all of them, or those of these names.
 
     Raises:
         VmlabError: it does not answer.
     """
-    found = await hypervisor.list()
-    if not others and ask is not None:
-        found = [machine for machine in found if machine.name in ask]
-    turns = asyncio.Semaphore(_AT_ONCE)
-    looked = {f"host:{host}"}
+    if names is None:
+        return await hypervisor.list()
+    found = []
+    for name in sorted(names):
+        with suppress(MachineNotFound):
+            found.append(await hypervisor.get(name))
+    return found
 
-    async def look(machine: Machine) -> SeenMachine | None:
-        async with turns:
-            return await _asked(host, machine, known, looked)
 
+async def seen_of(
+    host: str, found: Sequence[Machine], known: Known, ask: Collection[str] | None
+) -> tuple[list[SeenMachine], set[str]]:
+    """What machines of one host tell.
+
+    Args:
+        host: Its name.
+        found: The machines.
+        known: The store, to tell which parts belong to which of its machines.
+        ask: Names, at the hypervisor, of those that are asked themselves; None is all. Of the
+            others is told what is known without asking them.
+
+    Returns:
+        The machines, and what was looked at (see `Seen.looked`).
+    """
     chosen = [machine for machine in found if ask is None or machine.name in ask]
-    asked = await asyncio.gather(*map(look, chosen))
-    seen = [machine for machine in asked if machine is not None]
+    looked = {f"host:{host}"}
+    seen: list[SeenMachine] = []
+    waiting = iter(chosen)
+
+    async def ask_them() -> None:
+        for machine in waiting:
+            one = await _asked(host, machine, known, looked)
+            if one is not None:
+                seen.append(one)
+
+    await asyncio.gather(*(ask_them() for _ in range(min(_AT_ONCE, len(chosen)))))
     if ask is not None:
-        # No coroutine for each of thousands that are only mentioned.
-        seen += [
-            _seen(host, machine, machine.state) for machine in found if machine.name not in ask
-        ]
+        mentioned = [machine for machine in found if machine.name not in ask]
+        for first in range(0, len(mentioned), _MENTIONED_AT_ONCE):
+            some = mentioned[first : first + _MENTIONED_AT_ONCE]
+            seen += [_seen(host, machine, machine.state) for machine in some]
+            await asyncio.sleep(0)  # others have their turn
     return seen, looked
 
 

@@ -5,13 +5,14 @@ Columns and not objects: 10,000 machines are read in a fraction of a second, and
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sqlalchemy import or_, select
+from sqlalchemy import Text, cast, or_, select
 from sqlalchemy.orm import Session
 
 from vmlab.machine.states import MachineState
@@ -62,12 +63,12 @@ def known_now(
         session: A transaction that reads.
         name_at: What a machine of that id is called at its hypervisor.
         place: Where a disk's file is.
-        only: Ids of machines: no others, and nothing that is not a machine's, is read then.
+        only: Ids of machines: no others, and nothing that is not theirs, is read then.
     """
     busy, since = under_way(session)
     event = session.scalar(select(EventRow.id).order_by(EventRow.id.desc()).limit(1)) or 0
     machines = tuple(_machines(session, name_at, only))
-    disks = tuple(_disks(session, place))
+    disks = tuple(_disks(session, place, only))
     hosts = frozenset(session.scalars(select(HostRow.name).where(HostRow.available)))
     if only is not None:
         return Known(machines, disks, hosts=hosts, busy=busy, since=since, event=event)
@@ -114,13 +115,17 @@ def _machines(
         MachineRow.wanted,
         MachineRow.started,
         MachineRow.image,
-        MachineRow.policy,
+        cast(MachineRow.policy, Text),
     )
     if only is not None:
         of_machines = of_machines.where(MachineRow.id.in_(only))
-    for id_, name, host, hypervisor, state, wanted, started, image, policy in session.execute(
-        of_machines
-    ):
+    # Thousands of machines have a few policies: each is read once.
+    policies: dict[str, dict[str, Any]] = {}
+    rows: Any = session.execute(of_machines)
+    for id_, name, host, hypervisor, state, wanted, started, image, text in rows:
+        policy = policies.get(text)
+        if policy is None:
+            policy = policies[text] = json.loads(text)
         yield KnownMachine(
             id=id_,
             name=name,
@@ -147,18 +152,19 @@ def _networks(session: Session) -> Iterable[KnownNetwork]:
         yield KnownNetwork(id_, name, _MODES[mode], on, vlan)
 
 
-def _disks(session: Session, place: PlaceOf) -> Iterable[KnownDisk]:
-    for id_, name, state, size, format_, machine, device in session.execute(
-        select(
-            DiskRow.id,
-            DiskRow.name,
-            DiskRow.state,
-            DiskRow.size,
-            DiskRow.format,
-            DiskRow.machine_id,
-            DiskRow.device,
-        )
-    ):
+def _disks(session: Session, place: PlaceOf, only: Collection[str] | None) -> Iterable[KnownDisk]:
+    of_disks = select(
+        DiskRow.id,
+        DiskRow.name,
+        DiskRow.state,
+        DiskRow.size,
+        DiskRow.format,
+        DiskRow.machine_id,
+        DiskRow.device,
+    )
+    if only is not None:
+        of_disks = of_disks.where(DiskRow.machine_id.in_(only))
+    for id_, name, state, size, format_, machine, device in session.execute(of_disks):
         yield KnownDisk(id_, name, state, size, place(id_, format_), machine, device)
 
 
@@ -194,8 +200,15 @@ def under_way(session: Session) -> tuple[frozenset[str], datetime | None]:
     return frozenset(busy), since
 
 
-def stirred_since(session: Session, event: int, moment: datetime) -> frozenset[str]:
-    """Ids of all that changed after event number `event`, or that operations ended on since."""
+def stirred_since(session: Session, event: int) -> frozenset[str]:
+    """Ids of all that changed after event number `event`, or that operations ended on since.
+
+    Who asks for it may be the one that writes: it costs as much as there were events, and not as
+    there were operations ever.
+    """
+    operations = select(EventRow.operation).where(
+        EventRow.id > event, EventRow.operation.is_not(None)
+    )
     stirred = set(
         session.scalars(
             select(EventRow.subject)
@@ -210,7 +223,7 @@ def stirred_since(session: Session, event: int, moment: datetime) -> frozenset[s
     found = {id_ for id_ in stirred if id_ is not None}
     for id_, target, keys in session.execute(
         select(OperationRow.id, OperationRow.target, OperationRow.lock_keys).where(
-            or_(OperationRow.ended >= moment, OperationRow.state.in_(_GOING_ON)),
+            or_(OperationRow.id.in_(operations), OperationRow.state.in_(_GOING_ON)),
             OperationRow.dry_run.is_(False),
         )
     ):
