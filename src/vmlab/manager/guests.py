@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -56,7 +58,7 @@ class Guests:
             ChannelClosed: its machine ended.
             VmlabError: there is no way into it.
         """
-        async with self._turns[machine_id]:
+        async with self._turn(machine_id):
             guest = self._guests.get(machine_id)
             if guest is not None:
                 if await _answers(guest):
@@ -74,9 +76,20 @@ class Guests:
 
     async def forget(self, machine_id: str) -> None:
         """Let go of a guest whose machine stops, moves or goes; again does nothing."""
-        async with self._turns[machine_id]:
+        async with self._turn(machine_id):
             await self._drop(machine_id)
-        self._turns.pop(machine_id, None)
+            del self._turns[machine_id]
+
+    @asynccontextmanager
+    async def _turn(self, machine_id: str) -> AsyncIterator[None]:
+        """Have a machine's guest to oneself."""
+        while True:
+            lock = self._turns[machine_id]
+            async with lock:
+                # Who waited for one that was forgotten meanwhile would not be alone.
+                if self._turns.get(machine_id) is lock:
+                    yield
+                    return
 
     async def _drop(self, machine_id: str) -> None:
         guest = self._guests.pop(machine_id, None)

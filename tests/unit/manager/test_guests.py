@@ -25,6 +25,9 @@ class FakeGuest:
         FakeGuest.made.append(self)
 
     async def connect(self, *, timeout: float) -> None:
+        # Long enough for others to come meanwhile.
+        for _ in range(20):
+            await asyncio.sleep(0)
         if not self.machine.boots:
             raise DeadlineExceeded("the guest", seconds=timeout)
 
@@ -71,6 +74,32 @@ def test_guest_is_connected_to_once(guests: Guests) -> None:
         assert len(FakeGuest.made) == 2
         await guests.close()
         assert all(guest.closed for guest in FakeGuest.made)
+
+    asyncio.run(story())
+
+
+def test_who_waits_while_a_guest_is_forgotten_and_who_comes_then_have_one_guest(
+    guests: Guests,
+) -> None:
+    async def story() -> None:
+        await guests.get("a")
+        closing, closed = asyncio.Event(), asyncio.Event()
+
+        async def close() -> None:
+            closing.set()
+            await closed.wait()
+
+        FakeGuest.made[0].close = close  # type: ignore[method-assign]  # it takes its time
+        forgetting = asyncio.ensure_future(guests.forget("a"))
+        await closing.wait()
+        waiting = asyncio.ensure_future(guests.get("a"))
+        await asyncio.sleep(0)
+        closed.set()
+        await forgetting
+        found = await asyncio.gather(waiting, guests.get("a"))
+        assert found[0] is found[1] is FakeGuest.made[1]
+        assert len(FakeGuest.made) == 2
+        await guests.close()
 
     asyncio.run(story())
 

@@ -54,13 +54,16 @@ def list_(
         for machine in machines:
             print(machine.name)
         return
+    if as_json:
+        output.print_json(list(machines))
+        return
     output.print_table(
         _COLUMNS,
-        list(machines) if as_json else [_row(machine) for machine in machines],  # type: ignore[arg-type]  # JSON has the documents as they are
-        as_json=as_json,
+        [_row(machine) for machine in machines],
+        as_json=False,
         empty="no machines; `vmlab launch --image debian-12-amd64-tiny` makes one",
     )
-    if not as_json and (kept := kept_names()):
+    if kept := kept_names():
         output.note(f"beside these, `vmlab run --keep` left {', '.join(kept)}")
 
 

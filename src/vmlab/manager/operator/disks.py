@@ -15,6 +15,7 @@ from vmlab.hypervisors.base import Machine
 from vmlab.machine.errors import InvalidSpec, OperationFailed, SpecProblem
 from vmlab.machine.sizes import format_size
 from vmlab.machine.states import OFF, MachineState
+from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.attachments import LET_GO, unplug
 from vmlab.manager.operator.disk_rows import (
     Standing,
@@ -36,7 +37,14 @@ from vmlab.manager.operator.disk_rows import (
     standing_or_none,
     tell_disk,
 )
-from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key, register
+from vmlab.manager.operator.handler import (
+    Handler,
+    PlannedStep,
+    Target,
+    key,
+    operation_of,
+    register,
+)
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.operator.machine_rows import (
     Facts,
@@ -216,7 +224,13 @@ class ResizeDiskHandler(Handler[ResizeDisk]):
         if row.machine_id is not None:
             machine = session.get_one(MachineRow, row.machine_id)
             require_state(self.manager, machine, "resize_disk", self.kind)
-        require_room(session, self.manager, request.size - row.size, f"grow disk {row.name!r}")
+        reserve(
+            session,
+            self.manager.settings,
+            Need(disk=request.size - row.size),
+            operation=operation_of(session),
+            what=f"grow disk {row.name!r}",
+        )
         return Target(row.id, row.name, disk_keys(row), row.version)
 
     def plan(self, session: Session, request: ResizeDisk) -> Sequence[PlannedStep]:
@@ -244,6 +258,7 @@ class ResizeDiskHandler(Handler[ResizeDisk]):
                 facts = await Facts.of(machine)
                 step.also(write_facts, standing.machine, facts, work.operation_id)
             step.also(_grown, disk_id, size, work.operation_id)
+            step.also(drop_reservation, work.operation_id)
         return {"disk": disk_id, "size": size}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +256,33 @@ def test_quota_of_disks_holds(tell: Tell) -> None:
             error = await asking.refuse(request)
             assert "4M" in error.message and "no room" in error.message
         await asking.do(CreateDisk(name="rest", size=MIB))
+
+    tell(story, limits=Limits(disk=4 * MIB))
+
+
+def test_room_that_a_disk_is_about_to_grow_into_is_given_to_no_other(
+    tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(asking: Any) -> None:
+        for name in ("one", "two"):
+            await asking.do(CreateDisk(name=name, size=MIB))
+        storage, go_on = asking.manager.storage, asyncio.Event()
+        grow = storage.resize
+
+        async def resize(*args: Any) -> None:
+            await go_on.wait()
+            await grow(*args)
+
+        monkeypatch.setattr(storage, "resize", resize)
+        growing = await asking.manager.operator.submit(ResizeDisk(disk="one", size=2 * MIB))
+        for request in (
+            ResizeDisk(disk="two", size=3 * MIB),
+            CreateDisk(name="three", size=2 * MIB),
+        ):
+            assert "no room" in (await asking.refuse(request)).message
+        go_on.set()
+        assert (await asking.manager.operator.wait(growing.id, 120)).state == "succeeded"
+        await asking.do(ResizeDisk(disk="two", size=2 * MIB))
 
     tell(story, limits=Limits(disk=4 * MIB))
 
