@@ -101,6 +101,9 @@ async def problems(manager: Manager, acknowledged: list[str]) -> list[str]:
     disks = await manager.database.read(lambda s: set(s.scalars(select(DiskRow.id))))
     wrong += [f"the file of disk {id_} is left" for id_ in sorted(map(str, files - disks))]
     wrong += [f"the file of disk {id_} is lost" for id_ in sorted(disks - files)]
+    # The observer looks at processes, addresses, links and locks, too.
+    found = await manager.observer.sweep(asked=len(rows) + 1)
+    wrong += [f"{each.code}: {each.message}" for each in found if each.code != "storage-low"]
     return wrong
 
 
