@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -35,6 +36,9 @@ LINGER: Final = 60.0
 
 _GRACE: Final = 10
 """Seconds that answers under way have when it is to end; event streams never end by themselves."""
+
+_SWITCH: Final = 0.0005
+"""Seconds that a thread may keep the interpreter while others wait for it (Python's own: 0.005)."""
 
 Ready = Callable[[Mapping[str, Any]], None]
 """Is told where the manager answers, when it does."""
@@ -95,7 +99,7 @@ async def serve(
 
     listening.check()
     ending = asyncio.Event()
-    with collected_rarely(), _signals(ending), ExitStack() as stack:
+    with collected_rarely(), _switched_soon(), _signals(ending), ExitStack() as stack:
         held = await asyncio.to_thread(hold, settings.directory, background=background)
         stack.callback(held.release)
         listeners = [UnixListener(socket_of(settings.home))]
@@ -137,6 +141,17 @@ async def serve(
             await _live(servers, ending, idle, begun, leaving)
         finally:
             await manager.close()
+
+
+@contextmanager
+def _switched_soon() -> Iterator[None]:
+    """Within it, no thread keeps the interpreter for long: decision 53."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def _live(

@@ -56,6 +56,19 @@ def test_a_signal_ends_it_in_order(number: int, settings: Settings, tmp_path: Pa
     assert holder(directory_of(settings.home)) is None
 
 
+def test_threads_take_turns_more_often_while_it_answers(settings: Settings) -> None:
+    before = sys.getswitchinterval()
+
+    async def story() -> None:
+        life, _ = await begun(settings, Listening())
+        assert sys.getswitchinterval() < before / 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        await life
+
+    asyncio.run(story())
+    assert sys.getswitchinterval() == before
+
+
 def test_who_reads_events_is_told_that_it_ends(settings: Settings) -> None:
     async def story() -> None:
         life, urls = await begun(settings, Listening())
