@@ -24,10 +24,6 @@ from vmlab.manager.store.tables import FindingRow, new_id, now
 
 __all__ = ["Open", "Raised", "documents", "note", "open_findings", "resolve"]
 
-_SOURCE: Final = "source"
-_TOUCHES: Final = "touches"
-"""Where, in a finding's evidence, it says what was looked at for it and what it is about."""
-
 _NEVER_THE_SAME: Final = frozenset({"clock-drift", "storage-low"})
 """Codes whose message has a number that changes all the time: only what else changes is told."""
 
@@ -45,9 +41,6 @@ class Open:
     subject: str
     source: str
     touches: frozenset[str]
-    message: str
-    policy: str
-    operation: str | None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -65,12 +58,20 @@ class Raised:
 
 def open_findings(session: Session) -> list[Open]:
     """All findings that are open, the oldest first."""
-    rows = session.scalars(
-        select(FindingRow)
+    rows = session.execute(
+        select(
+            FindingRow.id,
+            FindingRow.code,
+            FindingRow.subject,
+            FindingRow.source,
+            FindingRow.touches,
+        )
         .where(FindingRow.resolved.is_(None))
         .order_by(FindingRow.first_seen, FindingRow.id)
     )
-    return [_open(row) for row in rows]
+    return [
+        Open(id_, code, about, source, frozenset(ids)) for id_, code, about, source, ids in rows
+    ]
 
 
 def documents(session: Session) -> list[FindingDocument]:
@@ -81,19 +82,6 @@ def documents(session: Session) -> list[FindingDocument]:
         .order_by(FindingRow.first_seen, FindingRow.id)
     )
     return [finding_document(session, row) for row in rows]
-
-
-def _open(row: FindingRow) -> Open:
-    return Open(
-        id=row.id,
-        code=row.code,
-        subject=row.subject,
-        source=str(row.evidence.get(_SOURCE, "")),
-        touches=frozenset(row.evidence.get(_TOUCHES, ())),
-        message=row.message,
-        policy=row.policy,
-        operation=row.operation_id,
-    )
 
 
 def note(
@@ -145,21 +133,9 @@ def note(
     # One statement: many findings that stay as they are would be as many updates.
     session.execute(update(FindingRow).where(FindingRow.id.in_(again)).values(last_seen=present))
     for row in before.values():
-        if row.id in gone and not _touches(row) & stirred:
+        if row.id in gone and stirred.isdisjoint(row.touches):
             resolve(session, row)
     return ids
-
-
-def _touches(row: FindingRow) -> frozenset[str]:
-    return frozenset(row.evidence.get(_TOUCHES, ()))
-
-
-def _evidence(difference: Difference) -> dict[str, Any]:
-    return {
-        **difference.evidence,
-        _SOURCE: difference.source,
-        _TOUCHES: sorted(difference.touches),
-    }
 
 
 def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
@@ -178,7 +154,9 @@ def _raise(session: Session, raised: Raised, present: datetime) -> FindingRow:
         name=difference.name,
         message=difference.message,
         hint=hint,
-        evidence=_evidence(difference),
+        evidence=dict(difference.evidence),
+        source=difference.source,
+        touches=sorted(difference.touches),
         policy=policy,
         actions=list(difference.actions),
         first_seen=present,
@@ -199,7 +177,8 @@ def _see_again(session: Session, row: FindingRow, raised: Raised) -> None:
         policy,
         list(difference.actions),
     ) or (row.message != difference.message and difference.code not in _NEVER_THE_SAME)
-    row.evidence = _evidence(difference)
+    row.evidence = dict(difference.evidence)
+    row.source, row.touches = difference.source, sorted(difference.touches)
     row.actions = list(difference.actions)
     row.policy = policy
     row.message, row.severity = difference.message, difference.severity

@@ -470,7 +470,11 @@ class EventRow(Base):
 
 
 class FindingRow(Base):
-    """A difference between the store and the world; one that is open per code and subject."""
+    """A difference between the store and the world; one that is open per code and subject.
+
+    `source` is what was looked at for it, `touches` has the ids of what it is about: both are the
+    observer's own, and are not told.
+    """
 
     __tablename__ = "findings"
     id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_id)
@@ -481,6 +485,8 @@ class FindingRow(Base):
     message: Mapped[str] = mapped_column(Text)
     hint: Mapped[str] = mapped_column(Text, default="")
     evidence: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    source: Mapped[str] = mapped_column(String(255), default="", server_default="")
+    touches: Mapped[list[str]] = mapped_column(default=list, server_default="[]")
     policy: Mapped[str] = mapped_column(String(16), default="report")
     actions: Mapped[list[str]] = mapped_column(default=list)
     first_seen: Mapped[datetime] = mapped_column(default=now)

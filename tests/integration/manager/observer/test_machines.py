@@ -55,7 +55,13 @@ def test_a_machine_that_died_is_found_and_under_report_nothing_else_happens(run)
         finding = await watched.found(MISMATCH)
         assert finding.name == "web"
         assert finding.severity == "error"
-        assert (finding.evidence["stored"], finding.evidence["seen"]) == ("running", "stopped")
+        assert finding.evidence == {
+            "stored": "running",
+            "seen": "stopped",
+            "wanted": "running",
+            "reason": "kill",
+            "host": "simulated",
+        }
         again = await watched.found(MISMATCH)
         assert (again.id, again.first_seen) == (finding.id, finding.first_seen)
         assert again.last_seen > finding.last_seen

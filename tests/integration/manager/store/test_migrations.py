@@ -11,7 +11,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy import Connection, Engine, inspect, select, text
 from tests.unit.manager.store.rows import add_machine
 
 from vmlab.hypervisors.ownership import Home
@@ -19,7 +19,7 @@ from vmlab.machine.errors import VmlabError
 from vmlab.manager.settings import Settings
 from vmlab.manager.store import migrations, queries
 from vmlab.manager.store.database import Database, engine, store_url
-from vmlab.manager.store.tables import Base
+from vmlab.manager.store.tables import Base, FindingRow
 
 Raw = Callable[[Settings], Engine]
 
@@ -122,12 +122,19 @@ def fill_version_1(connection: Connection) -> None:
         "INSERT INTO disks (id, name, size, format, state, reason, machine_id, device, readonly, "
         f"created, updated, version) VALUES ('{_IDS['disk']}', 'data', 5, 'raw', 'attached', '', "
         f"'{_IDS['machine']}', 'disk1', NOT {true}, '{at}', '{at}', 3)",
+        "INSERT INTO findings (id, code, severity, subject, message, hint, evidence, policy, "
+        f"actions, first_seen, last_seen) VALUES ('{'8' * 32}', 'clock-drift', 'warning', "
+        f"'{_IDS['machine']}', 'm', '', '{{\"drift\": 7.5, \"source\": \"guest:a\", "
+        f"\"touches\": [\"{_IDS['machine']}\"]}}', 'report', '[]', '{at}', '{at}')",
         "INSERT INTO events (id, at, kind, data) "
         f"VALUES (41, '{at}', 'machine.created', '{{\"n\": 1}}')",
         "INSERT INTO counters VALUES ('events', 41), ('operations', 1)",
     ]
     for statement in statements:
         connection.exec_driver_sql(statement)
+
+
+_FINDINGS = select(FindingRow)
 
 
 def test_store_of_version_1_is_upgraded_with_all_it_holds(settings: Settings, raw: Raw) -> None:
@@ -146,6 +153,10 @@ def test_store_of_version_1_is_upgraded_with_all_it_holds(settings: Settings, ra
     assert (odd.state, odd.version) == ("unknown", 8)
     assert odd.reason == "its state was written down as confused"
     assert database.events.latest() == 41
+    (finding,) = database.read_now(queries.list_findings).items
+    assert finding.evidence == {"drift": 7.5}
+    kept = database.read_now(lambda s: [(row.source, row.touches) for row in s.scalars(_FINDINGS)])
+    assert kept == [("guest:a", [_IDS["machine"]])]
     # And it works as a new one does.
     database.write_now(add_machine, "new")
     assert database.events.latest() == 42

@@ -128,9 +128,6 @@ def finding(source, subject="one", code="machine-state-mismatch"):
         subject=subject,
         source=source,
         touches=frozenset({"one"}),
-        message="",
-        policy="report",
-        operation=None,
     )
 
 

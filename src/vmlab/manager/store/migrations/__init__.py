@@ -16,7 +16,7 @@ from vmlab.manager.store.tables import Base
 
 __all__ = ["HEAD", "SchemaUnknown", "check_relations", "schema_of", "upgrade", "upgrade_within"]
 
-HEAD: Final = "0004"
+HEAD: Final = "0005"
 """The newest version of the schema: the one that `tables` describes."""
 
 _LOCK: Final = 0x766D6C6162
