@@ -34,8 +34,9 @@ def configuration(layout: Layout, leases: Sequence[Lease], *, index: int, direct
     """
     lines = [
         f"# interface {index}",
-        # By address: the metadata service's is on the same interface, and not dnsmasq's to take.
-        *(f"listen-address={each.partition('/')[0]}" for each in layout.gateways),
+        # By name: one that listens by address advertises no router. It takes the addresses whose
+        # label is that name, so not the metadata service's, which every network's bridge has.
+        f"interface={layout.bridge}",
         "except-interface=lo",
         "bind-interfaces",
         "no-hosts",

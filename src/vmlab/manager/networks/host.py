@@ -127,15 +127,19 @@ class HostNetworks:
             return  # the host's own: whoever made it serves it
         alias = names.alias(self.home, layout.network)
         await asyncio.to_thread(links.make_bridge, layout.bridge, alias)
+        await asyncio.to_thread(nat.hear_no_routers, layout.bridge)
         if layout.vlan is not None:
             async with self._shared:
                 await self._join_switch(layout, layout.vlan, alias)
-        served = [*layout.gateways, f"{nat.METADATA_ADDRESS}/32"] if layout.gateways else []
-        await asyncio.to_thread(links.add_addresses, layout.bridge, served)
+        await asyncio.to_thread(links.add_addresses, layout.bridge, layout.gateways)
+        if layout.gateways:
+            label = names.interface("metadata", layout.network)
+            address = f"{nat.METADATA_ADDRESS}/32"
+            await asyncio.to_thread(links.add_addresses, layout.bridge, [address], label=label)
         await asyncio.to_thread(nat.apply, layout)
-        if any(subnet.version == 4 for subnet in layout.subnets):
+        if layout.gateways:
             async with self._shared:
-                await asyncio.to_thread(self._forward)
+                await asyncio.to_thread(self._forward, layout)
         await self._serve_bridge(layout, leases)
 
     async def _join_switch(self, layout: Layout, tag: int, alias: str) -> None:
@@ -166,13 +170,28 @@ class HostNetworks:
         else:
             await server.end()
 
-    def _forward(self) -> None:
-        """Have the kernel forward packets of IPv4, and write down first whether it did."""
-        if nat.FORWARDING.read_text("ascii").strip() != "0":
+    def _forward(self, layout: Layout) -> None:
+        """Have the kernel forward a network's packets, and write down first what it said before."""
+        told = nat.forwarding(layout)
+        if not told:
             return
-        record = {"namespace": links.namespace(), "before": "0"}
-        write_atomically(self.directory / _FORWARDING, json.dumps(record).encode())
-        nat.FORWARDING.write_text("1", "ascii")
+        record = {str(path): path.read_text("ascii").strip() for path in told}
+        # What an earlier network found comes first: that is how it was.
+        before = {str(path): value for path, value in self._before().items()}
+        data = {"namespace": links.namespace(), "before": {**record, **before}}
+        write_atomically(self.directory / _FORWARDING, json.dumps(data).encode())
+        nat.set_kernel(told)
+
+    def _before(self) -> dict[Path, str]:
+        """What the kernel said before networks were made in this namespace."""
+        try:
+            record = json.loads((self.directory / _FORWARDING).read_bytes())
+            if record["namespace"] != links.namespace():
+                return {}
+            before = {Path(path): str(value) for path, value in record["before"].items()}
+            return {path: before[path] for path in before if path.is_relative_to(nat.SETTINGS)}
+        except (FileNotFoundError, ValueError, LookupError, AttributeError):
+            return {}
 
     # ------------------------------------------------------------- removing
 
@@ -232,14 +251,8 @@ class HostNetworks:
             return ["switch"]
 
     def _forward_as_before(self) -> None:
-        path = self.directory / _FORWARDING
-        try:
-            record = json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return
-        if record.get("namespace") == links.namespace():
-            nat.FORWARDING.write_text(str(record.get("before", "0")), "ascii")
-        path.unlink(missing_ok=True)
+        nat.set_back(self._before())
+        (self.directory / _FORWARDING).unlink(missing_ok=True)
 
     async def _end_daemons(self, network: str) -> list[str]:
         removed = []

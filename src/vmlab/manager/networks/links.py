@@ -122,8 +122,14 @@ def set_alias(name: str, alias: str) -> None:
         route.link("set", index=_index(route, name), ifalias=alias)
 
 
-def add_addresses(name: str, addresses: Sequence[str]) -> None:
-    """Give an interface addresses with prefix length; those that it has already stay."""
+def add_addresses(name: str, addresses: Sequence[str], *, label: str | None = None) -> None:
+    """Give an interface addresses with prefix length; those that it has already stay.
+
+    Args:
+        name: Of the interface.
+        addresses: What it is to have.
+        label: What programs are to know them by, in place of its name; of IPv4 only.
+    """
     from pyroute2.netlink.exceptions import NetlinkError
 
     for text in addresses:
@@ -136,6 +142,7 @@ def add_addresses(name: str, addresses: Sequence[str]) -> None:
                     address=address,
                     prefixlen=int(prefix),
                     **({"flags": _IFA_F_NODAD} if ":" in address else {}),
+                    **({"label": label} if label is not None else {}),
                 )
             except NetlinkError as error:
                 if error.code != errno.EEXIST:

@@ -31,11 +31,14 @@ SWITCH: Final = "switch"
 _ID_DIGITS: Final = 11
 """Hexadecimal digits of an id in an interface's name: 44 bits."""
 
-_KINDS: Final = {"bridge": "vmlb", "port": "vmlp", "switch": "vmls"}
+_KINDS: Final = {"bridge": "vmlb", "metadata": "vmlm", "port": "vmlp", "switch": "vmls"}
 
 
-def interface(kind: Literal["bridge", "port", "switch"], id_: str) -> str:
-    """The name of an interface of a kind, for the network or home of that hexadecimal id."""
+def interface(kind: Literal["bridge", "metadata", "port", "switch"], id_: str) -> str:
+    """The name of an interface of a kind, for the network or home of that hexadecimal id.
+
+    That of "metadata" is no interface's but an address's: its label (IFA_LABEL, rtnetlink(7)).
+    """
     return f"{_KINDS[kind]}{id_[:_ID_DIGITS]}"
 
 

@@ -1,30 +1,58 @@
 """The packet filter of a bridged network: NAT to the outside, and a wall to everything else.
 
 One table of nftables for each network (nft(8)), named by its id, replaced as a whole; removing it
-removes all of it. Machines reach the outside by IPv4 (masquerading), each other, and of the host
-only its services on that network. They do not reach other networks of vmlab's, whatever the
-host's routes say. IPv6 stays on the network: forwarding it would turn the host into a router, which
-then takes no router advertisements any more (Documentation/networking/ip-sysctl.rst).
+removes all of it. Machines reach the outside (masquerading, of IPv6 as well: nobody out there knows
+a way to the store's subnets), each other, and of the host only its services on that network. They
+do not reach other networks of vmlab's, whatever the host's routes say.
+
+A host that forwards IPv6 is a router, which takes no router advertisements unless it is told to
+(Documentation/networking/ip-sysctl.rst, accept_ra): interfaces that took them go on doing so.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.networks.layout import Layout
 
-__all__ = ["FORWARDING", "METADATA_ADDRESS", "apply", "remove", "rules", "tables"]
+__all__ = [
+    "FORWARDING",
+    "FORWARDING6",
+    "METADATA_ADDRESS",
+    "SETTINGS",
+    "apply",
+    "forwarding",
+    "hear_no_routers",
+    "remove",
+    "rules",
+    "set_back",
+    "set_kernel",
+    "tables",
+]
 
 METADATA_ADDRESS: Final = "169.254.169.254"
 """Where instances of EC2, and of most clouds since, find their metadata."""
 
-FORWARDING: Final = Path("/proc/sys/net/ipv4/ip_forward")
+SETTINGS: Final = Path("/proc/sys/net")
+"""The kernel's settings of networks: those of the network namespace of who looks."""
+
+FORWARDING: Final = SETTINGS / "ipv4/ip_forward"
+FORWARDING6: Final = SETTINGS / "ipv6/conf/all/forwarding"
+
+_INTERFACES6: Final = SETTINGS / "ipv6/conf"
+_HEARS: Final = "1"
+"""accept_ra: router advertisements are taken, but not by a router."""
+_HEARS_ALL_THE_SAME: Final = "2"
+"""accept_ra: also by a router."""
 
 _SECONDS: Final = 120.0
+_FAMILY: Final = {4: "ip", 6: "ip6"}
 
 
 def rules(layout: Layout) -> str:
@@ -36,9 +64,8 @@ def rules(layout: Layout) -> str:
     own = ", ".join([*(each.partition("/")[0] for each in four), *broadcasts, METADATA_ADDRESS])
     own6 = ", ".join([*(each.partition("/")[0] for each in six), "fe80::/10", "ff00::/8"])
     masquerade = "\n".join(
-        f'    ip saddr {subnet} oifname != "{port}" masquerade'
+        f'    {_FAMILY[subnet.version]} saddr {subnet} oifname != "{port}" masquerade'
         for subnet in layout.subnets
-        if subnet.version == 4
     )
     return f"""\
 table inet {table}
@@ -63,6 +90,70 @@ table inet {table} {{
   }}
 }}
 """
+
+
+def forwarding(layout: Layout) -> dict[Path, str]:
+    """What the kernel has to be told so that it forwards a network's packets, in that order.
+
+    Nothing where it forwards already, or has no IPv6 at all.
+    """
+    versions = {subnet.version for subnet in layout.subnets}
+    told: dict[Path, str] = {}
+    if 4 in versions and _said(FORWARDING) == "0":
+        told[FORWARDING] = "1"
+    if 6 in versions and _said(FORWARDING6) == "0":
+        for path in sorted(_INTERFACES6.glob("*/accept_ra")):
+            # Those of "all" and "default" say nothing of an interface that is there.
+            if path.parent.name not in {"all", "default"} and _said(path) == _HEARS:
+                told[path] = _HEARS_ALL_THE_SAME
+        told[FORWARDING6] = "1"
+    return told
+
+
+def hear_no_routers(interface: str) -> None:
+    """Have the host take no router advertisements there: whoever is on it would be its router.
+
+    Raises:
+        OperationFailed: the kernel's settings cannot be changed here.
+    """
+    with suppress(FileNotFoundError):  # a kernel without IPv6
+        _tell(_INTERFACES6 / interface / "accept_ra", "0")
+
+
+def set_kernel(told: Mapping[Path, str]) -> None:
+    """Tell the kernel that, in that order.
+
+    Raises:
+        OperationFailed: the kernel's settings cannot be changed here.
+    """
+    for path, value in told.items():
+        _tell(path, value)
+
+
+def set_back(before: Mapping[Path, str]) -> None:
+    """Tell the kernel what it said before it was told otherwise; the last that was told first."""
+    for path, value in reversed(list(before.items())):
+        with suppress(FileNotFoundError):  # its interface is gone
+            _tell(path, value)
+
+
+def _tell(path: Path, value: str) -> None:
+    try:
+        path.write_text(value, "ascii")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OperationFailed(
+            f"cannot write {value} to {path}: {error.strerror}",
+            hint="bridged networks need root, and a /proc/sys that can be written to",
+        ) from error
+
+
+def _said(path: Path) -> str:
+    try:
+        return path.read_text("ascii").strip()
+    except FileNotFoundError:
+        return ""
 
 
 def apply(layout: Layout) -> None:

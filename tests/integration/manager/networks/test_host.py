@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import traceback
 from collections.abc import Callable
@@ -88,10 +89,16 @@ def test_the_host_forwards_until_the_last_network_is_gone_and_then_as_before(ben
     nat.FORWARDING.write_text("0")
     for each in (one, two):
         bench.run(bench.host.ensure(each))
+    three = layout(bench, "c", subnet=None, subnet6="fd00:9::/64")
+    assert nat.FORWARDING6.read_text().strip() == "0"
+    bench.run(bench.host.ensure(three))
+    assert nat.FORWARDING6.read_text().strip() == "1"
     bench.run(bench.host.remove(one.network))
     assert nat.FORWARDING.read_text().strip() == "1"
     bench.run(bench.host.remove(two.network))
+    bench.run(bench.another().remove(three.network))
     assert nat.FORWARDING.read_text().strip() == "0"
+    assert nat.FORWARDING6.read_text().strip() == "0"
 
 
 def test_what_is_lost_is_told_and_comes_again(bench: Any, sh: Callable[..., str]) -> None:
@@ -104,7 +111,10 @@ def test_what_is_lost_is_told_and_comes_again(bench: Any, sh: Callable[..., str]
         process.kill()
         bench.run(process.wait())
     for record in bench.directory.glob("*/processes/*"):
-        os.kill(int(record.read_text().split()[0]), signal.SIGKILL)
+        process = os.pidfd_open(int(record.read_text().split()[0]))
+        signal.pidfd_send_signal(process, signal.SIGKILL)
+        assert select.select([process], [], [], 120)[0], "it ends"
+        os.close(process)
     host = bench.another()
     assert bench.run(host.missing(wanted)) == [
         f"bridge {wanted.bridge}",
@@ -303,6 +313,66 @@ def test_machines_reach_the_outside_and_neither_other_networks_nor_the_host_s_ot
     assert one.reaches("10.10.0.2")
 
 
+ADVERTISE = """
+    import socket, time
+    # RFC 4861, 4.2: a router for 1800 s. The kernel fills in the checksum (RFC 3542, 3.1).
+    wire = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    wire.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+    target = ("ff02::1", 0, 0, socket.if_nametoindex("eth0"))
+    for _ in range(240):
+        try:
+            wire.sendto(b"\\x86\\0\\0\\0\\x40\\0\\x07\\x08" + bytes(8), target)
+        except OSError:  # its own address is not settled yet
+            time.sleep(0.25)
+            continue
+        break
+"""
+
+
+def test_machines_reach_the_outside_by_ipv6_and_the_host_still_hears_its_routers(
+    bench: Any, client: Callable[[], Any], sh: Callable[..., str]
+) -> None:
+    outside, one = client(), client()
+    outside.run("ip", "addr", "add", "2001:db8::9/64", "dev", "eth0", "nodad")
+    sh("ip", "addr", "add", "2001:db8::1/64", "dev", outside.port, "nodad")
+    hears = nat.SETTINGS / f"ipv6/conf/{outside.port}/accept_ra"
+    assert (hears.read_text(), nat.FORWARDING6.read_text()) == ("1\n", "0\n")
+    wanted = layout(bench, subnet6="fd00:9::/64")
+    made = bench.run(bench.host.ensure(wanted, [lease(one, "10.9.0.7", "fd00:9::7")]))
+    one.plug(made.bridge)
+    # Its interface comes up once there is somebody to ask for a router.
+    one.run("ip", "link", "set", "eth0", "down")
+    one.run("ip", "link", "set", "eth0", "up")
+    assert one.script(SOLICIT, one.mac) == "fd00:9::7\n"
+    one.run("ip", "addr", "add", "fd00:9::7/64", "dev", "eth0", "nodad")
+    while "default" not in one.run("ip", "-6", "route"):
+        pass  # until the router that it asked for has answered
+    # The outside knows no way to it.
+    assert one.reaches("2001:db8::9")
+    assert one.reaches("fd00:9::1")
+    assert not one.reaches("2001:db8::1", tries=2)
+    outside.run("ip", "route", "add", "fd00:9::/64", "via", "2001:db8::1")
+    assert not outside.reaches("fd00:9::7", tries=2)
+    # Who was a router of the host's may go on.
+    while f"dev {outside.port}" not in sh("ip", "-6", "route", "show", "default"):
+        outside.script(ADVERTISE)
+    bench.run(bench.host.remove(made.network))
+    assert (hears.read_text(), nat.FORWARDING6.read_text()) == ("1\n", "0\n")
+    assert list(bench.directory.iterdir()) == []
+
+
+def test_a_machine_is_no_router_of_the_host_s_whatever_it_says(
+    bench: Any, client: Callable[[], Any], outside: Any, sh: Callable[..., str]
+) -> None:
+    one = client()
+    made = bench.run(bench.host.ensure(layout(bench)))
+    one.plug(made.bridge)
+    while f"dev {outside.port}" not in (routes := sh("ip", "-6", "route", "show", "default")):
+        one.script(ADVERTISE)
+        outside.script(ADVERTISE)
+    assert made.bridge not in routes
+
+
 def test_machines_with_one_tag_reach_each_other_and_those_with_another_do_not(
     bench: Any, client: Callable[[], Any]
 ) -> None:
@@ -417,7 +487,8 @@ def _killed_before(directory: Path, left: int) -> None:
     # Every call that changes the host, before it does.
     for name in ("make_bridge", "join", "add_addresses", "set_alias", "remove"):
         setattr(links, name, counted(getattr(links, name)))
-    nat.apply, nat.remove = counted(nat.apply), counted(nat.remove)
+    for name in ("apply", "hear_no_routers", "remove", "set_back", "set_kernel"):
+        setattr(nat, name, counted(getattr(nat, name)))
     daemons.spawn = switch.spawn = counted(processes.spawn)
     switch.Switch.control = counted(switch.Switch.control)
 
@@ -426,7 +497,7 @@ def _killed_before(directory: Path, left: int) -> None:
         for id_, vlan, subnet in (("a", None, "10.9.0.0/24"), ("b", 7, "10.10.0.0/24")):
             row = NetworkRow(
                 id=id_ * 32, name=id_, mode="bridged", vlan=vlan, subnet=subnet, dns=[],
-                ranges=[], reserved=[], dhcp=True, data={},
+                subnet6=f"fd00:{id_}::/64", ranges=[], reserved=[], dhcp=True, data={},
             )  # fmt: skip
             await host.ensure(Layout.of(row, host.home))
         for id_ in "ab":
@@ -454,7 +525,8 @@ def test_nothing_is_left_of_a_manager_that_is_killed_before_any_change_of_the_ho
         removed = bench.run(bench.another().sweep([]))
         assert there() == set(), (point, removed)
         assert nat.tables() == frozenset(), (point, removed)
-        assert nat.FORWARDING.read_text().strip() == "0", (point, removed)
+        for path in (nat.FORWARDING, nat.FORWARDING6):
+            assert path.read_text().strip() == "0", (point, removed)
         assert list(bench.directory.iterdir()) == [], (point, removed)
         if status == 0:
             break

@@ -76,15 +76,17 @@ def test_another_bridge_of_the_same_name_needs_another_dnsmasq(tmp_path: Path) -
     assert one != two
 
 
-def test_only_ipv4_goes_out_by_nat() -> None:
+def test_both_versions_of_ip_go_out_by_nat() -> None:
     made = layout()
     rules = nat.rules(made)
     assert f'ip saddr 10.9.0.0/24 oifname != "{made.bridge}" masquerade' in rules
-    assert "fd00:9::/64" not in rules
-    assert "masquerade" not in nat.rules(layout(subnet=None))
+    assert f'ip6 saddr fd00:9::/64 oifname != "{made.bridge}" masquerade' in rules
+    assert "ip saddr" not in nat.rules(layout(subnet=None))
 
 
-@pytest.mark.parametrize("columns", [{"dhcp": False}, {"subnet": None}])
+@pytest.mark.parametrize(
+    "columns", [{"dhcp": False}, {"subnet": None, "subnet6": None}], ids=["no-dhcp", "no-subnet"]
+)
 def test_a_segment_that_nobody_is_told_anything_of_has_no_server(columns: dict[str, Any]) -> None:
     made = layout(mode="isolated", **columns)
     assert segment_server.configuration(made, [LEASE], ("239.1.2.3", 4)) == ""
