@@ -31,6 +31,7 @@ from vmlab.manager.api.v1 import (
     console,
     events,
     execute,
+    exports,
     files,
     images,
     machines,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["create_app", "end_streams"]
 
 _PARTS: Final = (
-    machines, things, operations, events, tokens, files, images, console, execute, vman,
+    machines, things, operations, events, tokens, files, images, exports, console, execute, vman,
 )  # fmt: skip
 
 _ABOUT = """\

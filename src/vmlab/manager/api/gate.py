@@ -47,7 +47,7 @@ _HEADERS: Final = {
 }
 """What browsers are told with every answer that says nothing else."""
 
-_UPLOAD = re.compile(r"/v1/(machines/[^/]+/files|images/[^/]+)")
+_UPLOAD = re.compile(r"/v1/(machines/[^/]+/files|(images|exports)/[^/]+)")
 """Paths whose PUT is a file or a tree, and no document."""
 
 _PUBLIC: Final = frozenset({"/", "/ui", "/health", "/openapi.json", "/openapi.yaml"})

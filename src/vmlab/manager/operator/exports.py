@@ -49,6 +49,7 @@ __all__ = [
     "exports_directory",
     "forget_parts",
     "fresh_parts",
+    "keep_archive",
     "parts_directory",
 ]
 
@@ -166,7 +167,7 @@ class ExportHandler(Handler[ExportMachine]):
                 await self._pack(work, directory, archive, packing)
         async with work.step("keep", f"call it {work.request.path!r}") as step:
             if not step.done_before:
-                await done_in_thread(_named, archive, target)
+                await done_in_thread(keep_archive, archive, target)
         await forget_parts(directory)
         return {"path": str(target), "machine": work.target_id, **packing.data}
 
@@ -243,8 +244,12 @@ class ExportHandler(Handler[ExportMachine]):
         return found, members
 
 
-def _named(archive: Path, target: Path) -> None:
-    """Give an archive its name, unless something else has it."""
+def keep_archive(archive: Path, target: Path) -> None:
+    """Give a whole archive its name; again does nothing.
+
+    Raises:
+        Conflict: something else has that name.
+    """
     try:
         target.hardlink_to(archive)
     except FileExistsError:

@@ -75,11 +75,11 @@ def test_wrong_tokens_are_refused(guarded: str) -> None:
 def test_a_token_allows_what_its_scope_does(live: Any, guarded: str) -> None:
     change = {"json": {"name": f"m-{uuid.uuid4().hex[:8]}", "template": "none"}}
     whole = {"json": {"name": f"m-{uuid.uuid4().hex[:8]}", "spec": SPEC}}
-    upload = {"content": b"no image"}
+    upload = {"content": b"no image, and no archive"}
     for scope, expected in (
-        ("read", (200, 403, 403, 403, 403)),
-        ("operate", (200, 404, 403, 403, 403)),
-        ("admin", (200, 404, 202, 422, 200)),
+        ("read", (200, 403, 403, 403, 403, 403, 403)),
+        ("operate", (200, 404, 403, 403, 403, 404, 403)),
+        ("admin", (200, 404, 202, 422, 422, 404, 200)),
     ):
         with client(guarded, token(live, scope=scope)) as somebody:
             told = (
@@ -87,6 +87,8 @@ def test_a_token_allows_what_its_scope_does(live: Any, guarded: str) -> None:
                 somebody.post("/v1/machines", **change).status_code,
                 somebody.post("/v1/machines", **whole).status_code,
                 somebody.put("/v1/images/mine", **upload).status_code,
+                somebody.put("/v1/exports/mine", **upload).status_code,
+                somebody.get("/v1/exports/mine").status_code,
                 somebody.get("/v1/tokens").status_code,
             )
         assert told == expected, scope

@@ -18,6 +18,7 @@ from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
 from vmlab.manager.api.problems import TooLarge, documented
 from vmlab.manager.api.service import Here, Service
 from vmlab.manager.api.streaming import streamed
+from vmlab.manager.api.uploads import body_of_type
 
 __all__ = ["router"]
 
@@ -134,12 +135,7 @@ class _Outgoing:
     status_code=204,
     response_model=None,
     responses=documented(404, 409, 413, 502, 504),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {TAR: {"schema": {"type": "string", "format": "binary"}}},
-        }
-    },
+    openapi_extra=body_of_type(TAR),
 )
 async def copy_in(request: Request, here: Here, machine: Machine, path: GuestPath) -> Response:
     """Give its guest a file or a tree; a file that is there is replaced, a directory refused."""
