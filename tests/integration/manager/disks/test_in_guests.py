@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.integration.manager.disks.conftest import IMAGES
+from tests.integration.manager.conftest import IMAGES
 
 from vmlab.machine.sizes import MIB
 from vmlab.manager.requests import (
