@@ -30,13 +30,22 @@ def bridge_port(owner: Owner, machine: str, nic: str) -> str:
     return f"vml{digest[:11]}"
 
 
+def port_alias(bridge: str) -> str:
+    """What a tap says by its alias: which bridge it is a port of, also when that was removed."""
+    return f"vmlab-port {bridge}"
+
+
 async def join_bridge(tap: str, bridge: str) -> None:
-    """Put a tap on a bridge and raise it.
+    """Put a tap on a bridge and raise it; it says from then on which bridge that is.
 
     Raises:
         OperationFailed: `ip` is not there, or refused.
     """
-    for words in (("link", "set", tap, "master", bridge), ("link", "set", tap, "up")):
+    for words in (
+        ("link", "set", tap, "master", bridge),
+        ("link", "set", tap, "alias", port_alias(bridge)),
+        ("link", "set", tap, "up"),
+    ):
         try:
             status, _, said = await run_command("ip", *words)
         except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from vmlab.hypervisors.monitored.networks import segment_group
+from vmlab.hypervisors.monitored.networks import port_alias, segment_group
 from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.networks import dnsmasq, links, names, nat, segment_server
@@ -128,6 +128,9 @@ class HostNetworks:
         alias = names.alias(self.home, layout.network)
         await asyncio.to_thread(links.make_bridge, layout.bridge, alias)
         await asyncio.to_thread(nat.hear_no_routers, layout.bridge)
+        # Machines that were on a bridge that somebody removed are on this one.
+        for port in await asyncio.to_thread(_strays, layout.bridge):
+            await asyncio.to_thread(links.join, port, layout.bridge)
         if layout.vlan is not None:
             async with self._shared:
                 await self._join_switch(layout, layout.vlan, alias)
@@ -290,6 +293,7 @@ class HostNetworks:
             bridge, port = there.get(layout.bridge), there.get(layout.port)
             if bridge is None or not bridge.up:
                 lost.append(f"bridge {layout.bridge}")
+            lost += [f"tap {name}" for name in await asyncio.to_thread(_strays, layout.bridge)]
             if layout.vlan is not None:
                 if port is None or not port.up or bridge is None or port.master != bridge.index:
                     lost.append(f"port {layout.port}")
@@ -347,6 +351,19 @@ class HostNetworks:
 
     def _segment_server(self, network: str) -> Daemon:
         return Daemon(self.path(network), "segment")
+
+
+def _strays(bridge: str) -> list[str]:
+    """Taps of machines that are to be on a bridge and are on none of that name."""
+    there = links.links()
+    found = there.get(bridge)
+    index = found.index if found is not None else None
+    wanted = port_alias(bridge)
+    return [
+        link.name
+        for link in there.values()
+        if link.alias == wanted and (index is None or link.master != index)
+    ]
 
 
 def _write_down(layout: Layout, directory: Path) -> None:

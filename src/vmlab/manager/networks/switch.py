@@ -124,6 +124,9 @@ class Switch:
             name: Of the interface.
             tag: VLAN of its untagged frames, the only one that it is in.
         """
+        if name not in await asyncio.to_thread(links.links):
+            # One that somebody took from the host is in the database still, and stays as it is.
+            await self.control("--if-exists", "del-port", name)
         words = ["--may-exist", "add-port", bridge, name, "--", "set", "port", name, f"tag={tag}"]
         await self.control(*words, "--", "set", "interface", name, "type=internal")
 

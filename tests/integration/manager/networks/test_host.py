@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from vmlab.hypervisors import processes
+from vmlab.hypervisors.monitored.networks import join_bridge
 from vmlab.hypervisors.ownership import Owner
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.networks import daemons, links, names, nat, switch
@@ -126,6 +127,55 @@ def test_what_is_lost_is_told_and_comes_again(bench: Any, sh: Callable[..., str]
     for each in (wanted, tagged, isolated):
         bench.run(host.ensure(each))
         assert bench.run(host.missing(each)) == []
+
+
+@pytest.mark.parametrize("how", ["of the switch", "of the host", "off its bridge", "down"])
+def test_a_port_of_the_switch_that_is_lost_comes_again(
+    bench: Any, client: Callable[[], Any], sh: Callable[..., str], how: str
+) -> None:
+    red, beside = layout(bench, vlan=7), layout(bench, "b", vlan=8, subnet="10.10.0.0/24")
+    for each in (red, beside):
+        bench.run(bench.host.ensure(each))
+    if how == "of the switch":
+        bench.run(bench.host.switch.control("del-port", red.port))
+    elif how == "of the host":
+        sh("ip", "link", "del", red.port)
+    else:
+        sh("ip", "link", "set", red.port, *(["nomaster"] if how == "off its bridge" else ["down"]))
+    host = bench.another()
+    assert bench.run(host.missing(red)) == [f"port {red.port}"]
+    assert bench.run(host.missing(beside)) == []
+    bench.run(host.ensure(red))
+    assert bench.run(host.missing(red)) == []
+    # It is a port of the switch again, with its tag: with that of the other, both are reached.
+    one, other = client(), client()
+    for number, (computer, network) in enumerate(((one, red), (other, beside)), 2):
+        computer.run("ip", "addr", "add", f"10.99.0.{number}/24", "dev", "eth0")
+        computer.plug(network.bridge)
+    for each in (red, beside):
+        nat.remove(each.table)
+    assert not one.reaches("10.99.0.3", tries=2)
+    bench.run(bench.host.switch.add_port(beside.switch, beside.port, 7))
+    assert one.reaches("10.99.0.3")
+
+
+def test_machines_on_a_bridge_that_was_lost_are_on_the_one_that_comes_again(
+    bench: Any, sh: Callable[..., str]
+) -> None:
+    made = bench.run(bench.host.ensure(layout(bench)))
+    for tap in ("tap-in", "tap-other"):
+        sh("ip", "tuntap", "add", tap, "mode", "tap")
+    bench.run(join_bridge("tap-in", made.bridge))
+    assert bench.run(bench.host.missing(made)) == []
+    sh("ip", "link", "del", made.bridge)
+    assert bench.run(bench.host.missing(made)) == [f"bridge {made.bridge}", "tap tap-in"]
+    bench.run(bench.another().ensure(made))
+    assert bench.run(bench.host.missing(made)) == []
+    there = links.links()
+    assert there["tap-in"].master == there[made.bridge].index
+    assert there["tap-other"].master is None
+    for tap in ("tap-in", "tap-other"):
+        sh("ip", "link", "del", tap)
 
 
 def test_a_bridge_of_the_host_s_own_gets_nothing_and_stays(
