@@ -1,7 +1,8 @@
 """``vmlab export`` and ``vmlab import``: a machine as one file.
 
 The manager has a directory of its own for such files, and takes names there alone. With the home's
-own manager, files anywhere on this host are moved out of it and linked into it.
+own manager, files anywhere on this host are moved out of it and linked into it; with another one
+they are downloaded, uploaded, and removed there afterwards.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import typer
 from vmlab.cli import output
 from vmlab.cli.manager import options
 from vmlab.cli.manager.changing import DryRunFlag, How, change, request
+from vmlab.cli.manager.connecting import ask
 from vmlab.cli.manager.options import MachineArgument
 from vmlab.cli.manager.snapshots import Made
 from vmlab.cli.output import JsonFlag
-from vmlab.machine.errors import OperationFailed
+from vmlab.machine.errors import InvalidSpec, OperationFailed
 
 if TYPE_CHECKING:
     from vmlab.manager.client import AsyncClient
@@ -43,37 +45,34 @@ def export(
 ) -> int:
     """Write a machine at rest, with its disks, to one file; `vmlab import` makes it again.
 
-    Prints the file. Of a manager at a URL it is a name among that manager's exports.
+    Prints the file.
     """
-    target = file or Path(f"{machine}.tar")
-    if _is_elsewhere():
-        name = _name(target)
-    else:
-        name = f"export-{secrets.token_hex(8)}"
-        target = target.absolute()
-        if os.path.lexists(target) or not target.parent.is_dir():
-            raise options.wrong(
-                "FILE", str(file), "a place that is free, in a directory that is there",
-                command="export",
-            )  # fmt: skip
-    written = [""]
+    name = f"export-{secrets.token_hex(8)}"
+    target = (file or Path(f"{machine}.tar")).absolute()
+    if os.path.lexists(target) or not target.parent.is_dir():
+        raise options.wrong(
+            "FILE", str(file), "a place that is free, in a directory that is there",
+            command="export",
+        )  # fmt: skip
 
     async def settled(client: AsyncClient, operation: OperationDocument) -> None:
         if operation.dry_run:
             return
-        written[0] = str((operation.result or {}).get("path", name))
-        if not _is_elsewhere():
-            try:
-                shutil.move(written[0], target)
-            except OSError as error:
-                raise OperationFailed(
-                    f"{written[0]} cannot be moved to {target}: {error.strerror or error}",
-                    hint="it stays where it is: move it yourself",
-                ) from error
-            written[0] = str(target)
+        if _is_elsewhere():
+            await client.exports.download(name, target)
+            await client.exports.delete(name)
+            return
+        written = str((operation.result or {}).get("path", name))
+        try:
+            shutil.move(written, target)
+        except OSError as error:
+            raise OperationFailed(
+                f"{written} cannot be moved to {target}: {error.strerror or error}",
+                hint="it stays where it is: move it yourself",
+            ) from error
 
     wanted = request("ExportMachine", machine=machine, path=name)
-    return change([wanted], How(True, dry_run, as_json), lambda each: written[0], after=settled)
+    return change([wanted], How(True, dry_run, as_json), lambda each: str(target), after=settled)
 
 
 def import_(
@@ -85,15 +84,12 @@ def import_(
 ) -> int:
     """Make a machine of an exported file; prints its name.
 
-    Of a manager at a URL the file is a name among that manager's exports.
+    A manager at a URL is sent the file, which takes a token of scope `admin`.
     """
     made = Made()
     how = How(True, dry_run, as_json)
-    if _is_elsewhere():
-        wanted = request("ImportMachine", path=_name(file), name=name)
-        return change([wanted], how, made.told, after=made.looked_up)
-    with _lent(file) as lent:
-        wanted = request("ImportMachine", path=lent, name=name)
+    with _sent(file) if _is_elsewhere() else _lent(file) as there:
+        wanted = request("ImportMachine", path=there, name=name)
         return change([wanted], how, made.told, after=made.looked_up)
 
 
@@ -102,12 +98,25 @@ def _is_elsewhere() -> bool:
     return bool(os.environ.get("VMLAB_URL"))
 
 
-def _name(file: Path) -> str:
-    if file.name != str(file):
-        raise options.wrong(
-            "FILE", str(file), "a name: it is among the exports of the manager of VMLAB_URL"
-        )
-    return file.name
+@contextmanager
+def _sent(file: Path) -> Iterator[str]:
+    """A name of a file among the exports of the manager of VMLAB_URL, while the block lasts.
+
+    Raises:
+        InvalidSpec: it is no file that can be read.
+        VmlabError: what the manager raised.
+    """
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    name = f"upload-{secrets.token_hex(8)}"
+    output.note(f"sending {file}")
+    ask(lambda client: client.exports.upload(name, file))
+    try:
+        yield name
+    finally:
+        ask(lambda client: client.exports.delete(name))
 
 
 @contextmanager
@@ -130,7 +139,10 @@ def _lent(file: Path) -> Iterator[str]:
         try:
             name = stack.enter_context(lending)
         except OSError as error:
-            raise options.wrong(
-                "FILE", str(file), f"a file that can be read: {error.strerror}", command="import"
-            ) from error
+            raise _unreadable(file, error) from error
         yield name
+
+
+def _unreadable(file: Path, error: OSError) -> InvalidSpec:
+    expected = f"a file that can be read: {error.strerror}"
+    return options.wrong("FILE", str(file), expected, command="import")

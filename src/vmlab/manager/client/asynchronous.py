@@ -39,8 +39,8 @@ class AsyncClient:
     """Speaks with one manager; use it as an asynchronous context manager, or call `close`.
 
     Attributes:
-        machines, disks, networks, templates, snapshots, hosts, findings, operations, tokens: The
-            nouns.
+        machines, disks, networks, templates, snapshots, hosts, findings, operations, exports,
+            tokens: The nouns.
         sender: What carries requests.
     """
 
@@ -54,6 +54,7 @@ class AsyncClient:
         self.hosts = nouns.Hosts(self)
         self.findings = nouns.Findings(self)
         self.operations = nouns.Operations(self)
+        self.exports = nouns.Exports(self)
         self.tokens = nouns.Tokens(self)
 
     @classmethod

@@ -172,6 +172,15 @@ class Operations(_Blocking[nouns.Operations]):
     cancel = blocking(nouns.Operations.cancel)
 
 
+class Exports(_Blocking[nouns.Exports]):
+    """Archives that machines were exported to, and those that machines can be made of."""
+
+    list = blocking(nouns.Exports.list)
+    download = blocking(nouns.Exports.download)
+    upload = blocking(nouns.Exports.upload)
+    delete = blocking(nouns.Exports.delete)
+
+
 class Tokens(_Blocking[nouns.Tokens]):
     """Tokens of who may ask a manager that is not asked over its unix socket."""
 
@@ -184,8 +193,8 @@ class Client(_Blocking[AsyncClient]):
     """Speaks with one manager; use it as a context manager, or call `close`.
 
     Attributes:
-        machines, disks, networks, templates, snapshots, hosts, findings, operations, tokens: The
-            nouns.
+        machines, disks, networks, templates, snapshots, hosts, findings, operations, exports,
+            tokens: The nouns.
     """
 
     submit = blocking(AsyncClient.submit)
@@ -202,6 +211,7 @@ class Client(_Blocking[AsyncClient]):
         self.hosts = Hosts(inner.hosts, loop)
         self.findings = Findings(inner.findings, loop)
         self.operations = Operations(inner.operations, loop)
+        self.exports = Exports(inner.exports, loop)
         self.tokens = Tokens(inner.tokens, loop)
 
     @classmethod

@@ -19,8 +19,8 @@ from vmlab.guests.command import Sink
 from vmlab.machine.documents import build
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.manager import requests
-from vmlab.manager.client.copying import copied_in, copied_out
-from vmlab.manager.client.replies import page_of
+from vmlab.manager.client.copying import archive_in, archive_out, copied_in, copied_out
+from vmlab.manager.client.replies import page_of, told
 from vmlab.manager.client.sending import path_of
 from vmlab.manager.documents import (
     AddressDocument,
@@ -37,6 +37,7 @@ from vmlab.manager.documents import (
 
 if TYPE_CHECKING:
     from vmlab.manager.api.security import IssuedToken, TokenDocument
+    from vmlab.manager.api.v1.exports import ExportDocument
     from vmlab.manager.client import streams
     from vmlab.manager.client.asynchronous import AsyncClient
 
@@ -447,6 +448,34 @@ class Operations(Noun[OperationDocument]):
         return await self._client.post(
             path_of(self.word, operation, "cancel"), OperationDocument, None
         )
+
+
+class Exports:
+    """Archives that machines were exported to, and those that machines can be made of."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def list(self) -> tuple[ExportDocument, ...]:
+        """All of them, by name."""
+        from vmlab.manager.api.v1.exports import ExportDocument
+
+        return await self._client.all_of(path_of("exports"), ExportDocument)
+
+    async def download(self, export: str, target: Path) -> None:
+        """Copy one to a place here that is free."""
+        await archive_out(self._client.sender, export, Path(target))
+
+    async def upload(self, export: str, source: Path) -> ExportDocument:
+        """Bring a file of this host there, under that name; `machines.import_` makes a machine."""
+        from vmlab.manager.api.v1.exports import ExportDocument
+
+        sender = self._client.sender
+        return told(ExportDocument, await archive_in(sender, export, Path(source)), sender.address)
+
+    async def delete(self, export: str) -> None:
+        """Remove one; machines that were made of it stay."""
+        await self._client.sender.request("DELETE", path_of("exports", export))
 
 
 class Tokens:

@@ -144,7 +144,13 @@ def test_a_machine_is_resized_and_moved(person: Person, machine: Make) -> None:
     assert person.says("resize", "grown").status == 2
 
 
-def test_a_machine_goes_through_a_file(person: Person, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["own", "elsewhere"])
+def test_a_machine_goes_through_a_file(
+    person: Person, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    if elsewhere:
+        person.does("list")  # the manager is there
+        monkeypatch.setenv("VMLAB_URL", f"unix:{person.home / 'manager' / 'manager.sock'}")
     # What the simulated hypervisor has of disks of its own is no file.
     person.spec.with_name("bare.toml").write_text('name = "bare"\nmemory = "64M"\n')
     person.does("disk", "create", "cargo", "16M")

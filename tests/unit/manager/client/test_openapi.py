@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -36,6 +37,7 @@ ARGUMENTS: dict[str, Any] = {
     "token": "k",
     "action": "report",
     "path": "web.tar",
+    "export": "web.tar",
     "size": "1G",
     "source": "/etc/hosts",
     "target": "/root/hosts",
@@ -89,6 +91,7 @@ def calls() -> list[tuple[str, Callable[[AsyncClient], Any]]]:
         nouns.Machines: "machines", nouns.Disks: "disks", nouns.Networks: "networks",
         nouns.Templates: "templates", nouns.Snapshots: "snapshots", nouns.Hosts: "hosts",
         nouns.Findings: "findings", nouns.Operations: "operations", nouns.Tokens: "tokens",
+        nouns.Exports: "exports",
     }.items():  # fmt: skip
         for name, method in inspect.getmembers(noun, inspect.isfunction):
             if name.startswith("_") or name in SOCKETS or name == "each":
@@ -109,12 +112,10 @@ def call_of(attribute: str, noun: type, name: str, method: Any) -> Callable[[Asy
         if parameter.name != "self" and required and named:
             given[parameter.name] = ARGUMENTS[parameter.name]
     given |= FIELDS.get(f"{noun.__name__}.{name}", {})
-    if name in {"copy_in", "copy_out"}:
-        from pathlib import Path
-
-        given["source" if name == "copy_in" else "target"] = Path(
-            "/etc/hosts" if name == "copy_in" else "/tmp/no-such-place-of-vmlab"
-        )
+    if name in {"copy_in", "upload"}:
+        given["source"] = Path("/etc/hosts")
+    if name in {"copy_out", "download"}:
+        given["target"] = Path("/tmp/no-such-place-of-vmlab")
     return lambda client: getattr(getattr(client, attribute), name)(**given)
 
 
