@@ -165,9 +165,9 @@ class Eyes:
         else:
             interfaces = None
         if interfaces is not None:
-            mine, every = interfaces
-            found["interfaces"], found["every_interface"] = mine, every
-            leases += networks.neighbours_of(mine)
+            found["interfaces"] = interfaces.mine
+            found["every_interface"], found["joined"] = interfaces.every, interfaces.joined
+            leases += networks.neighbours_of(interfaces.mine)
             looked.add("interfaces")
         found["leases"] = leases
         found["looked"] = looked

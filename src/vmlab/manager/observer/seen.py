@@ -40,11 +40,15 @@ class SeenDisk:
 
 @dataclass(frozen=True, slots=True)
 class SeenNic:
-    """A network interface that a machine has."""
+    """A network interface that a machine has.
+
+    `tap` is the host's interface that is its other end, where it is on a bridge.
+    """
 
     name: str
     network: str
     mac: str
+    tap: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,8 @@ class Seen:
             (disks and NICs of a machine of the store's), "processes", "files", "locks", "leases",
             "interfaces", "guest:ID", "volumes", "store".
         guests: The guests that were asked.
-        interfaces: Those of the host that are the manager's, `every_interface` the names of all.
+        interfaces: Those of the host that are the manager's, `every_interface` the names of all,
+            `joined` the names of those on a bridge, each with its bridge's.
     """
 
     at: datetime
@@ -181,6 +186,7 @@ class Seen:
     leases: tuple[SeenLease, ...] = ()
     interfaces: tuple[SeenInterface, ...] = ()
     every_interface: frozenset[str] = frozenset()
+    joined: frozenset[tuple[str, str]] = frozenset()
     guests: tuple[SeenGuest, ...] = ()
     volumes: tuple[SeenVolume, ...] = ()
 

@@ -15,7 +15,13 @@ from sqlalchemy import select
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Store
 from vmlab.manager.networks.addresses import take
-from vmlab.manager.requests import CreateNetwork, NewNic, StopMachine
+from vmlab.manager.requests import (
+    CreateNetwork,
+    MachinePolicy,
+    NewNic,
+    StopMachine,
+    UpdateMachine,
+)
 from vmlab.manager.store.queries import find_machine, find_network
 from vmlab.manager.store.tables import (
     AddressRow,
@@ -121,26 +127,20 @@ def wait_for_status(pid, status):
 
 
 HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "w")
-fcntl.flock(file, fcntl.LOCK_EX)
+import os, pathlib, sys
+from vmlab.hypervisors.locks import FileLock
+lock = FileLock.take(pathlib.Path(sys.argv[1]))
+if sys.argv[2] == "named":
+    lock.write(str(os.getpid()))
 print("held", flush=True)
-input()
+sys.stdin.read()
 """
 
 
-def holder_of(path):
-    """A process that is about to hold that lock, and says so."""
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-
-
-def dead_process():
-    """The number of a process that has ended."""
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    return dead.pid
+def holder_of(path, *, named=False):
+    """A process that is about to hold that lock, as those of vmlab do, and says so."""
+    words = [sys.executable, "-c", HOLD, str(path), "named" if named else "unnamed"]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def lock_of(watched):
@@ -172,10 +172,11 @@ def test_a_lock_file_that_names_a_dead_process_is_found_and_removed(run):
     async def test(watched):
         await watched.machine_of("web")
         path = lock_of(watched)
-        dead = dead_process()
-        path.write_text(str(dead))
+        with holder_of(path, named=True) as holder:
+            await asyncio.to_thread(holder.stdout.readline)
+            holder.kill()
         finding = await watched.found("stale-lock")
-        assert (finding.evidence["named"], finding.severity) == (dead, "info")
+        assert (finding.evidence["named"], finding.severity) == (holder.pid, "info")
         await watched.repaired(finding, "reconcile")
         assert not path.exists()
         await watched.nothing()
@@ -256,11 +257,9 @@ def test_an_address_that_a_machine_at_rest_should_have_let_go_is_found(run):
         held = await addresses(watched)
         assert held
 
-        def let_go_on_stop(session):
-            row = find_machine(session, "web")
-            row.policy = {**row.policy, "release_addresses": "stop"}
-
-        await watched.manager.database.write(let_go_on_stop)
+        # What is at rest already is not told of its new policy.
+        policy = MachinePolicy(release_addresses="stop")
+        await watched.did(UpdateMachine(machine="web", policy=policy))
         finding = await watched.found("leaked-address")
         assert "which is stopped" in finding.message
         await watched.repaired(finding, "reconcile")

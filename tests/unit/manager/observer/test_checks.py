@@ -22,6 +22,7 @@ from vmlab.manager.observer.seen import (
     SeenLease,
     SeenLock,
     SeenMachine,
+    SeenNic,
     SeenProcess,
     SeenVolume,
 )
@@ -356,6 +357,26 @@ def test_lost_interface_is_the_port_of_a_tagged_network_that_is_gone(known, seen
         interfaces=(SeenInterface(port, "tun", "lan"), SeenInterface("vmls1", "tun", "switch")),
     )
     assert list(differences(known, whole)) == []
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["gone", "elsewhere"])
+def test_lost_interface_is_the_tap_of_a_nic_that_is_cut_off(known, seen, seen_machine, there):
+    known, bridge, tap = bridged(known), "vmlb-lan", "vml0123"
+    nic = SeenNic("net0", f"bridge:{bridge}", "52:54:00:00:00:01", tap)
+    machine = replace(seen_machine, nics=(nic,))
+    names = frozenset({bridge, tap} if there else {bridge})
+    cut_off = replace(seen, machines=(machine,), every_interface=names)
+    found = only(known, cut_off, "lost-interface")
+    assert (found.subject, found.source) == (tap, "parts:one")
+    assert found.touches == {"one", "lan"}
+    assert found.evidence["lacking"] is not there
+    whole = replace(
+        cut_off, every_interface=frozenset({bridge, tap}), joined=frozenset({(tap, bridge)})
+    )
+    assert list(differences(known, whole)) == []
+    # Where the bridge itself is gone, that is what is told.
+    no_bridge = replace(cut_off, every_interface=frozenset({tap}))
+    assert only(known, no_bridge, "lost-interface").subject == bridge
 
 
 # ------------------------------------------------------------------------ locks, guests

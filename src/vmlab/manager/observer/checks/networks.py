@@ -123,6 +123,7 @@ def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
             actions=("reconcile",),
         )
     yield from _lacking(known, seen)
+    yield from _cut_off(known, seen)
 
 
 def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
@@ -135,7 +136,7 @@ def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
         touches = frozenset({network.id, machine.id})
         needed[network.bridge] = (network.id, "bridge", touches)
         if network.vlan is not None:
-            # By it, the bridge is on the switch. Taps are made by hypervisors, and go with them.
+            # By it, the bridge is on the switch.
             needed[interface("port", network.id)] = (network.id, "port", touches)
     for name, (id_, kind, touches) in needed.items():
         if name in seen.every_interface:
@@ -153,3 +154,42 @@ def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
             touches=touches,
             actions=("reconcile",),
         )
+
+
+def _cut_off(known: Known, seen: Seen) -> Iterator[Difference]:
+    """NICs of running machines whose tap is gone, or is not on its bridge."""
+    on_bridge = {network.bridge: network for network in known.networks if network.bridge}
+    for machine in known.machines:
+        found = seen.placed.get((machine.host, machine.at))
+        if found is None or found.nics is None or found.state not in _ON:
+            continue
+        for nic in found.nics:
+            bridge = nic.network.partition(":")[2]
+            network = on_bridge.get(bridge)
+            if not nic.tap or network is None or (nic.tap, bridge) in seen.joined:
+                continue
+            if bridge not in seen.every_interface:
+                continue  # that is what is wrong
+            lacking = nic.tap not in seen.every_interface
+            what = "is gone" if lacking else f"is not on the bridge {bridge!r}"
+            yield Difference(
+                code="lost-interface",
+                severity="error",
+                subject=nic.tap,
+                name=nic.tap,
+                message=f"the tap {nic.tap!r} of machine {machine.name!r} {what}: "
+                f"its {nic.name} is cut off from network {network.name!r}",
+                hint="reconcile plugs the NIC anew" if lacking else "reconcile puts it there again",
+                source=f"parts:{machine.id}",
+                evidence={
+                    "interface": nic.tap,
+                    "kind": "tap",
+                    "network": network.id,
+                    "machine": machine.id,
+                    "nic": nic.name,
+                    "bridge": bridge,
+                    "lacking": lacking,
+                },
+                touches=frozenset({machine.id, network.id}),
+                actions=("reconcile",),
+            )

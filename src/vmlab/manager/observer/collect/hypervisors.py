@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from vmlab.hypervisors.base import Hypervisor, Machine, MachineInfo
+from vmlab.hypervisors.base import Hypervisor, Machine, MachineInfo, NicInfo
+from vmlab.hypervisors.monitored.networks import bridge_port
 from vmlab.machine.errors import MachineNotFound, VmlabError
 from vmlab.machine.states import OPERATIONS, MachineState
 from vmlab.manager.observer.known import Known
@@ -26,6 +27,8 @@ _AT_ONCE: Final = 64
 """Machines that are asked at the same time."""
 _ASKING_SECONDS: Final = 30.0
 _MENTIONED_AT_ONCE: Final = 500
+_WITH_TAPS: Final = frozenset({"qemu", "embedded"})
+"""Hypervisors that make a tap for each NIC that is on a bridge."""
 
 
 class Turns:
@@ -118,6 +121,13 @@ async def _asked(host: str, machine: Machine, known: Known, looked: set[str]) ->
     return _seen(host, machine, status.state, status.reason, info)
 
 
+def _tap(machine: Machine, nic: NicInfo) -> str:
+    """The tap that is the other end of a NIC on a bridge; "" of others."""
+    if not nic.network.startswith("bridge:") or machine.hypervisor.name not in _WITH_TAPS:
+        return ""
+    return bridge_port(machine.hypervisor.owner, machine.id, nic.name)
+
+
 def _seen(
     host: str,
     machine: Machine,
@@ -128,5 +138,7 @@ def _seen(
     disks = nics = None
     if info is not None:
         disks = tuple(SeenDisk(disk.name, disk.size, disk.path) for disk in info.disks)
-        nics = tuple(SeenNic(nic.name, nic.network, nic.mac.lower()) for nic in info.nics)
+        nics = tuple(
+            SeenNic(nic.name, nic.network, nic.mac.lower(), _tap(machine, nic)) for nic in info.nics
+        )
     return SeenMachine(host, machine.id, machine.name, state, reason, disks, nics)

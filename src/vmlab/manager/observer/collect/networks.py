@@ -10,14 +10,14 @@ import logging
 from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.networks import names
 from vmlab.manager.networks.links import links
 from vmlab.manager.observer.seen import SeenInterface, SeenLease
 
-__all__ = ["interfaces_of", "leases_of", "neighbours_of", "network_directories"]
+__all__ = ["Interfaces", "interfaces_of", "leases_of", "neighbours_of", "network_directories"]
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -52,8 +52,16 @@ def leases_of(directories: Iterable[Path]) -> list[SeenLease]:
     return found
 
 
-def interfaces_of(home: str) -> tuple[list[SeenInterface], frozenset[str]] | None:
-    """The interfaces that say they are of the home of that digest, and the names of all.
+class Interfaces(NamedTuple):
+    """Interfaces of the host: a home's own, the names of all, and which is on which bridge."""
+
+    mine: list[SeenInterface]
+    every: frozenset[str]
+    joined: frozenset[tuple[str, str]]
+
+
+def interfaces_of(home: str) -> Interfaces | None:
+    """The host's interfaces, and those that say they are of the home of that digest.
 
     None where the kernel does not tell.
     """
@@ -67,7 +75,9 @@ def interfaces_of(home: str) -> tuple[list[SeenInterface], frozenset[str]] | Non
         for link in there.values()
         if (network := names.of_alias(home, link.alias)) is not None
     ]
-    return mine, frozenset(there)
+    named = {link.index: link.name for link in there.values()}
+    joined = {(link.name, named[link.master]) for link in there.values() if link.master in named}
+    return Interfaces(mine, frozenset(there), frozenset(joined))
 
 
 def neighbours_of(interfaces: Iterable[SeenInterface]) -> list[SeenLease]:

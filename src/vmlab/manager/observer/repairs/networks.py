@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from vmlab.hypervisors.monitored.networks import bridge_port
 from vmlab.hypervisors.threads import done_in_thread
-from vmlab.machine.errors import OperationFailed
+from vmlab.machine.errors import MachineNotFound, OperationFailed
 from vmlab.machine.spec import Nic
 from vmlab.manager.networks import links, names
 from vmlab.manager.observer.repairs.repair import Facts, Repair, repair
@@ -16,7 +18,7 @@ from vmlab.manager.operator.handler import key
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.store.changes import Conflict, add_event
 from vmlab.manager.store.queries import find_machine
-from vmlab.manager.store.tables import AddressRow, NetworkRow
+from vmlab.manager.store.tables import AddressRow, NetworkRow, NicRow
 
 __all__: list[str] = []
 
@@ -144,7 +146,10 @@ class MendInterface(Repair):
 
     def check(self, session: Session, facts: Facts) -> frozenset[str]:
         network = str(facts.evidence["network"])
-        return frozenset({key("network", network), key("interface", facts.subject)})
+        keys = {key("network", network), key("interface", facts.subject)}
+        if facts.evidence["kind"] == "tap":
+            keys.add(key("machine", find_machine(session, str(facts.evidence["machine"])).id))
+        return frozenset(keys)
 
     async def run(self, work: Work[Any], facts: Facts) -> dict[str, Any] | None:
         network, name = str(facts.evidence["network"]), facts.subject
@@ -152,9 +157,13 @@ class MendInterface(Repair):
             if step.done_before:
                 return None
             there = (await done_in_thread(links.links)).get(name)
+            if facts.evidence["kind"] == "tap":
+                await self._join(facts, there is not None)
+                return None
             if there is None:
                 if facts.evidence["lacking"]:
-                    await self.manager.networks.ensure(network)
+                    layout = await self.manager.networks.ensure(network)
+                    await self._join_all(network, layout.bridge)
                 else:
                     step.skip("it is gone already")
                 return None
@@ -168,3 +177,34 @@ class MendInterface(Repair):
                 )
             await done_in_thread(links.remove, name)
         return None
+
+    async def _join(self, facts: Facts, there: bool) -> None:
+        """Put a machine's tap on its bridge; plug the NIC anew if it has none any more."""
+        if there:
+            await done_in_thread(links.join, facts.subject, str(facts.evidence["bridge"]))
+            return
+        machine = await self.manager.machine(str(facts.evidence["machine"]))
+        nic = next((n for n in machine.spec.nics if n.name == facts.evidence["nic"]), None)
+        if nic is not None:
+            await machine.unplug_nic(nic.name)
+            await machine.plug_nic(nic)
+
+    async def _join_all(self, network: str, bridge: str) -> None:
+        """Put the taps of all machines of a network on its bridge, which was made anew."""
+        there = await done_in_thread(links.links)
+        for id_, nic in await self.manager.database.read(_nics_on, network):
+            try:
+                machine = await self.manager.machine(id_)
+            except MachineNotFound:
+                continue
+            tap = bridge_port(machine.hypervisor.owner, machine.id, nic)
+            if tap in there:
+                await done_in_thread(links.join, tap, bridge)
+
+
+def _nics_on(session: Session, network: str) -> list[tuple[str, str]]:
+    """The NICs on a network: ids of their machines, and their names there."""
+    rows = session.execute(
+        select(NicRow.machine_id, NicRow.name).where(NicRow.network_id == network)
+    )
+    return [(machine, name) for machine, name in rows]
