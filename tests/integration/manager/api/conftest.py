@@ -81,7 +81,7 @@ class Live:
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=30, server_header=False)
         )
-        server.capture_signals = _nothing  # type: ignore[method-assign]
+        server.capture_signals = _nothing
         task = self.loop.create_task(server.serve(sockets=[listener]))
         self._servers.append((server, app, task, listener))
         return str(where) if unix else f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -77,7 +77,7 @@ def test_the_end_of_the_service_ends_the_command(serving: Serving, shell: Any) -
     with http, http.websocket_connect(EXEC) as socket:
         socket.send_text(json.dumps({"argv": ["sh", "-c", "echo ready; exec sleep 600"]}))
         assert socket.receive_bytes() == b"\x01ready\n"
-        closing = http.app.state.service.closing  # type: ignore[attr-defined]
+        closing = http.app.state.service.closing
         assert http.portal is not None
         http.portal.call(closing.set)
         message = socket.receive()

@@ -94,7 +94,7 @@ def test_a_problem_has_what_the_rfc_asks_for_and_each_field() -> None:
     assert body["type"] == "urn:vmlab:problem:InvalidSpec"
     assert (body["status"], body["instance"], body["request_id"]) == (422, "/v1/machines", "r-1")
     assert body["problems"] == [{"field": "memory", "value": "1Q", "expected": "a size"}]
-    assert from_record(body).problems[0].expected == "a size"  # type: ignore[attr-defined]
+    assert from_record(body).problems[0].expected == "a size"
 
 
 def test_headers_say_when_to_come_back_and_how_to_log_in() -> None:

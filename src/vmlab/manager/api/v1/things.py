@@ -7,9 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from starlette.responses import Response
 
-from vmlab.machine.documents import build
 from vmlab.manager import requests
-from vmlab.manager.api.changing import ANSWERS, Asked, route_of_change
+from vmlab.manager.api.changing import route_of_change
 from vmlab.manager.api.problems import documented
 from vmlab.manager.api.service import Here, Paging, told, version_of
 from vmlab.manager.documents import (
@@ -19,7 +18,6 @@ from vmlab.manager.documents import (
     FindingDocument,
     HostDocument,
     NetworkDocument,
-    OperationDocument,
     Page,
     Severity,
     TemplateDocument,
@@ -66,17 +64,15 @@ async def show_disk(here: Here, disk: Disk) -> Response:
     return told(document, headers=version_of(document))
 
 
-@router.delete(
+route_of_change(
+    router,
     "/disks/{disk}",
-    status_code=202,
-    response_model=OperationDocument,
-    responses=ANSWERS,
-    tags=["disks"],
+    requests.DeleteDisk,
+    noun="disk",
+    name="delete_disk",
+    method="DELETE",
+    tag="disks",
 )
-async def delete_disk(change: Asked, disk: Disk) -> Response:
-    """Remove it: refused while a live machine has it."""
-    return await change.submit(build(requests.DeleteDisk, {"disk": disk}))
-
 
 for _action, _model in {
     "attach": requests.AttachDisk,
@@ -141,17 +137,15 @@ async def list_addresses(here: Here, paging: Paging, network: Network) -> Respon
     )
 
 
-@router.delete(
+route_of_change(
+    router,
     "/networks/{network}",
-    status_code=202,
-    response_model=OperationDocument,
-    responses=ANSWERS,
-    tags=["networks"],
+    requests.DeleteNetwork,
+    noun="network",
+    name="delete_network",
+    method="DELETE",
+    tag="networks",
 )
-async def delete_network(change: Asked, network: Network) -> Response:
-    """Remove a network that no machine is on."""
-    return await change.submit(build(requests.DeleteNetwork, {"network": network}))
-
 
 # ------------------------------------------------------------------- templates
 
@@ -185,17 +179,15 @@ async def show_template(here: Here, template: Template) -> Response:
     return told(document, headers=version_of(document))
 
 
-@router.delete(
+route_of_change(
+    router,
     "/templates/{template}",
-    status_code=202,
-    response_model=OperationDocument,
-    responses=ANSWERS,
-    tags=["templates"],
+    requests.DeleteTemplate,
+    noun="template",
+    name="delete_template",
+    method="DELETE",
+    tag="templates",
 )
-async def delete_template(change: Asked, template: Template) -> Response:
-    """Remove a template that no machine was made of."""
-    return await change.submit(build(requests.DeleteTemplate, {"template": template}))
-
 
 # ------------------------------------------------------------------- hosts
 
