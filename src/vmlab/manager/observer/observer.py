@@ -330,14 +330,16 @@ class Observer:
             hypervisor = self._manager.hosts.opened(name)
             task = self._followed.get(name)
             if hypervisor is not None and self._tasks and (task is None or task.done()):
+                # From the first event on: something may have happened before anybody listened.
+                # Where events were lost, a sweep has just seen what came of them.
+                since = 0 if task is None else None
                 self._followed[name] = asyncio.create_task(
-                    self._follow(hypervisor), name=f"observer-{name}"
+                    self._follow(hypervisor, since), name=f"observer-{name}"
                 )
 
-    async def _follow(self, hypervisor: Hypervisor) -> None:
+    async def _follow(self, hypervisor: Hypervisor, since: int | None) -> None:
         try:
-            # From the first one on: something may have happened before anybody listened.
-            async for event in hypervisor.subscribe(0):
+            async for event in hypervisor.subscribe(since):
                 # What an operation does is that operation's to write down, but not what befalls it.
                 if event.machine is not None and (event.operation is None or event.type in _BAD):
                     await self._heard(event)

@@ -211,8 +211,7 @@ async def watched(
         manager, pace=pace, thresholds=thresholds or Thresholds(free_share=0.0)
     )
     if not events:
-        # Tests are not looked at by themselves: the method of this one object is another.
-        manager.observer.start = _look_when_told  # type: ignore[method-assign]
+        manager.observer.start = _look_when_told
     async with manager:
         yield Watched(manager)
         # What serves networks lives on without a manager.

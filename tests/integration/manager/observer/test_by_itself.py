@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from vmlab.machine.errors import OperationFailed
+from vmlab.hypervisors.operated_hypervisor import OperatedHypervisor
+from vmlab.machine.errors import OperationFailed, ResourceNotFound
 from vmlab.machine.faults import CpuStall, KillFault
 from vmlab.manager.observer.observer import Pace
 
@@ -80,6 +81,33 @@ def test_what_happens_to_one_machine_is_heard_without_a_look_at_the_others(run, 
         raised = await until_told(watched, "finding.raised", die)
         assert (raised.name, raised.data["code"]) == ("web", "machine-state-mismatch")
         assert set(looked) == {machine.name}
+
+    run(test, events=True)
+
+
+def test_after_events_that_are_not_kept_any_more_the_next_ones_are_heard(run, monkeypatch):
+    followed, subscribe = [], OperatedHypervisor.subscribe
+
+    def forgetful(self, since=None):
+        followed.append(since)
+        if since is not None:
+            raise ResourceNotFound("events 1 to 7 are no longer kept")
+        return subscribe(self, since)
+
+    monkeypatch.setattr(OperatedHypervisor, "subscribe", forgetful)
+
+    async def test(watched):
+        await watched.machine_of("web")
+        while None not in followed:
+            await watched.sweep()
+        machine = await watched.at_host("web")
+
+        async def die():
+            await machine.inject(KillFault())
+
+        raised = await until_told(watched, "finding.raised", die)
+        assert raised.name == "web"
+        assert followed == [0, None]
 
     run(test, events=True)
 
