@@ -1,4 +1,4 @@
-"""VMAN's routes and payloads, for its clients: /templates, /vms, /disks, /observer, /network.
+"""VMAN's routes, for its clients: /templates, /vms, /disks, /observer, /network.
 
 The same operations as under `/v1`, told as VMAN documents them: synchronously (a change is answered
 when it has ended), whole lists, 201, 202, 200 and 204, and 400 wherever a request contradicts what
@@ -13,11 +13,10 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
-from ipaddress import IPv4Address
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse, Response
@@ -34,24 +33,39 @@ from vmlab.machine.errors import (
     UnsupportedOperation,
     from_record,
 )
-from vmlab.machine.fields import NAME_PATTERN
 from vmlab.machine.sizes import GIB
 from vmlab.manager import requests
 from vmlab.manager.api.changing import Change, ended
 from vmlab.manager.api.health import is_running
 from vmlab.manager.api.problems import BadRequest, documented
 from vmlab.manager.api.service import ASK_SECONDS, Here, Service, Who
-from vmlab.manager.documents import (
-    ENDED,
-    DiskDocument,
-    MachineDocument,
-    NetworkDocument,
-    TemplateDocument,
+from vmlab.manager.api.vman_payloads import (
+    VM,
+    ActionStatus,
+    Disk,
+    DiskAttach,
+    DiskCreate,
+    NetworkConfig,
+    NetworkConfigNotConfigured,
+    ObserverStatus,
+    State,
+    VMConsole,
+    VMCreate,
+    VMMetadata,
+    VMMetadataCreate,
+    VMTemplate,
+    disk_of,
+    issue_of,
+    metadata_of,
+    template_of,
+    vm_of,
 )
+from vmlab.manager.documents import ENDED, NetworkDocument
 from vmlab.manager.store import queries
 from vmlab.manager.store.failures import Conflict
 from vmlab.manager.store.pages import LARGEST_PAGE
-from vmlab.manager.store.tables import MachineRow, TemplateRow
+from vmlab.manager.store.tables import TemplateRow
+from vmlab.manager.store.told import template_documents
 
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
@@ -65,15 +79,6 @@ _PATIENCE: Final = 300.0
 _CONSOLE_BYTES: Final = 50 * 1024
 """Bytes of the end of a console's log that are told."""
 
-_KINDS: Final = {
-    "machine-state-mismatch": "vm_state_mismatch",
-    "orphan-process": "orphan_process",
-    "missing-disk": "missing_disk",
-    "disk-attachment-mismatch": "disk_state_inconsistent",
-    "orphan-disk": "orphan_disk",
-}
-"""The findings that VMAN has names for; others are called as here, with underscores."""
-
 _CONTRADICTIONS: Final = (
     Conflict,
     InvalidState,
@@ -82,130 +87,6 @@ _CONTRADICTIONS: Final = (
     OperationFailed,
 )
 """What VMAN answers with 400."""
-
-State = Literal["running", "stopped", "paused", "error"]
-
-
-class _Payload(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class VMTemplate(_Payload):
-    """A size of machines."""
-
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
-    cpu_count: Annotated[int, Field(ge=1, le=1024, strict=True)]
-    ram_amount: Annotated[
-        int | float, Field(gt=0, le=1 << 20, description="GB; whole, or a fraction such as 0.5")
-    ]
-
-
-class VM(_Payload):
-    """A machine."""
-
-    id: str
-    vm_template: VMTemplate
-    state: State
-    local_ip: str | None = None
-
-
-class VMCreate(_Payload):
-    """A machine that is to be."""
-
-    template_name: Annotated[str, Field(min_length=1)]
-    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
-
-
-class VMConsole(_Payload):
-    """The end of what a machine's console has printed."""
-
-    vm_id: str
-    console: str
-    size: int
-    file_size: int
-
-
-class VMMetadata(_Payload):
-    """What a machine's cloud-init is told; `ssh_keys` are separated by newlines."""
-
-    vm_id: str
-    hostname: str | None = None
-    user_data: str | None = None
-    ssh_keys: str | None = None
-    created_at: str | None = None
-    updated_at: str | None = None
-
-
-class VMMetadataCreate(_Payload):
-    """What is to be changed of it; what is left out stays."""
-
-    hostname: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
-    user_data: Annotated[str, Field(max_length=1 << 16)] | None = None
-    ssh_keys: Annotated[str, Field(max_length=1 << 16)] | None = None
-
-
-class Disk(_Payload):
-    """A disk."""
-
-    id: str
-    size: int = Field(description="GB, rounded up")
-    mount_point: str | None = None
-    state: Literal["available", "attached", "error"]
-
-
-class DiskCreate(_Payload):
-    """A disk that is to be."""
-
-    size: Annotated[int, Field(ge=1, le=1 << 20, strict=True, description="GB")]
-    mount_point: Annotated[str, Field(max_length=4096)] | None = None
-
-
-class DiskAttach(_Payload):
-    """Whose a disk is to be."""
-
-    vm_id: Annotated[str, Field(min_length=1)]
-
-
-class ActionStatus(_Payload):
-    """What was done."""
-
-    status: Literal["started", "stopped", "restarted", "attached", "detached"]
-
-
-class Issue(_Payload):
-    """A finding."""
-
-    issue_type: str
-    resource_id: str
-    details: str
-
-
-class ObserverStatus(_Payload):
-    """The observer, and what it has found and is not resolved."""
-
-    status: Literal["running", "stopped", "not_initialized"]
-    check_interval: float
-    last_issues_count: int
-    last_issues: tuple[Issue, ...] = ()
-
-
-class NetworkConfig(_Payload):
-    """The first bridged network."""
-
-    vlan_id: int
-    bridge_name: str
-    subnet: str
-    gateway: str | None = None
-    dns: tuple[str, ...] | None = None
-    allocated_ips: tuple[str, ...] = ()
-    available_ips: int
-
-
-class NetworkConfigNotConfigured(_Payload):
-    """There is none."""
-
-    status: Literal["not_configured"] = "not_configured"
-
 
 # ------------------------------------------------------------------- doing
 
@@ -261,10 +142,6 @@ def _json(payload: BaseModel | Sequence[BaseModel], status: int = 200) -> Respon
 # ------------------------------------------------------------------- templates
 
 
-def _gigabytes(size: int) -> int | float:
-    return size // GIB if size % GIB == 0 else size / GIB
-
-
 def _boots(manager: Manager) -> dict[str, Any]:
     """What machines boot whose template names nothing: VMAN's default boot disk, here an image.
 
@@ -277,12 +154,6 @@ def _boots(manager: Manager) -> dict[str, Any]:
     preferred = preference(Wish(), None)
     chosen = preferred if preferred.hypervisor in real else preference(Wish(), real[0])
     return {"image": chosen.tiny_image}
-
-
-def _template(document: TemplateDocument) -> VMTemplate:
-    return VMTemplate.model_construct(
-        name=document.name, cpu_count=document.vcpus, ram_amount=_gigabytes(document.memory)
-    )
 
 
 @router.post("/templates", status_code=201, response_model=VMTemplate, responses=_CHANGES)
@@ -298,14 +169,14 @@ async def create_vm_template(here: Here, do: Do, body: VMTemplate) -> Response:
     document = await here.manager.database.read(
         lambda s: queries.template_document(s, queries.find_template(s, body.name))
     )
-    return _json(_template(document), 201)
+    return _json(template_of(document), 201)
 
 
 @router.get("/templates", response_model=list[VMTemplate], responses=documented())
 async def list_vm_templates(here: Here) -> Response:
     """All templates."""
     found = await here.manager.database.read(_all, queries.list_templates)
-    return _json([_template(each) for each in found])
+    return _json([template_of(each) for each in found])
 
 
 def _all(session: Session, /, listing: Any, **filters: Any) -> list[Any]:
@@ -330,44 +201,6 @@ async def delete_vm_template(do: Do, name: str) -> Response:
 # ------------------------------------------------------------------- machines
 
 
-def _state(document: MachineDocument) -> State:
-    match document.state.value:
-        case "failed" | "unknown":
-            return "error"
-        case "paused" | "pausing":
-            return "paused"
-        case "created" | "stopped" | "deleting" | "deleted" | "starting":
-            return "stopped"
-        case "snapshotting" | "restoring" | "migrating" if document.started is None:
-            return "stopped"
-        case _:
-            return "running"
-
-
-def _vm(document: MachineDocument, templates: dict[str, TemplateDocument]) -> VM:
-    template = templates.get(document.template or "")
-    shown = (
-        _template(template)
-        if template is not None
-        else VMTemplate.model_construct(
-            name=document.template or document.image or "",
-            cpu_count=document.vcpus,
-            ram_amount=_gigabytes(document.memory),
-        )
-    )
-    addresses = (address for nic in document.nics for address in nic.addresses)
-    local = next((each for each in addresses if _is_ipv4(each)), None)
-    return VM(id=document.name, vm_template=shown, state=_state(document), local_ip=local)
-
-
-def _is_ipv4(address: str) -> bool:
-    try:
-        IPv4Address(address)
-    except ValueError:
-        return False
-    return True
-
-
 def _vms(session: Session, state: State | None, only: str | None = None) -> list[VM]:
     """Machines as VMAN has them; `only` is the name or id of one."""
     if only is not None:
@@ -375,11 +208,9 @@ def _vms(session: Session, state: State | None, only: str | None = None) -> list
     else:
         machines = _all(session, queries.list_machines)
     used = {each.template for each in machines if each.template is not None}
-    templates = {
-        row.name: queries.template_document(session, row)
-        for row in session.scalars(select(TemplateRow).where(TemplateRow.name.in_(used)))
-    }
-    found = [_vm(each, templates) for each in machines]
+    rows = session.scalars(select(TemplateRow).where(TemplateRow.name.in_(used))).all()
+    templates = {each.name: each for each in template_documents(session, rows)}
+    found = [vm_of(each, templates) for each in machines]
     return [each for each in found if state is None or each.state == state]
 
 
@@ -463,31 +294,18 @@ async def show_vm_console(here: Here, vm_id: VmId) -> Response:
     return _json(VMConsole(vm_id=name, console=text, size=len(text), file_size=len(printed)))
 
 
-def _metadata(row: MachineRow) -> VMMetadata:
-    kept = requests.Metadata.model_validate(row.metadata_)
-    some = kept.hostname is not None or kept.user_data is not None or bool(kept.ssh_keys)
-    return VMMetadata(
-        vm_id=row.name,
-        hostname=kept.hostname,
-        user_data=kept.user_data,
-        ssh_keys="\n".join(kept.ssh_keys) or None,
-        created_at=row.created.isoformat() if some else None,
-        updated_at=row.updated.isoformat() if some else None,
-    )
-
-
 @router.get("/vms/{vm_id}/metadata", response_model=VMMetadata, responses=_LOOKS)
 async def show_vm_metadata(here: Here, vm_id: VmId) -> Response:
     """What its cloud-init is told."""
     return _json(
-        await here.manager.database.read(lambda s: _metadata(queries.find_machine(s, vm_id)))
+        await here.manager.database.read(lambda s: metadata_of(queries.find_machine(s, vm_id)))
     )
 
 
 @router.put("/vms/{vm_id}/metadata", response_model=VMMetadata, responses=_CHANGES)
 async def update_vm_metadata(here: Here, do: Do, vm_id: VmId, body: VMMetadataCreate) -> Response:
     """Change what its cloud-init is told."""
-    kept = await here.manager.database.read(lambda s: _metadata(queries.find_machine(s, vm_id)))
+    kept = await here.manager.database.read(lambda s: metadata_of(queries.find_machine(s, vm_id)))
     keys = body.ssh_keys if body.ssh_keys is not None else kept.ssh_keys
     metadata = {
         "hostname": body.hostname if body.hostname is not None else kept.hostname,
@@ -508,23 +326,6 @@ async def delete_vm_metadata(do: Do, vm_id: VmId) -> Response:
 # ------------------------------------------------------------------- disks
 
 
-def _disk(document: DiskDocument) -> Disk:
-    state: Literal["available", "attached", "error"]
-    match document.state:
-        case "failed":
-            state = "error"
-        case "attached" | "attaching" | "detaching":
-            state = "attached"
-        case _:
-            state = "available"
-    return Disk(
-        id=document.id,
-        size=-(-document.size // GIB),
-        mount_point=document.mount_point,
-        state=state,
-    )
-
-
 @router.post("/disks", status_code=201, response_model=Disk, responses=_CHANGES)
 async def create_vm_disk(here: Here, do: Do, body: DiskCreate) -> Response:
     """Make a disk."""
@@ -534,14 +335,14 @@ async def create_vm_disk(here: Here, do: Do, body: DiskCreate) -> Response:
     document = await here.manager.database.read(
         lambda s: queries.disk_document(s, queries.find_disk(s, name))
     )
-    return _json(_disk(document), 201)
+    return _json(disk_of(document), 201)
 
 
 @router.get("/disks", response_model=list[Disk], responses=documented())
 async def list_vm_disks(here: Here) -> Response:
     """All disks."""
     found = await here.manager.database.read(_all, queries.list_disks)
-    return _json([_disk(each) for each in found])
+    return _json([disk_of(each) for each in found])
 
 
 @router.get("/disks/{disk_id}", response_model=Disk, responses=_LOOKS)
@@ -550,7 +351,7 @@ async def show_vm_disk(here: Here, disk_id: str) -> Response:
     document = await here.manager.database.read(
         lambda s: queries.disk_document(s, queries.find_disk(s, disk_id))
     )
-    return _json(_disk(document))
+    return _json(disk_of(document))
 
 
 @router.delete("/disks/{disk_id}", status_code=204, response_model=None, responses=_CHANGES)
@@ -590,14 +391,7 @@ async def detach_vm_disk(do: Do, disk_id: str) -> Response:
 async def show_observer(here: Here) -> Response:
     """The observer, and what it has found."""
     found = await here.manager.database.read(_all, queries.list_findings, resolved=False)
-    issues = tuple(
-        Issue(
-            issue_type=_KINDS.get(each.code, each.code.replace("-", "_")),
-            resource_id=each.name or each.subject,
-            details=each.message,
-        )
-        for each in found
-    )
+    issues = tuple(map(issue_of, found))
     return _json(
         ObserverStatus(
             status="running" if is_running(here.manager, "observer") else "stopped",
