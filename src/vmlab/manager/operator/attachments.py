@@ -24,11 +24,18 @@ from vmlab.manager.operator.disk_rows import (
     disk_keys,
     fitting_bus,
     found_machine,
+    holds,
     let_go,
     look_at_machine_of,
     standing_of,
 )
-from vmlab.manager.operator.handler import Handler, PlannedStep, Target, register
+from vmlab.manager.operator.handler import (
+    Handler,
+    PlannedStep,
+    Target,
+    operation_of,
+    register,
+)
 from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, require_state, write_facts
 from vmlab.manager.operator.placement import actual_state, look
@@ -85,15 +92,16 @@ class AttachDiskHandler(Handler[AttachDisk]):
         ]
 
     def withdrawn(self, session: Session, request: AttachDisk, target: str | None) -> None:
-        """Nobody has it."""
-        if target is not None:
-            let_go(session, target, "")
+        """Nobody has it, unless its machine is gone and another one is to have it."""
+        row = session.get(DiskRow, target) if target is not None else None
+        if row is not None and holds(session, operation_of(session), row):
+            let_go(session, row.id, "")
 
     async def run(self, work: Work[AttachDisk]) -> dict[str, Any]:
         """Plug it and verify that it is there."""
         disk_id, storage = work.target_id, self.manager.storage
         await claim(work, disk_id, "have it for that machine")
-        standing = await work.database.read(standing_of, storage, disk_id)
+        standing = await work.database.read(standing_of, storage, disk_id, work.operation_id)
         part = standing.part
         if standing.machine is None:
             # Whoever was before this in the machine's line has deleted it.
@@ -263,13 +271,15 @@ class DetachDiskHandler(Handler[DetachDisk]):
     def withdrawn(self, session: Session, request: DetachDisk, target: str | None) -> None:
         """The machine still has it, if it is there."""
         row = session.get(DiskRow, target) if target is not None else None
-        if row is not None:
+        if row is not None and row.state == "detaching":
             row.state = "attached" if row.machine_id is not None else "available"
 
     async def run(self, work: Work[DetachDisk]) -> dict[str, Any]:
         """Unplug it and verify that it is gone."""
         await claim(work, work.target_id, "let nobody else have it meanwhile")
-        standing = await work.database.read(standing_of, self.manager.storage, work.target_id)
+        standing = await work.database.read(
+            standing_of, self.manager.storage, work.target_id, work.operation_id
+        )
         await unplug(work, standing, work.target_id)
         return {"disk": work.target_id, "machine": standing.machine}
 

@@ -36,12 +36,13 @@ from vmlab.manager.operator.definition import (
     prepare,
     spec_of,
 )
-from vmlab.manager.operator.disks import (
+from vmlab.manager.operator.disk_rows import (
     all_attached,
     claim_for,
     disk_part,
     fitting_bus,
     let_go,
+    waited_for,
 )
 from vmlab.manager.operator.handler import (
     Handler,
@@ -282,7 +283,8 @@ def _spec_with_parts(session: Session, storage: Storage, machine_id: str) -> Mac
     macs = {nic.name: nic.mac for nic in row.nics}
     spec = spec_of(dict(row.spec))
     nics = tuple(nic.model_copy(update={"mac": macs[nic.name]}) for nic in spec.nics)
-    disks = [disk_part(storage, disk) for disk in row.disks]
+    waiting = waited_for(session, machine_id)
+    disks = [disk_part(storage, disk) for disk in row.disks if disk.id not in waiting]
     return spec.with_changes(
         nics=nics, disks=[*spec.disks, *(disk for disk in disks if spec.disk(disk.name) is None)]
     )

@@ -2,7 +2,8 @@
 
 One machine has a disk at a time, the one in its row. The claim is made in the transaction that
 takes an operation down; when the operation fails, the store says who has the disk by the
-hypervisor's word.
+hypervisor's word. An operation whose machine was deleted before its turn may find the claim of
+another one in the row, which waits behind it: it leaves that alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vmlab.manager.operator.placement import look
 from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict, add_event
 from vmlab.manager.store.queries import find_disk
-from vmlab.manager.store.tables import DiskRow, MachineRow
+from vmlab.manager.store.tables import DiskRow, MachineRow, OperationRow
 
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
@@ -40,6 +41,7 @@ __all__ = [
     "disk_part",
     "fitting_bus",
     "found_machine",
+    "holds",
     "let_go",
     "look_at_machine_of",
     "machine_name_of",
@@ -49,6 +51,7 @@ __all__ = [
     "standing_of",
     "standing_or_none",
     "tell_disk",
+    "waited_for",
 ]
 
 _LONGEST_SERIAL: Final = 20
@@ -123,21 +126,42 @@ def attached(session: Session, disk_id: str, bus: str, operation: str) -> None:
     tell_disk(session, row, "disk.attached", operation, machine=row.machine_id, device=row.device)
 
 
+def waited_for(session: Session, machine_id: str) -> frozenset[str]:
+    """Ids of the disks in a machine's rows that it does not have yet: their turn is to come."""
+    waiting = (
+        select(DiskRow.id)
+        .join(OperationRow, OperationRow.target == DiskRow.id)
+        .where(
+            DiskRow.machine_id == machine_id,
+            DiskRow.state == "attaching",
+            OperationRow.kind == "disk.attach",
+            OperationRow.state.in_(("queued", "running")),
+        )
+    )
+    return frozenset(session.scalars(waiting))
+
+
 def all_attached(session: Session, machine_id: str, operation: str) -> None:
     """Write down that a machine that was made has the disks that were claimed for it."""
-    claimed = select(DiskRow).where(DiskRow.machine_id == machine_id, DiskRow.state == "attaching")
+    waiting = waited_for(session, machine_id)
+    claimed = select(DiskRow).where(
+        DiskRow.machine_id == machine_id,
+        DiskRow.state == "attaching",
+        DiskRow.id.not_in(waiting),
+    )
     for row in session.scalars(claimed).all():
         attached(session, row.id, row.bus or "virtio", operation)
 
 
 def let_go(session: Session, disk_id: str, operation: str, *, reason: str = "") -> None:
-    """Write down that no machine has a disk any more."""
+    """Write down that no machine has a disk any more; one that is about to go stays so."""
     row = session.get(DiskRow, disk_id)
     if row is None:
         return
     machine, had = row.machine_id, row.state in {"attached", "detaching"}
     row.machine_id = row.device = row.bus = None
-    row.readonly, row.state, row.reason = False, "available", reason
+    row.readonly, row.reason = False, reason
+    row.state = "deleting" if row.state == "deleting" else "available"
     if had:
         tell_disk(session, row, "disk.detached", operation, machine=machine)
 
@@ -151,8 +175,17 @@ async def claim(work: Work[Any], disk_id: str, text: str) -> None:
         work.on_undo(step, lambda: _settle(work, disk_id))
 
 
+def holds(session: Session, operation: str, row: DiskRow) -> bool:
+    """Whether an operation has the lock of the machine that a disk's row names, if it names one."""
+    if row.machine_id is None:
+        return True
+    return key("machine", row.machine_id) in session.get_one(OperationRow, operation).lock_keys
+
+
 async def _settle(work: Work[Any], disk_id: str) -> None:
-    standing = await work.database.read(standing_or_none, work.manager.storage, disk_id)
+    standing = await work.database.read(
+        standing_or_none, work.manager.storage, disk_id, work.operation_id
+    )
     if standing is None:
         return
     try:
@@ -166,7 +199,15 @@ async def _settle(work: Work[Any], disk_id: str) -> None:
     if machine is not None and machine.spec.disk(standing.part.name) is not None:
         await work.database.write(set_disk_state, disk_id, "attached")
     else:
-        await work.database.write(let_go, disk_id, work.operation_id)
+        await work.database.write(_free, disk_id, work.operation_id)
+
+
+def _free(session: Session, disk_id: str, operation: str) -> None:
+    """Nobody has a disk, and whatever was about to happen to it has failed."""
+    row = session.get(DiskRow, disk_id)
+    if row is not None and holds(session, operation, row):
+        let_go(session, disk_id, operation)
+        row.state = "available"
 
 
 def tell_disk(session: Session, row: DiskRow, kind: str, operation: str, **data: Any) -> None:
@@ -181,7 +222,10 @@ def set_disk_state(session: Session, disk_id: str, state: str, reason: str = "")
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What a handler has to know of a disk when it runs."""
+    """What a handler has to know of a disk when it runs.
+
+    `machine` is the one that has it, or is to have it, and whose lock the operation has.
+    """
 
     part: Disk
     format: str
@@ -192,20 +236,26 @@ class Standing:
     machine_name: str | None
 
 
-def standing_or_none(session: Session, storage: Storage, disk_id: str) -> Standing | None:
-    return standing_of(session, storage, disk_id) if session.get(DiskRow, disk_id) else None
+def standing_or_none(
+    session: Session, storage: Storage, disk_id: str, operation: str
+) -> Standing | None:
+    if session.get(DiskRow, disk_id) is None:
+        return None
+    return standing_of(session, storage, disk_id, operation)
 
 
-def standing_of(session: Session, storage: Storage, disk_id: str) -> Standing:
+def standing_of(session: Session, storage: Storage, disk_id: str, operation: str) -> Standing:
     row = session.get_one(DiskRow, disk_id)
-    machine = session.get(MachineRow, row.machine_id) if row.machine_id is not None else None
+    machine = None
+    if row.machine_id is not None and holds(session, operation, row):
+        machine = session.get_one(MachineRow, row.machine_id)
     return Standing(
         disk_part(storage, row),
         row.format,
         row.size,
         row.name,
         serial_of(row),
-        row.machine_id,
+        machine.id if machine is not None else None,
         machine.name if machine is not None else None,
     )
 

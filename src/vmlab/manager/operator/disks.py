@@ -154,7 +154,7 @@ class CreateDiskHandler(Handler[CreateDisk]):
         def find(session: Session) -> Standing:
             row = session.get_one(DiskRow, other_of(session, work.operation_id, "disk", disk_id))
             _require_still(session, self.manager, row, "copied")
-            return standing_of(session, storage, row.id)
+            return standing_of(session, storage, row.id, work.operation_id)
 
         standing = await work.database.read(find)
         assert standing.part.file is not None
@@ -240,7 +240,7 @@ class ResizeDiskHandler(Handler[ResizeDisk]):
     async def run(self, work: Work[ResizeDisk]) -> dict[str, Any]:
         """Grow it; what has grown cannot be undone."""
         disk_id, size, storage = work.target_id, work.request.size, self.manager.storage
-        standing = await work.database.read(standing_of, storage, disk_id)
+        standing = await work.database.read(standing_of, storage, disk_id, work.operation_id)
         async with work.step("grow", f"have it {format_size(size)} large") as step:
             if step.done_before:
                 return {"disk": disk_id, "size": size}
@@ -316,7 +316,7 @@ class DeleteDiskHandler(Handler[DeleteDisk]):
     async def run(self, work: Work[DeleteDisk]) -> dict[str, Any]:
         """Take it from its machine and remove it."""
         disk_id, storage = work.target_id, self.manager.storage
-        standing = await work.database.read(standing_or_none, storage, disk_id)
+        standing = await work.database.read(standing_or_none, storage, disk_id, work.operation_id)
         if standing is None:
             # The last step's transaction was the last thing that a crash let it do.
             return {"disk": disk_id}

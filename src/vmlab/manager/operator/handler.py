@@ -42,7 +42,7 @@ OPERATION: Final = "vmlab.operation"
 
 
 def operation_of(session: Session) -> str:
-    """Id of the operation that is taken down in this transaction: for what `check` writes."""
+    """Id of the operation that is taken down, or withdrawn, in this transaction."""
     return str(session.info[OPERATION])
 
 

@@ -440,6 +440,7 @@ def _ask_to_cancel(session: Session, id_: str, handler: Handler[Any]) -> bool:
             hint="what it did is not undone by cancelling it",
         )
     if row.state == "queued":
+        session.info[OPERATION] = row.id
         handler.withdrawn(session, REQUEST.validate_python(row.request), row.target)
         end_operation(
             session, id_, "cancelled", error=OperationAborted("the operation was cancelled")

@@ -19,7 +19,7 @@ from vmlab.machine.errors import InvalidState, OperationFailed, SnapshotNotFound
 from vmlab.machine.spec import Disk
 from vmlab.machine.states import OFF, MachineState
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
-from vmlab.manager.operator.disks import disk_part
+from vmlab.manager.operator.disk_rows import disk_part, waited_for
 from vmlab.manager.operator.handler import (
     Handler,
     PlannedStep,
@@ -48,8 +48,11 @@ __all__ = ["removed", "require_disks_aside", "set_aside", "store_disks"]
 
 def store_disks(session: Session, storage: Storage, machine_id: str) -> list[Disk]:
     """The disks of the store that a machine has, as parts of its specification."""
+    waiting = waited_for(session, machine_id)
     rows = session.scalars(
-        select(DiskRow).where(DiskRow.machine_id == machine_id).order_by(DiskRow.name)
+        select(DiskRow)
+        .where(DiskRow.machine_id == machine_id, DiskRow.id.not_in(waiting))
+        .order_by(DiskRow.name)
     )
     return [disk_part(storage, row) for row in rows]
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import DeadlineExceeded, OperationAborted, VmlabError, from_record
 from vmlab.manager.documents import OperationState
-from vmlab.manager.operator.handler import Handler
+from vmlab.manager.operator.handler import OPERATION, Handler
 from vmlab.manager.operator.journal import RollingBack, Step, Work, read_steps
 from vmlab.manager.requests import REQUEST
 from vmlab.manager.store.changes import add_event
@@ -185,6 +185,7 @@ class Execution:
     ) -> None:
         """End what did not succeed; where no step was begun, what it claimed is given back."""
         if work.untouched:
+            session.info[OPERATION] = self.operation_id
             self.handler.withdrawn(session, work.request, work.target)
         end_operation(session, self.operation_id, state, error=failure)
 

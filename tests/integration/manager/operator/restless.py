@@ -25,6 +25,7 @@ from vmlab.manager.documents import ENDED
 from vmlab.manager.manager import Manager
 from vmlab.manager.operator.hosts import machine_name
 from vmlab.manager.requests import (
+    REQUEST,
     AttachDisk,
     CloneMachine,
     CreateDisk,
@@ -104,6 +105,12 @@ async def problems(manager: Manager, acknowledged: list[str]) -> list[str]:
     # The observer looks at processes, addresses, links and locks, too.
     found = await manager.observer.sweep(asked=len(rows) + 1)
     wrong += [f"{each.code}: {each.message}" for each in found if each.code != "storage-low"]
+    # Who was told nothing, because the manager died, asks again with the same key.
+    for row in await manager.database.read(_last_operations):
+        request = REQUEST.validate_python(row["request"])
+        again = await manager.operator.submit(request, idempotency_key=row["key"])
+        if again.id != row["id"]:
+            wrong.append(f"operation {row['id']} ({again.kind}) is doubled by {again.id}")
     return wrong
 
 
@@ -131,6 +138,14 @@ def _in_the_store(session: Session, acknowledged: list[str]) -> list[str]:
         if disk.state != expected:
             wrong.append(f"disk {disk.name} is {disk.state}, not {expected}: {disk.reason}")
     return wrong
+
+
+def _last_operations(session: Session) -> list[dict[str, Any]]:
+    query = select(OperationRow).order_by(OperationRow.number.desc()).limit(5)
+    return [
+        {"id": row.id, "request": dict(row.request), "key": row.idempotency_key}
+        for row in session.scalars(query)
+    ]
 
 
 def _machines(session: Session) -> list[dict[str, Any]]:
