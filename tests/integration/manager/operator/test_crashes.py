@@ -155,6 +155,7 @@ class Story:
             path = Path(RESULTS) / "manager-crashes.json"
             known = json.loads(path.read_text("utf-8")) if path.exists() else {}
             known[title] = figures
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         assert longest <= SETTLED_WITHIN, self.settled
 
