@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from vmlab.manager.documents import FindingDocument
 from vmlab.manager.observer.collect.store import stirred_since
-from vmlab.manager.observer.difference import Difference
+from vmlab.manager.observer.difference import CODES, Difference
 from vmlab.manager.requests import Policy
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.queries import finding_document
@@ -56,19 +56,18 @@ class Raised:
     policy: Policy
 
 
-def open_findings(session: Session) -> list[Open]:
-    """All findings that are open, the oldest first."""
-    rows = session.execute(
-        select(
-            FindingRow.id,
-            FindingRow.code,
-            FindingRow.subject,
-            FindingRow.source,
-            FindingRow.touches,
-        )
-        .where(FindingRow.resolved.is_(None))
-        .order_by(FindingRow.first_seen, FindingRow.id)
-    )
+def open_findings(session: Session, about: Collection[str] | None = None) -> list[Open]:
+    """The findings that are open: all of them, or those of the subjects in `about`."""
+    of_open = select(
+        FindingRow.id,
+        FindingRow.code,
+        FindingRow.subject,
+        FindingRow.source,
+        FindingRow.touches,
+    ).where(FindingRow.resolved.is_(None))
+    if about is not None:
+        of_open = of_open.where(FindingRow.code.in_(CODES), FindingRow.subject.in_(about))
+    rows = session.execute(of_open)
     return [
         Open(id_, code, about, source, frozenset(ids)) for id_, code, about, source, ids in rows
     ]

@@ -162,7 +162,11 @@ class Observer:
         seen = await self._eyes.see(known, scope)
         self._remember(known, seen)
         candidates = await done_in_thread(self._candidates, known, seen)
-        open_ = await self._manager.database.read(open_findings)
+        about = None
+        if scope.machines is not None:
+            # A look at one machine costs the same, however many findings there are of others.
+            about = scope.machines | {difference.subject for difference in candidates}
+        open_ = await self._manager.database.read(open_findings, about)
         kept = {finding.key for finding in open_}
         new = [difference for difference in candidates if difference.key not in kept]
         confirmed = [difference for difference in candidates if difference.key in kept]
@@ -179,8 +183,12 @@ class Observer:
         if not raised and not gone:
             return
         ids = await self._note(raised, sorted(gone), known.event)
-        left = await self._manager.database.read(open_findings)
-        self._concerned = frozenset().union(*(finding.touches for finding in left))
+        if scope.machines is None:
+            left = await self._manager.database.read(open_findings)
+            self._concerned = frozenset().union(*(finding.touches for finding in left))
+        else:
+            touched = (each.difference.touches for each in raised)
+            self._concerned = self._concerned.union(*touched)
         if ids:
             await self._automatic.repair(ids)
 
