@@ -124,13 +124,12 @@ class HostNetworks:
 
     async def _raise(self, layout: Layout, leases: Sequence[Lease]) -> None:
         if layout.foreign:
+            await self._gather(layout.bridge)
             return  # the host's own: whoever made it serves it
         alias = names.alias(self.home, layout.network)
         await asyncio.to_thread(links.make_bridge, layout.bridge, alias)
         await asyncio.to_thread(nat.hear_no_routers, layout.bridge)
-        # Machines that were on a bridge that somebody removed are on this one.
-        for port in await asyncio.to_thread(_strays, layout.bridge):
-            await asyncio.to_thread(links.join, port, layout.bridge)
+        await self._gather(layout.bridge)
         if layout.vlan is not None:
             async with self._shared:
                 await self._join_switch(layout, layout.vlan, alias)
@@ -144,6 +143,11 @@ class HostNetworks:
             async with self._shared:
                 await asyncio.to_thread(self._forward, layout)
         await self._serve_bridge(layout, leases)
+
+    async def _gather(self, bridge: str) -> None:
+        """Have machines that were on a bridge that somebody removed on the one of its name."""
+        for port in await asyncio.to_thread(_strays, bridge):
+            await asyncio.to_thread(links.join, port, bridge)
 
     async def _join_switch(self, layout: Layout, tag: int, alias: str) -> None:
         await self.switch.up()
