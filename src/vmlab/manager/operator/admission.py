@@ -25,7 +25,13 @@ from vmlab.machine.errors import ResourceExhausted
 from vmlab.machine.sizes import MIB, format_size
 from vmlab.machine.states import LIVE, MachineState
 from vmlab.manager.settings import Settings
-from vmlab.manager.store.tables import DiskRow, HostRow, MachineRow, ReservationRow
+from vmlab.manager.store.tables import (
+    DiskRow,
+    HostRow,
+    MachineRow,
+    OperationRow,
+    ReservationRow,
+)
 
 __all__ = ["Need", "drop_reservation", "in_use", "reserve"]
 
@@ -85,8 +91,12 @@ def in_use(
         promised = promised.where(ReservationRow.host == host)
     elif not real:
         # What moves is counted where it still is.
-        moving = select(MachineRow.id).where(
-            MachineRow.id == ReservationRow.machine_id, live, MachineRow.host != ReservationRow.host
+        moving = select(OperationRow.id).where(
+            OperationRow.id == ReservationRow.operation_id,
+            OperationRow.kind == "machine.migrate",
+            MachineRow.id == ReservationRow.machine_id,
+            MachineRow.host != ReservationRow.host,
+            live,
         )
         promised = promised.where(~moving.exists())
     if real:
