@@ -9,6 +9,10 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from vmlab.machine.errors import OperationFailed
+from vmlab.manager.operator import clones
 from vmlab.manager.requests import (
     CloneMachine,
     CreateNetwork,
@@ -129,6 +133,32 @@ def test_copies_are_told_who_they_are_whether_they_run_or_not(tell: Tell) -> Non
             await asking.do(StartMachine(machine=name))
             assert (await seed_of(asking, name)).exists()
         await off_the_network(asking, "forked", "copied")
+
+    tell(story)
+
+
+def test_disk_that_a_running_guest_keeps_is_no_reason_to_fail_and_one_at_rest_is(
+    tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def kept(*_: Any) -> None:
+        raise OperationFailed("the guest does not let go of it")
+
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(clones, "reseed", kept)
+            forked = await asking.ask(CloneMachine(machine="one", name="two"))
+            states = {step.name: step.state for step in forked.steps}
+            assert (forked.state, states["seed"]) == ("succeeded", "failed")
+            await asking.do(StopMachine(machine="one", graceful=False))
+            said = await asking.fail(CloneMachine(machine="one", name="three"))
+            assert said == "the guest does not let go of it"
+        assert await asking.refuse(StartMachine(machine="three"))
+        # It is told at its next start.
+        await asking.do(StopMachine(machine="two", graceful=False))
+        await asking.do(StartMachine(machine="two"))
+        assert (await told_to(asking, "two"))["local-hostname"] == "two"
+        await off_the_network(asking, "one", "two")
 
     tell(story)
 
