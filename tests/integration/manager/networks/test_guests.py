@@ -20,6 +20,7 @@ from vmlab.manager.documents import MachineDocument
 from vmlab.manager.manager import Manager
 from vmlab.manager.networks import links, nat
 from vmlab.manager.requests import (
+    CloneMachine,
     CreateMachine,
     CreateNetwork,
     DeleteMachine,
@@ -27,6 +28,8 @@ from vmlab.manager.requests import (
     MachinePolicy,
     Metadata,
     NewNic,
+    SnapshotMachine,
+    StartMachine,
     StopMachine,
 )
 from vmlab.manager.settings import HostSetting, Settings
@@ -49,6 +52,9 @@ class Office:
         operation = await self.manager.operator.submit(request)
         operation = await self.manager.operator.wait(operation.id, WAIT)
         assert operation.state == "succeeded", operation.error
+        if isinstance(request, CloneMachine):
+            # Nothing of it was tried in vain.
+            assert {step.state for step in operation.steps} == {"done"}, operation.steps
         return operation.result or {}
 
     async def machine(self, name: str) -> MachineDocument:
@@ -59,17 +65,23 @@ class Office:
     async def boot(self, name: str, *networks: str, **fields: Any) -> Guest:
         """A machine that runs, with a NIC on each of those networks."""
         nics = tuple(NewNic(network=network) for network in networks)
-        await self.did(
-            CreateMachine(
-                name=name,
-                image="debian-12-amd64-tiny",
-                memory=192 << 20,
-                nics=nics,
-                start=True,
-                **fields,
-            )
-        )
-        return await self.manager.guests.get((await self.machine(name)).id)
+        fields = {"image": "debian-12-amd64-tiny", "memory": 192 << 20, **fields}
+        await self.did(CreateMachine(name=name, nics=nics, start=True, **fields))
+        return await self.guest(name)
+
+    async def guest(self, name: str) -> Guest:
+        """The guest of a machine that runs."""
+        return await self.manager.guests.get((await self.machine(name)).id, timeout=WAIT)
+
+    async def is_itself(self, name: str, *names: str) -> Guest:
+        """A guest has the addresses of its machine and no others, on interfaces of those names."""
+        machine, guest = await self.machine(name), await self.guest(name)
+        assert (await guest.succeed("cat /proc/sys/kernel/hostname")).stdout == f"{name}\n"
+        for interface, nic in zip(names, machine.nics, strict=True):
+            mac = f"/sys/class/net/{interface}/address"
+            assert (await guest.succeed(["cat", mac])).stdout.strip() == nic.mac
+            assert await global_addresses(guest, interface) == set(nic.addresses)
+        return guest
 
     async def addresses(self) -> set[tuple[str, str | None, str]]:
         """Who has what, by network."""
@@ -80,6 +92,13 @@ class Office:
 async def address_of(guest: Guest, interface: str) -> str:
     """The address that a guest has, which asks by DHCP when it boots."""
     return (await guest.succeed(ADDRESS.format(interface))).stdout.strip()
+
+
+async def global_addresses(guest: Guest, interface: str) -> set[str]:
+    """All that a guest has there, of both versions of IP, but for those of the link."""
+    said = (await guest.succeed(["ip", "-o", "addr", "show", "dev", interface])).stdout
+    words = [line.split() for line in said.splitlines()]
+    return {each[3].partition("/")[0] for each in words if not each[3].startswith("fe80:")}
 
 
 async def reaches(guest: Guest, address: str) -> bool:
@@ -194,5 +213,97 @@ def test_guests_get_the_store_s_addresses_and_reach_whom_they_should(
         assert set(await asyncio.to_thread(links.links)) == before
         assert nat.tables() == frozenset()
         assert list(office.manager.networks.host.directory.iterdir()) == []
+
+    office(test)
+
+
+MOUNT_SEED = (
+    "mkdir -p /tmp/own; for disk in /dev/vd? /dev/sd?; do "
+    "mount -r -t iso9660 $disk /tmp/own && break; done 2>/dev/null; cat /tmp/own/meta-data"
+)
+
+
+def test_copies_of_a_machine_that_runs_take_addresses_of_their_own(
+    office: Callable[[Callable[[Office], Any]], None],
+) -> None:
+    async def test(office: Office) -> None:
+        await office.did(CreateNetwork(name="lan", subnet="10.9.0.0/24"))
+        await office.did(CreateNetwork(name="red", mode="bridged", subnet="10.9.10.0/24"))
+        told = Metadata(user_data="#cloud-config\n")
+        await office.boot("one", "red", "lan", metadata=told)
+        await office.did(SnapshotMachine(machine="one", name="good", memory=True))
+        await office.did(CloneMachine(machine="one", name="forked"))
+        await office.did(CloneMachine(machine="one", name="revived", snapshot="good"))
+        at = {}
+        for name in ("one", "forked", "revived"):
+            guest = await office.is_itself(name, "eth0", "eth1")
+            at[name] = [nic.addresses[0] for nic in (await office.machine(name)).nics]
+            # What it was reached by, and reaches others by, it has still.
+            assert "default via 10.9.10.1" in (await guest.succeed("ip route")).stdout
+            assert await reaches(guest, "10.9.10.1")
+        assert len({address for each in at.values() for address in each}) == 6
+        for name, others in (("forked", ("one", "revived")), ("revived", ("one", "forked"))):
+            for other in others:
+                for address in at[other]:
+                    assert await reaches(await office.guest(name), address), (name, other, address)
+        # Its disk for cloud-init is another one, now and after its next start.
+        machine = await office.machine("forked")
+        wanted = f"i-{machine.id[:17]}"
+        assert wanted in (await (await office.guest("forked")).succeed(MOUNT_SEED)).stdout
+        await office.did(DeleteMachine(machine="one", force=True))
+        await office.did(StopMachine(machine="forked", graceful=False))
+        await office.did(StartMachine(machine="forked"))
+        guest = await office.guest("forked")
+        assert wanted in (await guest.succeed(MOUNT_SEED)).stdout
+        assert await reaches(guest, at["revived"][1])
+
+    office(test)
+
+
+# What systemd-networkd has of DHCP (sd-dhcp-lease.c), and the addresses of both versions of IP.
+LEASED = """
+for i in {interfaces}; do
+    four=$(cat /tmp/want-$i-4) six=$(cat /tmp/want-$i-6)
+    lease=/run/systemd/netif/leases/$(cat /sys/class/net/$i/ifindex)
+    until grep -q "^ADDRESS=$four$" $lease && ip -6 addr show dev $i | grep -q " $six/"; do
+        sleep 0.2
+    done
+done
+"""
+
+
+def test_guests_with_systemd_get_addresses_of_both_versions_of_ip_and_so_do_their_copies(
+    office: Callable[[Callable[[Office], Any]], None],
+) -> None:
+    async def told(office: Office, name: str, *interfaces: str) -> None:
+        """Wait until its DHCP client has what the store has; then nothing else is there."""
+        guest, machine = await office.guest(name), await office.machine(name)
+        for interface, nic in zip(interfaces, machine.nics, strict=True):
+            for address in nic.addresses:
+                version = 6 if ":" in address else 4
+                await guest.succeed(f"echo {address} >/tmp/want-{interface}-{version}")
+        await guest.succeed(LEASED.format(interfaces=" ".join(interfaces)), timeout=WAIT)
+        await office.is_itself(name, *interfaces)
+
+    async def test(office: Office) -> None:
+        await office.did(CreateNetwork(name="lan", subnet="10.9.0.0/24", subnet6="fd00:9::/64"))
+        await office.did(
+            CreateNetwork(name="red", mode="bridged", subnet="10.9.10.0/24", subnet6="fd00:10::/64")
+        )
+        guest = await office.boot("one", "red", "lan", image="debian-12-amd64", memory=768 << 20)
+        found = (await guest.succeed("ls /sys/class/net")).stdout.split()
+        interfaces = sorted(each for each in found if each != "lo")
+        await told(office, "one", *interfaces)
+        # By the advertisements of the router on the bridge; on the segment there is none.
+        routes = (await guest.succeed("ip -6 route show default")).stdout
+        assert routes.count("default") == 1
+        assert interfaces[0] in routes
+        await office.did(CloneMachine(machine="one", name="two"))
+        await told(office, "two", *interfaces)
+        await told(office, "one", *interfaces)
+        two = await office.guest("two")
+        for nic in (await office.machine("one")).nics:
+            for address in nic.addresses:
+                assert await reaches(two, address), address
 
     office(test)
