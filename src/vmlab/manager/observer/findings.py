@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from vmlab.manager.documents import FindingDocument
@@ -105,15 +105,13 @@ def note(
     stirred = stirred_since(session, event)
     present = now()
     keys = [raised.difference.key for raised in found]
-    of_found = and_(
-        FindingRow.code.in_({code for code, _ in keys}),
-        FindingRow.subject.in_({subject for _, subject in keys}),
-    )
+    of_open = select(FindingRow).where(FindingRow.resolved.is_(None))
     before = {
         (row.code, row.subject): row
         for row in session.scalars(
-            select(FindingRow).where(
-                FindingRow.resolved.is_(None), or_(of_found, FindingRow.id.in_(gone))
+            of_open.where(
+                FindingRow.code.in_({code for code, _ in keys}),
+                FindingRow.subject.in_({subject for _, subject in keys}),
             )
         )
     }
@@ -131,8 +129,8 @@ def note(
         _see_again(session, row, raised)
     # One statement: many findings that stay as they are would be as many updates.
     session.execute(update(FindingRow).where(FindingRow.id.in_(again)).values(last_seen=present))
-    for row in before.values():
-        if row.id in gone and stirred.isdisjoint(row.touches):
+    for row in session.scalars(of_open.where(FindingRow.id.in_(gone))):
+        if stirred.isdisjoint(row.touches):
             resolve(session, row)
     return ids
 

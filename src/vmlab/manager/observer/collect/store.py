@@ -203,24 +203,19 @@ def under_way(session: Session) -> tuple[frozenset[str], datetime | None]:
 def stirred_since(session: Session, event: int) -> frozenset[str]:
     """Ids of all that changed after event number `event`, or that operations ended on since.
 
-    Who asks for it may be the one that writes: it costs as much as there were events, and not as
-    there were operations ever.
+    Who asks for it may be the one that writes: it costs as much as there were events since, and
+    not as there are events or operations in the store.
     """
-    operations = select(EventRow.operation).where(
-        EventRow.id > event, EventRow.operation.is_not(None)
-    )
-    stirred = set(
-        session.scalars(
-            select(EventRow.subject)
-            .where(
-                EventRow.id > event,
-                EventRow.subject.is_not(None),
-                EventRow.kind.not_like("finding.%"),
-            )
-            .distinct()
-        )
-    )
-    found = {id_ for id_ in stirred if id_ is not None}
+    found: set[str] = set()
+    operations: set[str] = set()
+    # Nothing but the number is a condition: databases would look for the others first.
+    for kind, subject, operation in session.execute(
+        select(EventRow.kind, EventRow.subject, EventRow.operation).where(EventRow.id > event)
+    ):
+        if subject is not None and not kind.startswith("finding."):
+            found.add(subject)
+        if operation is not None:
+            operations.add(operation)
     for id_, target, keys in session.execute(
         select(OperationRow.id, OperationRow.target, OperationRow.lock_keys).where(
             or_(OperationRow.id.in_(operations), OperationRow.state.in_(_GOING_ON)),
