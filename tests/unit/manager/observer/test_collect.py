@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from vmlab.guests import agent
+from vmlab.guests.command import AgentRestarted
 from vmlab.hypervisors.ownership import Home, Store
 from vmlab.machine.errors import ChannelClosed
 from vmlab.machine.states import MachineState
@@ -115,8 +116,9 @@ def test_locks_tell_who_holds_them_and_whom_they_name(tmp_path):
 class Agent:
     """A guest whose clock is so many seconds ahead, or that fails."""
 
-    def __init__(self, ahead=0.0, status=0, fails=None, answers=True):
+    def __init__(self, ahead=0.0, status=0, fails=None, answers=True, restarted=0):
         self.ahead, self.status, self.fails, self.answers = ahead, status, fails, answers
+        self.restarted = restarted
 
     async def ping(self):
         if self.fails is not None:
@@ -128,6 +130,9 @@ class Agent:
         import time
 
         assert command == "date +%s"
+        if self.restarted:
+            self.restarted -= 1
+            raise AgentRestarted("the guest's agent died")
         return SimpleNamespace(status=self.status, stdout=f"{int(time.time() + self.ahead)}\n")
 
 
@@ -156,6 +161,12 @@ def test_an_agent_tells_how_far_its_clock_is_off(ahead):
 def test_an_agent_without_date_has_no_clock_and_answers():
     told = ask(Agent(status=127))
     assert (told.answered, told.drift) == (True, None)
+
+
+def test_an_agent_that_was_started_anew_answers_and_one_that_dies_again_and_again_does_not():
+    assert ask(Agent(restarted=1)).answered
+    told = ask(Agent(restarted=2))
+    assert (told.answered, told.problem) == (False, "the guest's agent died")
 
 
 def test_an_agent_that_fails_or_says_nothing_does_not_answer():

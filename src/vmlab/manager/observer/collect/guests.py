@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from vmlab.guests import agent, qga
+from vmlab.guests.command import AgentRestarted
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.simulated.guest import PROBE
@@ -72,7 +73,12 @@ async def _asked_by_probe(id_: str, machine: Machine) -> SeenGuest:
 async def _asked_by_agent(id_: str, guest: Guest) -> SeenGuest:
     await guest.ping()
     before = time.time()
-    said = await guest.execute(_CLOCK)
+    try:
+        said = await guest.execute(_CLOCK)
+    except AgentRestarted:
+        # It answers, but is another one than that which commands were given to before.
+        before = time.time()
+        said = await guest.execute(_CLOCK)
     after = time.time()
     text = said.stdout.strip()
     if said.status != 0 or not text.isdigit():
