@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from asyncio import to_thread
 from collections.abc import Iterator
 
 import pytest
+from tests.integration.manager.networks.conftest import Client
+from tests.integration.manager.networks.conftest import run as shell
 
 from vmlab.hypervisors import processes
+from vmlab.hypervisors.monitored.networks import bridge_port
 from vmlab.manager.networks import links, names
-from vmlab.manager.requests import CreateNetwork
-from vmlab.manager.store.queries import find_network
+from vmlab.manager.networks.addresses import take
+from vmlab.manager.requests import CreateNetwork, DeleteMachine, NewNic
+from vmlab.manager.settings import HostSetting
+from vmlab.manager.store.queries import find_machine, find_network
 from vmlab.manager.store.tables import NicRow
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
@@ -112,5 +118,90 @@ def test_what_a_network_with_a_tag_lost_is_found_and_made_again(run, lost):
         else:
             await to_thread(links.remove, bridge if lost == "bridge" else port)
         await found_and_made_again(watched, network, bridge if lost == "bridge" else port)
+
+    run(test)
+
+
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs qemu-system-x86")
+@pytest.mark.usefixtures("namespace")
+def test_a_machine_whose_bridge_or_tap_is_lost_is_put_back_on_its_network(run):
+    async def joined():
+        there = await to_thread(links.links)
+        named = {link.index: link.name for link in there.values()}
+        return {name: named.get(link.master) for name, link in there.items()}
+
+    async def test(watched):
+        await watched.did(CreateNetwork(name="lan", mode="bridged", subnet="10.9.0.0/24"))
+        spec = {"architecture": "x86_64", "memory": "32M", "channels": []}
+        nics = (NewNic(network="lan"),)
+        document = await watched.machine_of("web", host="qemu", spec=spec, nics=nics)
+        await watched.nothing()
+        machine = await watched.at_host("web")
+        network = await watched.manager.database.read(lambda s: find_network(s, "lan").id)
+        bridge = names.interface("bridge", network)
+        tap = bridge_port(machine.hypervisor.owner, machine.id, document.nics[0].name)
+        assert (await joined())[tap] == bridge
+        # The kernel lets go of a bridge's ports when it is removed.
+        await to_thread(links.remove, bridge)
+        assert (await joined())[tap] is None
+        finding = await watched.found("lost-interface")
+        assert (finding.subject, finding.evidence["kind"]) == (bridge, "bridge")
+        await watched.repaired(finding, "reconcile")
+        assert (await joined())[tap] == bridge
+        await watched.nothing()
+        # Somebody puts it elsewhere.
+        await to_thread(links.make_bridge, "somebodys", "of somebody")
+        await to_thread(links.join, tap, "somebodys")
+        finding = await watched.found("lost-interface")
+        assert (finding.subject, finding.evidence["lacking"]) == (tap, False)
+        await watched.repaired(finding, "reconcile")
+        assert (await joined())[tap] == bridge
+        await watched.nothing()
+        # It is gone altogether, and nobody in the guest could take a new one.
+        await to_thread(links.remove, tap)
+        finding = await watched.found("lost-interface")
+        assert (finding.subject, finding.evidence["lacking"]) == (tap, True)
+        assert finding.evidence["machine"] == document.id
+        await watched.did(DeleteMachine(machine="web", force=True))
+        await watched.nothing()
+
+    run(test, hosts=(HostSetting(name="qemu", hypervisor="qemu"),))
+
+
+@pytest.mark.usefixtures("namespace")
+def test_a_guest_that_took_another_ones_address_is_found_by_the_hosts_neighbours(run):
+    async def test(watched):
+        await watched.did(CreateNetwork(name="lan", mode="bridged", subnet="10.9.0.0/24"))
+        for name in ("web", "db"):
+            await watched.machine_of(name, nics=(NewNic(network="lan"),))
+
+        def all_take(session):
+            for name in ("web", "db"):
+                take(session, find_machine(session, name))
+            return find_network(session, "lan").id
+
+        network = await watched.manager.database.write(all_take)
+        await watched.manager.networks.ensure(network)
+        (web,), (db,) = [(await watched.machine(name)).nics for name in ("web", "db")]
+        # A simulated machine has no wire: this is what the guest of "db" does on it.
+        guest = await to_thread(Client)
+        try:
+            words = ("ip", "link", "set", "eth0", "address", db.mac)
+            await to_thread(guest.run, *words)
+            await to_thread(guest.run, "ip", "addr", "add", f"{web.addresses[0]}/24", "dev", "eth0")
+            await to_thread(guest.plug, names.interface("bridge", network))
+            ping = ("busybox", "ping", "-c", "1", "-w", "120", web.addresses[0])
+            assert "1 packets received" in await to_thread(shell, *ping)
+            finding = await watched.found("address-conflict")
+            assert finding.name == web.addresses[0]
+            assert finding.evidence["seen_in"] == ["neighbour"]
+            assert finding.evidence["used_by"] == [db.mac]
+            assert finding.evidence["belongs_to"] == web.mac
+            assert [each["nic"] for each in finding.evidence["intruders"]] == [db.name]
+            await watched.repaired(finding, "quarantine")
+            assert (await watched.at_host("db")).spec.nics == ()
+            assert len((await watched.at_host("web")).spec.nics) == 1
+        finally:
+            await to_thread(guest.close)
 
     run(test)

@@ -7,15 +7,14 @@ import shutil
 import signal
 
 import pytest
-from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors import processes
+from vmlab.machine.errors import InvalidSpec
+from vmlab.machine.spec import MachineSpec
 from vmlab.machine.states import MachineState
-from vmlab.manager.observer.observer import Pace
-from vmlab.manager.requests import DeleteMachine
+from vmlab.manager.requests import DeleteMachine, RepairFinding
 from vmlab.manager.settings import HostSetting
 
-IMAGE = "debian-12-amd64-tiny"
 HOSTS = (HostSetting(name="qemu", hypervisor="qemu"),)
 MISMATCH = "machine-state-mismatch"
 
@@ -105,22 +104,53 @@ def test_qemu_whose_machine_was_removed_by_hand_is_an_orphan_and_is_ended(run):
     run(test, hosts=HOSTS)
 
 
-@pytest.mark.slow
-@pytest.mark.boots
-def test_a_real_guest_whose_clock_is_wrong_is_found_and_its_clock_set(run, monkeypatch):
-    async def test(watched):
-        await watched.machine_of("web", host="qemu", image=IMAGE, spec=None, memory="192M")
-        id_ = (await watched.machine("web")).id
-        guest = await watched.manager.guests.get(id_)
-        await watched.nothing()
-        await guest.succeed("date -s @1000000000")
-        finding = await watched.found("clock-drift")
-        assert finding.evidence["drift"] < -1e8
-        await watched.repaired(finding, "reconcile")
-        assert int((await guest.succeed("date +%s")).stdout) > 1.7e9
-        await watched.nothing()
-        await watched.did(DeleteMachine(machine="web", force=True))
+async def bypassing(watched, name):
+    """A machine that somebody makes in the manager's store without the manager; it runs."""
+    hypervisor = await watched.manager.hosts.get("qemu")
+    spec = MachineSpec.of(name=name, architecture="x86_64", memory="32M", channels=())
+    machine = await hypervisor.create(spec)
+    await machine.start()
+    return machine
 
-    monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
-    pace = Pace(settle=0.01, guest_every=86400, guest_answers=200.0, boots=0.0)
-    run(test, hosts=HOSTS, pace=pace)
+
+def test_a_machine_that_was_made_past_the_manager_is_found_and_paused_or_taken_in(run):
+    async def test(watched):
+        machine = await bypassing(watched, "m-0123456789ab")
+        finding = await watched.found("orphan-machine")
+        assert (finding.name, finding.evidence["seen"]) == ("m-0123456789ab", "running")
+        await watched.repaired(finding, "quarantine")
+        assert (await machine.status()).state is MachineState.PAUSED
+        await watched.repaired(finding, "quarantine", undo=True)
+        assert (await machine.status()).state is MachineState.RUNNING
+        again = await watched.found("orphan-machine")
+        repair = await watched.repaired(again, "adopt")
+        id_ = repair.result["undo"]["machine"]
+        await watched.nothing()
+        assert (await watched.machine(id_)).state == "running"
+        await watched.did(DeleteMachine(machine=id_, force=True))
+        await watched.nothing()
+
+    run(test, hosts=HOSTS)
+
+
+def test_a_machine_that_was_made_past_the_manager_is_deleted_only_by_its_name(run):
+    async def test(watched):
+        machine = await bypassing(watched, "m-0123456789ab")
+        other = await bypassing(watched, "m-ba9876543210")
+        findings = {each.name: each for each in await watched.sweep()}
+        assert set(findings) == {machine.name, other.name}
+        finding = findings[machine.name]
+        for typed in (None, other.name):
+            with pytest.raises(InvalidSpec, match=machine.name):
+                await watched.manager.operator.submit(
+                    RepairFinding(finding=finding.id, action="reconcile", name=typed)
+                )
+        (process,) = processes.adopt(machine.hypervisor.owner, machine.id)
+        await watched.repaired(finding, "reconcile", name=machine.name)
+        assert not process.running
+        assert (await other.status()).state is MachineState.RUNNING
+        assert [each.name for each in await watched.sweep()] == [other.name]
+        await other.delete(force=True)
+        await watched.nothing()
+
+    run(test, hosts=HOSTS)
