@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -47,13 +47,15 @@ _SOCKET_NAME_ROOM = 48
 class Owner:
     """A run or a store: its kind, its id, and the directory that holds its machines' files.
 
-    `runtime` is where its sockets are, if `directory` is too long a path for those.
+    `runtime` is where its sockets are, if `directory` is too long a path for those. `segments` is
+    whose segments its machines are on, if they share those of another owner's machines.
     """
 
     kind: Literal["run", "store"]
     id: str
     directory: Path
     runtime: Path | None = None
+    segments: Owner | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.id}"

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def segment_group(owner: Owner, segment: str) -> tuple[str, int]:
     """The multicast group and port of a segment: 239.0.0.0/8 is "organization-local" (RFC 2365)."""
-    identity = f"{owner}\0{owner.directory}\0{segment}"
+    whose = owner.segments or owner
+    identity = f"{whose}\0{whose.directory}\0{segment}"
     digest = hashlib.sha256(identity.encode()).digest()
     return f"239.{digest[0]}.{digest[1]}.{digest[2]}", 20_000 + int.from_bytes(digest[3:5]) % 40_000
 

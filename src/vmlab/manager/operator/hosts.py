@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from sqlalchemy import func, select
@@ -166,7 +167,10 @@ class Hosts:
             return hypervisor
 
     def _open(self, setting: HostSetting) -> Hypervisor:
-        owner = Store.open(self._manager.settings.home, store_name(setting)).owner
+        home = self._manager.settings.home
+        # A network is one on all hosts.
+        segments = Store.open(home, _STORE).owner
+        owner = replace(Store.open(home, store_name(setting)).owner, segments=segments)
         options = {**_OPTIONS.get(setting.hypervisor, {}), **setting.options}
         if "socket" in setting.options:
             # Who serves it chooses the rest.

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vmlab.hypervisors.monitored.networks import segment_group
+from vmlab.hypervisors.ownership import Store
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.operator import clones
 from vmlab.manager.requests import (
@@ -64,6 +66,19 @@ async def off_the_network(asking: Any, *names: str) -> None:
     for name in names:
         await asking.do(DeleteMachine(machine=name, force=True))
     await asking.do(DeleteNetwork(network="lan"))
+
+
+def test_an_isolated_network_is_one_wire_on_all_hosts(tell: Tell) -> None:
+    async def story(asking: Any) -> None:
+        groups = set()
+        for host in ("simulated", "other"):
+            owner = (await asking.manager.hosts.get(host)).owner
+            groups.add(segment_group(owner, "net-lan"))
+        # The one that its DHCP server is on.
+        served = Store.open(asking.manager.settings.home, "manager").owner
+        assert groups == {segment_group(served, "net-lan")}
+
+    tell(story)
 
 
 def test_fork_has_an_address_of_its_own(tell: Tell) -> None:
