@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["collected_rarely"]
+__all__ = ["collected_rarely", "settled"]
 
 _THRESHOLDS: Final = (10_000, 20, 10)
 """Objects more than were freed, looks at those, and looks at what outlived them, before the next
@@ -22,10 +22,20 @@ kind of look: more than a sweep of 10,000 machines makes before it ends."""
 
 @contextmanager
 def collected_rarely() -> Iterator[None]:
-    """Within it, the thresholds are those of a process that has many objects for a long time."""
+    """Within it, the thresholds are those of a process that has many objects for a long time.
+
+    What was `settled` within it is looked at again afterwards.
+    """
     before = gc.get_threshold()
     gc.set_threshold(*_THRESHOLDS)
     try:
         yield
     finally:
         gc.set_threshold(*before)
+        gc.unfreeze()
+
+
+def settled() -> None:
+    """What there is now stays, and is looked at no more: machines that were there at the start."""
+    gc.collect()
+    gc.freeze()

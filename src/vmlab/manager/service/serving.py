@@ -21,7 +21,7 @@ import uvicorn
 
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.client.address import socket_of
-from vmlab.manager.service.collecting import collected_rarely
+from vmlab.manager.service.collecting import collected_rarely, settled
 from vmlab.manager.service.holding import hold
 from vmlab.manager.service.idle import Activity, until_idle
 from vmlab.manager.service.listening import Listening, UnixListener, tcp_listener
@@ -117,6 +117,7 @@ async def serve(
         manager = await Manager.open(settings)
         try:
             await manager.start()
+            settled()
             apps = [create_app(manager, authenticate=False)]
             servers: list[_Server] = []
             activity = Activity(

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from vmlab.manager.service.collecting import collected_rarely
+from vmlab.manager.service.collecting import collected_rarely, settled
 
 
 def test_thresholds_are_higher_within_and_as_they_were_afterwards() -> None:
@@ -35,3 +35,14 @@ def test_objects_of_a_sweep_outlive_no_look() -> None:
         finally:
             gc.callbacks.remove(note)
     assert set(looks) <= {0}
+
+
+def test_what_is_settled_is_looked_at_no_more_until_the_end() -> None:
+    frozen = gc.get_freeze_count()
+    with collected_rarely():
+        kept = [[]]
+        settled()
+        assert gc.get_freeze_count() > frozen
+        assert all(each is not kept for each in gc.get_objects())
+    assert gc.get_freeze_count() == 0
+    assert any(each is kept for each in gc.get_objects())

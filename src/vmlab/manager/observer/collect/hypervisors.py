@@ -26,6 +26,9 @@ _LOG: Final = logging.getLogger(__name__)
 _AT_ONCE: Final = 64
 """Machines that are asked at the same time."""
 _ASKING_SECONDS: Final = 30.0
+_PAUSE_S: Final = 0.02
+"""Between two machines that one after the other are asked, where there are many: they are asked one
+by one all the time and not all at once, and whoever asks the manager meanwhile goes first."""
 _MENTIONED_AT_ONCE: Final = 500
 _WITH_TAPS: Final = frozenset({"qemu", "embedded"})
 """Hypervisors that make a tap for each NIC that is on a bridge."""
@@ -83,13 +86,19 @@ async def seen_of(
     seen: list[SeenMachine] = []
     waiting = iter(chosen)
 
-    async def ask_them() -> None:
+    many = len(chosen) > _AT_ONCE
+
+    async def ask_them(number: int) -> None:
+        if many:
+            await asyncio.sleep(number / _AT_ONCE * _PAUSE_S)
         for machine in waiting:
             one = await _asked(host, machine, known, looked)
             if one is not None:
                 seen.append(one)
+            if many:
+                await asyncio.sleep(_PAUSE_S)
 
-    await asyncio.gather(*(ask_them() for _ in range(min(_AT_ONCE, len(chosen)))))
+    await asyncio.gather(*map(ask_them, range(min(_AT_ONCE, len(chosen)))))
     if ask is not None:
         mentioned = [machine for machine in found if machine.name not in ask]
         for first in range(0, len(mentioned), _MENTIONED_AT_ONCE):

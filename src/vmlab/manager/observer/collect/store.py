@@ -6,13 +6,14 @@ Columns and not objects: 10,000 machines are read in a fraction of a second, and
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from sqlalchemy import Text, cast, or_, select
+from sqlalchemy import Executable, Text, cast, or_, select
 from sqlalchemy.orm import Session
 
 from vmlab.machine.states import MachineState
@@ -44,6 +45,10 @@ PlaceOf = Callable[[str, str], Path]
 """Where the file of a disk is: by its id and format."""
 
 _GOING_ON: Final = ("queued", "running")
+_AT_ONCE: Final = 200
+"""Rows that are read at a stretch: some milliseconds of work."""
+_PAUSE_S: Final = 0.008
+"""Between two stretches: longer than one takes, so that most of the time is others'."""
 _MODES: Final[Mapping[str, Literal["isolated", "user", "bridged"]]] = {
     "isolated": "isolated",
     "user": "user",
@@ -78,7 +83,8 @@ def known_now(
         networks=tuple(_networks(session)),
         addresses=tuple(
             KnownAddress(*row)
-            for row in session.execute(
+            for row in _slowly(
+                session,
                 select(
                     AddressRow.id,
                     AddressRow.network_id,
@@ -86,7 +92,7 @@ def known_now(
                     AddressRow.nic_id,
                     AddressRow.machine_id,
                     AddressRow.mac,
-                )
+                ),
             )
         ),
         reservations=tuple(_reservations(session)),
@@ -97,6 +103,15 @@ def known_now(
     )
 
 
+def _slowly(session: Session, query: Executable) -> Iterator[Any]:
+    """Rows, with a pause after some: thousands of them, and whoever asks the manager goes first."""
+    rows = session.execute(query, execution_options={"yield_per": _AT_ONCE})
+    for number, row in enumerate(rows, 1):
+        yield row
+        if number % _AT_ONCE == 0:
+            time.sleep(_PAUSE_S)
+
+
 def _machines(
     session: Session, name_at: Callable[[str], str], only: Collection[str] | None
 ) -> Iterable[KnownMachine]:
@@ -104,7 +119,7 @@ def _machines(
     of_nics = select(NicRow.machine_id, NicRow.id, NicRow.name, NicRow.network_id, NicRow.mac)
     if only is not None:
         of_nics = of_nics.where(NicRow.machine_id.in_(only))
-    for machine, nic, name, network, mac in session.execute(of_nics):
+    for machine, nic, name, network, mac in _slowly(session, of_nics):
         nics[machine].append(KnownNic(nic, name, network, mac))
     of_machines = select(
         MachineRow.id,
@@ -121,7 +136,7 @@ def _machines(
         of_machines = of_machines.where(MachineRow.id.in_(only))
     # Thousands of machines have a few policies: each is read once.
     policies: dict[str, dict[str, Any]] = {}
-    rows: Any = session.execute(of_machines)
+    rows = _slowly(session, of_machines)
     for id_, name, host, hypervisor, state, wanted, started, image, text in rows:
         policy = policies.get(text)
         if policy is None:
