@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
@@ -401,9 +402,13 @@ class RecordedMachine(OperatedMachine, Generic[E]):
                 self.emulator_class.exited_in, self.launch_directory(number)
             )
             return MachineState.STOPPED if well else MachineState.FAILED
+        number = await done_in_thread(self.number_of, programs[-1])
         emulator = await self.adopt_emulator(programs[-1], number)
         await self.attach(emulator)
         state = await asked(emulator) or MachineState.FAILED
+        if alone and kept is MachineState.STARTING and state is MachineState.PAUSED:
+            # Whoever started it died before it let its vCPUs run.
+            state = MachineState.FAILED
         if state in {MachineState.STOPPED, MachineState.FAILED}:
             # The guest went off while nobody was there to see it.
             if alone:
@@ -411,6 +416,18 @@ class RecordedMachine(OperatedMachine, Generic[E]):
             else:
                 await self._let_go()
         return state
+
+    def number_of(self, process: processes.OwnedProcess) -> int:
+        """The number of a process of the machine's: it works in the directory of that number.
+
+        The record does not tell of one whose start was killed.
+        """
+        with suppress(OSError):
+            directory = Path(f"/proc/{process.pid}/cwd").readlink()
+            launches = self.launch_directory(self.active).parent
+            if directory.name.isdecimal() and directory.parent == launches.resolve():
+                return int(directory.name)
+        return self.active
 
 
 async def asked(emulator: Emulator) -> MachineState | None:
