@@ -1,7 +1,8 @@
 """Harts with a thread each: they run at the same time, and time is the host's.
 
-The thread of a hart that sleeps waits for whoever has something for it. Harts that take turns, in
-a time of their own, are in vmlab.engine.sequential_harts.
+The thread of a hart that sleeps waits for whoever has something for it, which may be another hart
+in native code. Harts that take turns, in a time of their own, are in
+vmlab.engine.sequential_harts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vmlab.engine.accel.lockstep import Executor
-from vmlab.engine.cpu import layout
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.devices.bus import Bus
 from vmlab.engine.devices.clock import TIMEBASE_HZ
@@ -22,6 +23,8 @@ from vmlab.engine.memory.ram import full_barrier
 _BUDGET: Final = 1 << 30
 """Instructions between two looks that nobody asked for."""
 _LONGEST_SLEEP: Final = 3600.0
+_ASLEEP: Final = layout.ASLEEP_WAITS if sleeping.NUMBER else layout.ASLEEP_TOLD
+"""How harts sleep on this host."""
 
 
 class ParallelHarts(Harts):
@@ -48,6 +51,7 @@ class ParallelHarts(Harts):
     def _wake(self, seat: Seat) -> None:
         with self._lock:
             seat.woken.notify_all()
+            seat.hart.rouse()
 
     def ask_to_pause(self) -> None:
         """Let all harts stand soon, the calling one before its next instruction."""
@@ -55,7 +59,7 @@ class ParallelHarts(Harts):
             self._paused = True
             for seat in self._seats:
                 seat.hart.request_exit()
-                seat.woken.notify_all()
+                self._wake(seat)
 
     def pause(self) -> None:
         """Bring all harts to stand between two instructions; on return they do.
@@ -121,16 +125,21 @@ class ParallelHarts(Harts):
     def _sleep(self, seat: Seat) -> None:
         """Wait for an interrupt that is enabled, or for being asked to stand."""
         hart = seat.hart
-        hart.shared[layout.SHARED_ASLEEP] = 1
-        # Who interrupts this hart now sees that it sleeps, or is seen in what is pending.
-        full_barrier()
-        with self._lock:
-            while not (self._paused or self._leaving or seat.stopped):
+        while True:
+            hart.shared[layout.SHARED_ASLEEP] = _ASLEEP
+            # Who interrupts this hart now sees that it sleeps, or is seen in what is pending.
+            full_barrier()
+            with self._lock:
+                if self._paused or self._leaving or seat.stopped:
+                    break
                 pending, moment = self._pending(hart)
                 if pending & hart[layout.MIE]:
                     break
                 seconds = None
                 if moment is not None:
                     seconds = min((moment - self._clock.ticks()) / TIMEBASE_HZ, _LONGEST_SLEEP)
-                seat.woken.wait(seconds)
+                if _ASLEEP == layout.ASLEEP_TOLD:
+                    seat.woken.wait(seconds)
+                    continue
+            sleeping.wait(hart.asleep_address, _ASLEEP, seconds)
         hart.shared[layout.SHARED_ASLEEP] = 0

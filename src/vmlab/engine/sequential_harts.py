@@ -214,7 +214,8 @@ class SequentialHarts(Harts):
 
     def _sleep(self, seat: Seat) -> None:
         seat.waiting = True
-        seat.hart.shared[layout.SHARED_ASLEEP] = 1  # who interrupts it ends a long turn
+        # Who interrupts it ends a long turn.
+        seat.hart.shared[layout.SHARED_ASLEEP] = layout.ASLEEP_TOLD
 
     def _pass_time(self) -> None:
         """All harts wait: go to the next event, or wait for somebody outside."""

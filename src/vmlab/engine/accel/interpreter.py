@@ -20,7 +20,7 @@ from vmlab.engine.code.arena import Arena
 from vmlab.engine.code.cache import ObjectCache
 from vmlab.engine.code.environment import check_floating_environment
 from vmlab.engine.code.loader import load
-from vmlab.engine.cpu import layout
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.memory.pages import own_memory
@@ -333,6 +333,7 @@ class InterpreterExecutor(StoppingExecutor):
             layout.CODE_MAP: self.pages.map_address,
             layout.PAGE_FLAGS: hart.ram.flags_address,
             layout.CLOCK: native.clock,
+            layout.SYSTEM_CALL: sleeping.system_call_address(),
         }
         self.pages.add(self)
 

@@ -10,13 +10,13 @@ import time
 from typing import TYPE_CHECKING
 
 from vmlab.engine.accel.stopping import StoppingExecutor
-from vmlab.engine.cpu import layout
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.cpu.access import DeviceAccess, combine
 from vmlab.engine.cpu.core import Core, Routine
 from vmlab.engine.cpu.execution import CoreCpu, DeviceLoad, Jump, Resume, Wait, Watched
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import EXTENSIONS, Hart
-from vmlab.engine.cpu.interrupts import BlockCore
+from vmlab.engine.cpu.interrupts import BlockCore, shared_place
 from vmlab.engine.cpu.layout import Field
 from vmlab.engine.cpu.mmu import PAGE
 from vmlab.engine.cpu.polling import poll
@@ -67,6 +67,10 @@ class ReferenceCore(Core):
 
     def post(self, hart: Value, index: int) -> None:
         self._shared_of(hart)[index] = 1
+
+    def rouse(self, hart: Value) -> None:
+        self._shared_of(hart)[layout.SHARED_ASLEEP] = 0
+        sleeping.wake(self.device_word(shared_place(hart)).number + 8 * layout.SHARED_ASLEEP)
 
     def host_time(self) -> Value:
         return Value(time.monotonic_ns() // 100, 64)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from vmlab.engine.compile.emitter import METADATA, FunctionEmitter
-from vmlab.engine.cpu import layout
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.cpu.core import Core, Routine
 from vmlab.engine.cpu.interrupts import LOCK, shared_place
 from vmlab.engine.cpu.layout import Field
@@ -151,6 +151,16 @@ class NativeCore(Core):
     def post(self, hart: Value, index: int) -> None:
         address = self._shared(self.device_word(shared_place(hart)), index)
         self.function.operation(f"atomicrmw xchg ptr {address}, i64 1 seq_cst")
+
+    def rouse(self, hart: Value) -> None:
+        address = self._shared(self.device_word(shared_place(hart)), layout.SHARED_ASLEEP)
+        waits = self.function.value(f"atomicrmw xchg ptr {address}, i64 0 seq_cst")
+        if waits.ne(0):  # nobody else was quicker
+            call = self.pointer(self[layout.SYSTEM_CALL])
+            self.function.operation(
+                f"call i64 (i64, ...) {call}(i64 {sleeping.NUMBER}, ptr {address}, "
+                f"i64 {sleeping.WAKE}, i64 1, i64 0, i64 0, i64 0)"
+            )
 
     def host_time(self) -> Value:
         clock = self.pointer(self[layout.CLOCK])

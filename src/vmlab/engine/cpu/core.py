@@ -99,6 +99,10 @@ class Core(DeviceCore):
         """Set such a word of any of them to 1, before anything is read that comes after."""
 
     @abstractmethod
+    def rouse(self, hart: Value) -> None:
+        """Let the thread of one of them go on that waits on its SHARED_ASLEEP, which becomes 0."""
+
+    @abstractmethod
     def host_time(self) -> Value:
         """The host's monotonic clock in units of 100 ns, the tick of `time` (10 MHz)."""
 

@@ -9,7 +9,7 @@ import ctypes
 import mmap
 import threading
 
-from vmlab.engine.cpu import layout
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.cpu.execution import extend
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.interrupts import InterruptBlock
@@ -106,6 +106,11 @@ class Hart:
         self.words[layout.FLOATING + number] = value & _NEVER
 
     @property
+    def asleep_address(self) -> int:
+        """The host's address of SHARED_ASLEEP."""
+        return self.shared_address + 8 * layout.SHARED_ASLEEP
+
+    @property
     def retired(self) -> int:
         """Instructions that retired since reset."""
         return self[layout.RETIRED]
@@ -127,6 +132,12 @@ class Hart:
     def set_timer_compare(self, ticks: int) -> None:
         """When the machine timer's interrupt is pending (mtimecmp), in ticks of `time`."""
         self.shared[layout.SHARED_MTIMECMP] = ticks & _NEVER
+
+    def rouse(self) -> None:
+        """Let its thread go on that waits on its word."""
+        if self.shared[layout.SHARED_ASLEEP] == layout.ASLEEP_WAITS:
+            self.shared[layout.SHARED_ASLEEP] = 0
+            sleeping.wake(self.asleep_address)
 
     def request_exit(self) -> None:
         """Make `run` return soon with Reason.REQUEST, now or the next time."""

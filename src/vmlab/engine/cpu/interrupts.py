@@ -3,7 +3,7 @@
 One block of memory for all harts of a machine, and routines over it: for a hart's loads and stores
 of the controllers' registers, for the lines that it polls, and for devices (by way of
 vmlab.engine.devices.plic and .aclint). No hart leaves to its host to claim or to complete an
-interrupt, nor to interrupt another hart that is awake.
+interrupt, nor, where the host has futexes, to interrupt another hart.
 
 The block is an array of 64-bit words. Of PENDING, LEVEL, SERVICE and a context's ENABLE each word
 has 32 sources. Who changes them holds the block's lock; lines are not stored but found out when
@@ -22,7 +22,15 @@ from collections.abc import Callable, Mapping
 
 from vmlab.engine.cpu import layout
 from vmlab.engine.cpu.core import Core, DeviceCore, Routine, routine
-from vmlab.engine.cpu.layout import HARTID, INTERRUPTS, MIP, SHARED_ASLEEP, SHARED_SOFTWARE
+from vmlab.engine.cpu.layout import (
+    ASLEEP_TOLD,
+    ASLEEP_WAITS,
+    HARTID,
+    INTERRUPTS,
+    MIP,
+    SHARED_ASLEEP,
+    SHARED_SOFTWARE,
+)
 from vmlab.engine.isa.values import Value, mask
 from vmlab.engine.memory.pages import own_memory
 
@@ -216,8 +224,17 @@ def note_software_interrupt(core: Core) -> Value:
 
 
 @routine()
+def awaken(core: Core, hart: Value) -> Value:
+    """1 where a hart is awake, or is now; 0 where the host has to wake it."""
+    asleep = core.shared_of(hart, SHARED_ASLEEP)
+    if asleep.eq(ASLEEP_WAITS):
+        core.rouse(hart)
+    return asleep.ne(ASLEEP_TOLD).zero_extend(64)
+
+
+@routine()
 def interrupt_harts(core: Core, harts: Value, first: Value, awake: Value) -> Value:
-    """Ask harts to set SSIP; `awake`, or 0 where one of them sleeps.
+    """Ask harts to set SSIP; `awake`, or 0 where the host has to wake one of them.
 
     Args:
         core: who asks.
@@ -229,8 +246,7 @@ def interrupt_harts(core: Core, harts: Value, first: Value, awake: Value) -> Val
         return awake
     hart = harts.count_trailing_zeros() + first
     core.post(hart, SHARED_SOFTWARE)
-    awake = core.shared_of(hart, SHARED_ASLEEP).eq(0).select(awake, 0)
-    return interrupt_harts(core, harts & (harts - 1), first, awake)
+    return interrupt_harts(core, harts & (harts - 1), first, awake & awaken(core, hart))
 
 
 @routine()
@@ -263,8 +279,9 @@ def store_software(core: Core, physical: Value, value: Value) -> Value:
     if level.ne(0) & hart.eq(core[HARTID]):
         return Value(BUSY, 64)
     core.post_device_word(_enable(hart << 1) + SOFTWARE, level)
-    asleep = level.ne(0) & core.shared_of(hart, SHARED_ASLEEP).ne(0)
-    return asleep.select(Value(BUSY, 64), 0)
+    if level.eq(0):
+        return level
+    return awaken(core, hart).ne(0).select(Value(0, 64), BUSY)
 
 
 # ------------------------------------------------------------------------- what is done to sources

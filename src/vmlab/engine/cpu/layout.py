@@ -94,6 +94,7 @@ TIME_DIVISOR = _field("time_divisor")  # instructions per tick of `time`; 0: the
 # What is added: ticks to the host's clock, or instructions to RETIRED before they are divided.
 TIME_OFFSET = _field("time_offset")
 CLOCK = _field("clock")  # address of clock_gettime
+SYSTEM_CALL = _field("system_call")  # address of syscall, for vmlab.engine.cpu.sleeping
 SHARED = _field("shared")  # address of the shared words
 INTERRUPTS = _field("interrupts")  # address of the interrupt controller's block, or 0
 
@@ -163,8 +164,10 @@ SHARED_REQUESTS = 0  # return from native code, for one of the reasons below
 SHARED_LINES = 1  # interrupt lines, as bits of mip
 SHARED_MTIMECMP = 2
 SHARED_SOFTWARE = 3  # 1: SSIP is to be set, as another hart has asked
-SHARED_ASLEEP = 4  # 1: the hart waits for an interrupt, and its host for being told of one
+SHARED_ASLEEP = 4  # the hart waits for an interrupt, in one of the ways below; 0: it does not
 SHARED_SIZE = 8 * 8
+# Its host wants to be told of one; or its thread waits on this word (vmlab.engine.cpu.sleeping).
+ASLEEP_TOLD, ASLEEP_WAITS = 1, 2
 REQUEST_EXIT, REQUEST_SERVICE = 1, 2  # from whoever runs the hart; from within its executor
 
 # The interpreter's tables (vmlab.engine.compile.native says what is in them). Sizes in bytes.

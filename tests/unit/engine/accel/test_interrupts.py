@@ -6,8 +6,10 @@ The model is written after the specification (RISC-V PLIC 1.0.0) with sets and w
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from vmlab.engine import board as virt
 from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
 from vmlab.engine.accel.lockstep import Executor
 from vmlab.engine.accel.reference import ReferenceExecutor
-from vmlab.engine.cpu import layout
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.interrupts import LOCK, MSWI_BASE, NOWHERE, TOLD
@@ -453,6 +455,44 @@ def test_a_hart_that_sleeps_is_woken_by_the_host(board: Board) -> None:
     sleeper.shared[layout.SHARED_ASLEEP] = 1
     assert call(board, 0b10, 0)[0] is Reason.FIRMWARE_CALL
     assert sleeper.shared[layout.SHARED_SOFTWARE] == 1
+
+
+@pytest.fixture
+def sleeper(board: Board) -> Iterator[threading.Thread]:
+    """A thread that waits for hart 1 to be woken."""
+    hart = board.executors[1].hart
+    hart.shared[layout.SHARED_ASLEEP] = layout.ASLEEP_WAITS
+    arguments = hart.asleep_address, layout.ASLEEP_WAITS, None
+    thread = threading.Thread(target=sleeping.wait, args=arguments, daemon=True)
+    thread.start()
+    waits = f"{sleeping.NUMBER} {hart.asleep_address:#x} "
+    while not Path(f"/proc/self/task/{thread.native_id}/syscall").read_text().startswith(waits):
+        threading.Event().wait(0.001)
+    yield thread
+    hart.rouse()
+
+
+def test_a_hart_that_sleeps_is_woken_by_the_one_that_interrupts_it(
+    board: Board, sleeper: threading.Thread
+) -> None:
+    for _ in range(2):
+        reason, hart = call(board, 0b11, 0)
+        assert reason is Reason.WAIT, "it has gone on to its wfi"
+        assert (hart.x(10), hart.x(11)) == (0, 0)
+        sleeper.join(60)
+        assert not sleeper.is_alive()
+        assert board.executors[1].hart.shared[layout.SHARED_ASLEEP] == 0
+        assert asked(board, 1)
+
+
+def test_a_hart_that_sleeps_is_woken_from_mswi(board: Board, sleeper: threading.Thread) -> None:
+    board.store(0, 4, 0, CLINT)
+    assert board.executors[1].hart.shared[layout.SHARED_ASLEEP] == layout.ASLEEP_WAITS
+    board.store(0, 4, 1, CLINT)
+    sleeper.join(60)
+    assert not sleeper.is_alive()
+    assert board.exits == 0
+    assert software(board) == [False, True]
 
 
 def test_calls_that_are_counted_are_told(board: Board) -> None:

@@ -18,6 +18,7 @@ from vmlab.engine.configuration import (
     SegmentKind,
     SocketPort,
 )
+from vmlab.engine.firmware import IPI
 from vmlab.engine.machine import Happening
 from vmlab.machine.errors import ResourceNotFound, VmlabError
 
@@ -62,6 +63,7 @@ def test_a_hart_interrupts_another_one_once(build: Build, execution: Execution) 
         assert built.outcome() == (Happening.POWEROFF, "the guest wrote to the system controller")
         built.machine.reset()
         built.machine.ram.zero(programs.START + 0x1000, 0x1000)  # what it counts with
+    assert all(extension != IPI for extension, _ in built.machine.harts.calls(0))
 
 
 def test_a_paused_machine_executes_nothing_and_its_time_stands(
