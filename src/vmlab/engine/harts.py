@@ -47,13 +47,6 @@ NEVER: Final = layout.WORD
 """A tick that never comes."""
 
 
-class Translating(Executor, Protocol):
-    """An executor that remembers translations."""
-
-    def drop_write_translations(self) -> None:
-        """On return no access of the hart's goes by a translation that it had."""
-
-
 class CallingHart:
     """A hart as firmware sees it: registers, and M mode's view of its CSRs."""
 
@@ -377,8 +370,8 @@ class Harts(ABC):
             return
         for number in harts:
             executor = self._seats[number].executor
-            if hasattr(executor, "drop_write_translations"):
-                executor.drop_write_translations()
+            if hasattr(executor, "fence"):  # it remembers translations
+                executor.fence()
 
     # ------------------------------------------------------------- on the thread that runs a hart
 

@@ -386,6 +386,14 @@ class InterpreterExecutor(StoppingExecutor):
                 self._gate.wait()
             self._asking -= 1
 
+    def fence(self) -> None:
+        """On return no access of the hart's is under way by a translation that it had."""
+        self.drop_write_translations()
+        exits = self._exits
+        # It may have left for having a store to RAM completed, by such a translation.
+        while self.hart.shared[layout.SHARED_INSIDE] and not self._active and exits == self._exits:
+            time.sleep(0)
+
     def _drop_translations(self) -> None:
         with self._gate:
             self._drop_first = True
@@ -428,8 +436,16 @@ class InterpreterExecutor(StoppingExecutor):
         hart[layout.HANDLERS] = self.pages.handlers_address
         hart[layout.BUDGET_LEFT] = budget
         hart[layout.SLICE_END] = hart[layout.RETIRED]
-        # The host may have changed registers since the last run.
-        self._enter(native.run_changed)
+        try:
+            # The host may have changed registers since the last run.
+            self._enter(native.run_changed)
+            return self._serve()
+        finally:
+            hart.shared[layout.SHARED_INSIDE] = 0
+
+    def _serve(self) -> Exit:
+        """Do what native code was left for, and go on with it, until it is for somebody else."""
+        hart, native = self.hart, self._native
         while True:
             reason = hart[layout.REASON]
             match reason:

@@ -68,6 +68,12 @@ class ReferenceCore(Core):
     def post(self, hart: Value, index: int) -> None:
         self._shared_of(hart)[index] = 1
 
+    def count_up(self, hart: Value, index: int) -> None:
+        self._shared_of(hart)[index] += 1
+
+    def set_shared(self, index: int, value: Value) -> None:
+        self.hart.shared[index] = value.number
+
     def rouse(self, hart: Value) -> None:
         self._shared_of(hart)[layout.SHARED_ASLEEP] = 0
         sleeping.wake(self.device_word(shared_place(hart)).number + 8 * layout.SHARED_ASLEEP)

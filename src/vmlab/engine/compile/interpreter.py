@@ -31,6 +31,8 @@ from vmlab.engine.compile.native import (
     drop_writes,
 )
 from vmlab.engine.cpu import layout
+from vmlab.engine.cpu.exits import Reason
+from vmlab.engine.cpu.fences import serve_fences
 from vmlab.engine.cpu.interrupts import HOST_ROUTINES
 from vmlab.engine.isa.encoding import InstructionSet
 from vmlab.engine.isa.values import Value
@@ -40,6 +42,9 @@ _HOST_PREFIX = "host."
 
 def _entry_text(name: str, target: str, *, first: str = "") -> str:
     """A C function `void name(state)` that goes to a glue function with what the state says.
+
+    Who asks for fences sees that the hart is inside. It still is while the host completes a store
+    to RAM, whose address was translated already.
 
     Args:
         name: its own.
@@ -57,14 +62,31 @@ def _entry_text(name: str, target: str, *, first: str = "") -> str:
         f"  %{register} = load i64, ptr %{register}.p\n"
         for register, field in fields.items()
     )
+    inside = (
+        f"  %shared.p = getelementptr i8, ptr %s, i64 {layout.SHARED.offset}\n"
+        "  %shared = load ptr, ptr %shared.p\n"
+        f"  %inside = getelementptr i8, ptr %shared, i64 {8 * layout.SHARED_INSIDE}\n"
+        "  store atomic i64 1, ptr %inside monotonic, align 8\n"
+        "  fence seq_cst\n"
+        "  call void @fence(ptr %s)\n"
+    )
+    outside = (
+        f"  %reason.p = getelementptr i8, ptr %s, i64 {layout.REASON.offset}\n"
+        "  %reason = load i64, ptr %reason.p\n"
+        f"  %writes = icmp eq i64 %reason, {Reason.WRITE.value}\n"
+        "  %still = zext i1 %writes to i64\n"
+        "  store atomic i64 %still, ptr %inside release, align 8\n"
+    )
     return (
         f"define hidden void @{name}(ptr %s) {ATTRIBUTES} {{\n"
+        + inside
         + (f"  call void @{first}(ptr %s)\n" if first else "")
         + f"{loads}"
         "  %budget = sub i64 %end, %retired\n"
         "  %t = inttoptr i64 %tlb to ptr\n"
         f"  call tailcc void @{target}(ptr %s, ptr null, i64 %pc, i64 %budget, ptr %t)\n"
-        "  ret void\n}\n"
+        + outside
+        + "  ret void\n}\n"
     )
 
 
@@ -125,6 +147,7 @@ def interpreter_text(instructions: InstructionSet, *, host_fuses: bool) -> str:
     module.add("go_on", _entry_text("go_on", "find"))
     module.add("go_on_elsewhere", _entry_text("go_on_elsewhere", "lookup"))
     zero = Value(0, 64)
+    _void_entry(module, "fence", serve_fences)
     _void_entry(module, "select_set", lambda core: core.select_translations())
     _void_entry(module, "flush_all", lambda core: core.flush_translations(zero, zero, zero, zero))
     _void_entry(

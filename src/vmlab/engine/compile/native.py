@@ -152,6 +152,14 @@ class NativeCore(Core):
         address = self._shared(self.device_word(shared_place(hart)), index)
         self.function.operation(f"atomicrmw xchg ptr {address}, i64 1 seq_cst")
 
+    def count_up(self, hart: Value, index: int) -> None:
+        address = self._shared(self.device_word(shared_place(hart)), index)
+        self.function.operation(f"atomicrmw add ptr {address}, i64 1 seq_cst")
+
+    def set_shared(self, index: int, value: Value) -> None:
+        address = self._shared(self[layout.SHARED], index)
+        self.function.effect(f"store atomic {value.typed}, ptr {address} release, align 8")
+
     def rouse(self, hart: Value) -> None:
         address = self._shared(self.device_word(shared_place(hart)), layout.SHARED_ASLEEP)
         waits = self.function.value(f"atomicrmw xchg ptr {address}, i64 0 seq_cst")

@@ -99,6 +99,14 @@ class Core(DeviceCore):
         """Set such a word of any of them to 1, before anything is read that comes after."""
 
     @abstractmethod
+    def count_up(self, hart: Value, index: int) -> None:
+        """Add 1 to such a word, before anything is read that comes after."""
+
+    @abstractmethod
+    def set_shared(self, index: int, value: Value) -> None:
+        """Write a shared word of this hart's, after all that comes before."""
+
+    @abstractmethod
     def rouse(self, hart: Value) -> None:
         """Let the thread of one of them go on that waits on its SHARED_ASLEEP, which becomes 0."""
 

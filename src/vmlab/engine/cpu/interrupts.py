@@ -250,8 +250,8 @@ def interrupt_harts(core: Core, harts: Value, first: Value, awake: Value) -> Val
 
 
 @routine()
-def send_software_interrupts(core: Core, harts: Value, first: Value) -> Value:
-    """1 where that was all of `sbi_send_ipi`; 0 where the host has to do it, or to do it again."""
+def are_harts(core: Core, harts: Value, first: Value) -> Value:
+    """1 where a call of firmware names harts that there are, and the host need not be told."""
     if core[INTERRUPTS].eq(0):
         return Value(0, 64)
     if core.device_word(Value(TOLD, 64)).ne(0):
@@ -260,7 +260,14 @@ def send_software_interrupts(core: Core, harts: Value, first: Value) -> Value:
     if ~first.below(count):
         return Value(0, 64)
     left = count - first
-    if left.below(64) & (harts >> (left & 63)).ne(0):
+    none = left.below(64) & (harts >> (left & 63)).ne(0)
+    return (~none).zero_extend(64)
+
+
+@routine()
+def send_software_interrupts(core: Core, harts: Value, first: Value) -> Value:
+    """1 where that was all of `sbi_send_ipi`; 0 where the host has to do it, or to do it again."""
+    if are_harts(core, harts, first).eq(0):
         return Value(0, 64)
     return interrupt_harts(core, harts, first, Value(1, 64))
 

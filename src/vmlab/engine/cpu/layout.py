@@ -165,6 +165,9 @@ SHARED_LINES = 1  # interrupt lines, as bits of mip
 SHARED_MTIMECMP = 2
 SHARED_SOFTWARE = 3  # 1: SSIP is to be set, as another hart has asked
 SHARED_ASLEEP = 4  # the hart waits for an interrupt, in one of the ways below; 0: it does not
+# Fences that other harts have asked this one for, counted; those that it has made; and whether it
+# is where accesses go by translations that it remembers (vmlab.engine.cpu.fences).
+SHARED_FENCES, SHARED_FENCED, SHARED_INSIDE = 5, 6, 7
 SHARED_SIZE = 8 * 8
 # Its host wants to be told of one; or its thread waits on this word (vmlab.engine.cpu.sleeping).
 ASLEEP_TOLD, ASLEEP_WAITS = 1, 2

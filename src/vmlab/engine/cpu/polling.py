@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from vmlab.engine.cpu.core import Core, routine
 from vmlab.engine.cpu.exits import Reason
+from vmlab.engine.cpu.fences import serve_fences
 from vmlab.engine.cpu.layout import (
     BUDGET_LEFT,
     NOTED,
@@ -44,6 +45,7 @@ def poll(core: Core, pc: Value, budget: Value) -> Value:
     """
     core[RETIRED] = core[SLICE_END] - budget
     core[PC] = pc
+    serve_fences(core)
     if core[NOTED].ne(0):
         core[REASON] = Reason.NOTES.value
         return Value(0, 64)

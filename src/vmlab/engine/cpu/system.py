@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from vmlab.engine.cpu import layout
-from vmlab.engine.cpu.core import Core
+from vmlab.engine.cpu.core import Core, routine
 from vmlab.engine.cpu.csr import FLOATING_STATE, read_csr, stored_csr, write_csr
+from vmlab.engine.cpu.fences import fence_harts
 from vmlab.engine.cpu.floating import FLOATING, rounding_mode
-from vmlab.engine.cpu.interrupts import send_software_interrupts
+from vmlab.engine.cpu.interrupts import are_harts, send_software_interrupts
 from vmlab.engine.cpu.layout import FIRMWARE_CALLS, MENVCFG, MSTATUS, PRIVILEGE, SENVCFG
 from vmlab.engine.cpu.traps import (
     TVM,
@@ -21,6 +22,7 @@ from vmlab.engine.isa.cpu import Cause, Illegal, Trap
 from vmlab.engine.isa.values import Value
 
 SEND_IPI = 0x735049  # the extension of SBI 1.0, chapter 7; its function 0
+REMOTE_FENCE = 0x52464E43  # that of chapter 8; functions 0 to 2, fence.i, sfence.vma, and by ASID
 _FIRST, _SECOND, _FUNCTION, _EXTENSION = (layout.INTEGER[number] for number in (10, 11, 16, 17))
 
 
@@ -31,16 +33,29 @@ class FirmwareCall(Exception):
 def environment_call(core: Core) -> Value:
     """`ecall`: an exception, or from S mode a call of firmware that the host provides.
 
-    Interrupts for other harts are sent here, unless one of them has to be woken.
+    Interrupts for other harts, and fences, are sent here, unless the host has to wake one of them.
     """
     privilege = core[PRIVILEGE]
     if core[FIRMWARE_CALLS].ne(0) & privilege.eq(1):
-        sends = core[_EXTENSION].eq(SEND_IPI) & core[_FUNCTION].eq(0)
-        if sends and send_software_interrupts(core, core[_FIRST], core[_SECOND]).ne(0):
+        if _sent(core, core[_FIRST], core[_SECOND]).ne(0):
             core[_FIRST] = core[_SECOND] = 0
             return Value(0, 64)
         raise FirmwareCall
     raise Trap(privilege + Cause.CALL_FROM_USER.value)
+
+
+@routine()
+def _sent(core: Core, harts: Value, first: Value) -> Value:
+    """1 where a call of firmware was for other harts, and they have what it is about."""
+    extension, function = core[_EXTENSION], core[_FUNCTION]
+    if extension.eq(SEND_IPI) & function.eq(0):
+        return send_software_interrupts(core, harts, first)
+    if extension.eq(REMOTE_FENCE) & function.below(3):
+        # What is stored to code is executed by all harts anyway.
+        if function.eq(0):
+            return are_harts(core, harts, first)
+        return fence_harts(core, harts, first)
+    return Value(0, 64)
 
 
 def check_supervisor(core: Core) -> Value:
