@@ -17,6 +17,7 @@ from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.command import Command
 from vmlab.hypervisors.monitored.streams import SocketChannel
 from vmlab.images import ImageStore
+from vmlab.machine.errors import ChannelClosed
 
 T = TypeVar("T")
 
@@ -40,10 +41,11 @@ class Guest:
 
     async def _open(self, name: str) -> SocketChannel:
         path = self.folder / f"{name}.sock"
-        while not path.exists():
+        while True:
             assert self.process.poll() is None, "the engine has ended"
+            with suppress(ChannelClosed):  # it is not there, or not listened at yet
+                return await SocketChannel.open(name, "vm", path)
             await asyncio.sleep(0.02)
-        return await SocketChannel.open(name, "vm", path)
 
     async def connect(self) -> None:
         await self.agent.connect(timeout=self.patience)

@@ -81,8 +81,15 @@ def test_debian_runs_on_two_harts_and_sees_what_is_done_to_its_machine(
 
 def test_debian_runs_under_opensbi_and_reaches_the_host_by_its_user_network(boot: Boot) -> None:
     nic = 'name = "net"\nmac = "52:54:00:12:34:56"\nsegment = "user"\nforwards = [{ guest = 5000 }]'
-    guest = boot(1, f"[[nics]]\n{nic}\n", _OPENSBI)
+    guest = boot(2, f"[[nics]]\n{nic}\n", _OPENSBI)
     assert "SBI implementation ID=0x1 " in guest.run("dmesg"), "OpenSBI's number"
+    assert guest.run("grep -c ^processor /proc/cpuinfo") == "2\n"
+    # Harts interrupt each other by MSWI without leaving; only what OpenSBI begins with is left.
+    devices = [
+        {each["reason"]: each["count"] for each in hart["devices"]}
+        for hart in guest.order("x-query-exits")
+    ]
+    assert sum(each.get("aclint", 0) for each in devices) < 10
 
     guest.run("ip link set eth0 up && udhcpc -q -n -s /etc/udhcpc/default.script -i eth0")
     assert "10.0.2.15/24" in guest.run("ip -4 addr show dev eth0")

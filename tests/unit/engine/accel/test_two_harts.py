@@ -1,4 +1,4 @@
-"""Two harts on two threads: atomics, reservations, and code that one changes under the other."""
+"""Two harts on two threads: atomics, reservations, interrupts, code changed under the other."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 from vmlab.engine.accel.interpreter import CodePages, InterpreterExecutor, native_code
 from vmlab.engine.cpu.exits import Exit, Reason
 from vmlab.engine.cpu.hart import Hart
+from vmlab.engine.cpu.interrupts import MSWI_BASE, InterruptBlock
 from vmlab.engine.memory.ram import Ram
 
-BASE = 0x8000_0000
+BASE, CLINT = 0x8000_0000, 0x200_0000
 COUNTER, LOCK, GUARDED = BASE + 0x2000, BASE + 0x2040, BASE + 0x2080
 ROUNDS = 10_000_000  # enough that the two overlap on a busy host
 
@@ -19,7 +20,9 @@ ROUNDS = 10_000_000  # enough that the two overlap on a busy host
 def run_both(ram: Ram) -> list[Exit]:
     """Run two harts, a0 their number, until both leave."""
     pages = CodePages(ram, native_code())
-    harts = [Hart(ram, number) for number in range(2)]
+    block = InterruptBlock(2)
+    block.words[MSWI_BASE] = CLINT
+    harts = [Hart(ram, number, block) for number in range(2)]
     executors = [InterpreterExecutor(hart, pages) for hart in harts]
     exits: list[Exit | None] = [None, None]
 
@@ -97,6 +100,45 @@ def test_a_lock_keeps_others_out(ram, assemble, acquire: str) -> None:
     )
     assert [left.reason for left in run_both(ram)] == [Reason.WAIT] * 2
     assert ram.load64(GUARDED) == 2 * ROUNDS
+
+
+TURNS = 1000
+
+
+def test_harts_take_turns_by_interrupts(ram, assemble) -> None:
+    """Whoever has its turn counts, and gives it to the other one by MSWI; neither leaves."""
+    ram.write(
+        BASE,
+        assemble(
+            f"""
+            li s0, {CLINT}
+            slli t0, a0, 2
+            add s1, s0, t0
+            xori t0, a0, 1
+            slli t0, t0, 2
+            add s2, s0, t0
+            li s3, {COUNTER}
+            li s4, {TURNS}
+            li t1, 1
+            bnez a0, 2f
+            1: ld t0, (s3)
+            addi t0, t0, 1
+            sd t0, (s3)
+            fence w, o
+            sw t1, (s2)
+            2: csrr t0, mip
+            andi t0, t0, 8
+            beqz t0, 2b
+            sw zero, (s1)
+            addi s4, s4, -1
+            bnez s4, 1b
+            sw t1, (s2)
+            wfi
+            """
+        ),
+    )
+    assert [left.reason for left in run_both(ram)] == [Reason.WAIT] * 2
+    assert ram.load64(COUNTER) == 2 * TURNS - 1
 
 
 def test_code_that_another_hart_changes_is_executed_as_changed(ram, assemble) -> None:
