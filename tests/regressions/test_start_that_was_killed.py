@@ -49,7 +49,12 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 def home() -> Iterator[Home]:
     """A home with a path that is short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="vmlab-t-") as name:
-        yield Home.open(Path(name))
+        home = Home.open(Path(name))
+        yield home
+        # What is not found again, nothing else ends.
+        for process in processes.adopt(Store.open(home, "kept").owner):
+            process.kill()
+            asyncio.run(process.wait(60))
 
 
 @pytest.mark.parametrize("starts", [0, 1], ids=["first", "second"])
