@@ -303,3 +303,45 @@ def test_a_process_of_somebody_elses_is_told_as_that(run, monkeypatch):
         assert "cannot be sent a signal" in ended.error["message"]
 
     run(test)
+
+
+def test_a_nic_whose_tap_is_gone_is_plugged_anew(run):
+    async def test(watched):
+        await watched.did(CreateNetwork(name="lan", mode="isolated", subnet="10.9.0.0/24"))
+        document = await watched.machine_of("web", nics=(NewNic(network="lan"),))
+        machine = await watched.at_host("web")
+        (nic,) = machine.spec.nics
+        done = []
+        for call in ("unplug_nic", "plug_nic"):
+            note_calls(machine, call, done)
+        finding = await said(
+            watched,
+            "lost-interface",
+            "vml0123",
+            ("reconcile",),
+            interface="vml0123",
+            kind="tap",
+            network=await watched.manager.database.read(
+                lambda s: s.execute(_ids_of_networks()).scalar_one()
+            ),
+            machine=document.id,
+            nic=nic.name,
+            bridge="vmlb0123",
+            lacking=True,
+        )
+        await watched.repaired(finding, "reconcile")
+        assert done == ["unplug_nic", "plug_nic"]
+        assert machine.spec.nics == (nic,)
+
+    run(test)
+
+
+def note_calls(machine, call, done):
+    """Have calls of a machine's method noted, which work as before."""
+    before = getattr(machine, call)
+
+    async def noted(*arguments, **options):
+        done.append(call)
+        return await before(*arguments, **options)
+
+    setattr(machine, call, noted)
