@@ -21,7 +21,6 @@ from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import MachineNotFound, SnapshotNotFound, VmlabError
 from vmlab.machine.states import MachineState
 from vmlab.manager.networks.addresses import release
-from vmlab.manager.networks.in_guest import addresses_script
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.definition import new_mac
 from vmlab.manager.operator.handler import (
@@ -37,7 +36,7 @@ from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, other_of, require_state, write_facts
 from vmlab.manager.operator.placement import look
 from vmlab.manager.operator.snapshots import removed, require_disks_aside, set_aside
-from vmlab.manager.operator.wiring import connect, reseed
+from vmlab.manager.operator.wiring import connect, reseed, tell_guest
 from vmlab.manager.requests import CloneMachine
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.queries import find_machine, find_snapshot
@@ -48,9 +47,6 @@ if TYPE_CHECKING:
     from vmlab.manager.networks.networks import Networks
 
 __all__ = ["CloneHandler"]
-
-_GUEST_ANSWERS_S = 120.0
-"""Seconds that the guest of a fork, which runs already, has to answer."""
 
 
 @register
@@ -226,14 +222,7 @@ class CloneHandler(Handler[CloneMachine]):
             before = {nic.name: nic.mac for nic in (await source.info()).nics}
             after = {nic.name: nic.mac for nic in (await copy.info()).nics}
             macs = {mac: after[nic] for nic, mac in before.items() if nic in after}
-            clone_id, networks = work.target_id, self.manager.networks
-            who = await work.database.read(
-                lambda s: networks.identity(s.get_one(MachineRow, clone_id))
-            )
-            guest = await self.manager.guests.get(clone_id, timeout=_GUEST_ANSWERS_S)
-            await guest.refresh(hostname=who.hostname, machine_id=clone_id, macs=macs)
-            if script := addresses_script(who.nics):
-                await guest.succeed(script, timeout=_GUEST_ANSWERS_S)
+            await tell_guest(self.manager, work.target_id, macs)
         except VmlabError as error:
             step.failed(error.message.partition("\n")[0])
 

@@ -7,6 +7,7 @@ there.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 from vmlab.machine.errors import VmlabError
 from vmlab.machine.spec import Disk, MachineSpec
 from vmlab.machine.states import MachineState
+from vmlab.manager.networks.in_guest import addresses_script
 from vmlab.manager.operator.definition import SIMULATED, json_of
 from vmlab.manager.store.queries import find_machine
 from vmlab.manager.store.tables import MachineRow
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
     from vmlab.hypervisors.base import Machine
     from vmlab.manager.manager import Manager
     from vmlab.manager.networks.networks import Networks
+    from vmlab.manager.networks.seed import Identity
 
-__all__ = ["SEED_DISK", "connect", "ended", "reseed", "wired", "write_spec"]
+__all__ = ["SEED_DISK", "connect", "ended", "reseed", "tell_guest", "wired", "write_spec"]
 
 _LOG: Final = logging.getLogger(__name__)
+
+_GUEST_ANSWERS_S: Final = 120.0
+"""Seconds that a guest that runs already has to answer."""
 
 SEED_DISK: Final = "cidata"
 """The disk that cloud-init finds what it is told on; its name is that of the file system, too."""
@@ -88,6 +94,34 @@ async def reseed(manager: Manager, machine_id: str, machine: Machine) -> None:
         await machine.unplug_disk(SEED_DISK)
     if wanted is not None:
         await machine.plug_disk(wanted)
+
+
+async def tell_guest(
+    manager: Manager, machine_id: str, macs: Mapping[str, str] | None = None
+) -> None:
+    """Have a guest that runs, and remembers another time, be who and where it is now.
+
+    Args:
+        manager: Whose machine it is.
+        machine_id: Its id.
+        macs: The MAC addresses that the guest remembers -> those that it has, if it is a copy: it
+            has another name and another id then, too.
+
+    Raises:
+        VmlabError: the guest does not answer, or refuses something of it.
+    """
+
+    def read(session: Session) -> Identity:
+        return manager.networks.identity(find_machine(session, machine_id))
+
+    who = await manager.database.read(read)
+    guest = await manager.guests.get(machine_id, timeout=_GUEST_ANSWERS_S)
+    copy = macs is not None
+    await guest.refresh(
+        hostname=who.hostname if copy else None, machine_id=machine_id if copy else None, macs=macs
+    )
+    if script := addresses_script(who.nics):
+        await guest.succeed(script, timeout=_GUEST_ANSWERS_S)
 
 
 def _seed_disk(path: Path) -> Disk:

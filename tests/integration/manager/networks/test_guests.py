@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Callable
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
+from sqlalchemy import select
+from sqlalchemy.orm import Session
 from tests.store import IMAGE_STORE
 
 from vmlab.guests.guest import Guest
@@ -28,12 +32,14 @@ from vmlab.manager.requests import (
     MachinePolicy,
     Metadata,
     NewNic,
+    RestoreMachine,
     SnapshotMachine,
     StartMachine,
     StopMachine,
 )
 from vmlab.manager.settings import HostSetting, Settings
 from vmlab.manager.store.queries import find_machine, list_addresses, machine_document
+from vmlab.manager.store.tables import AddressRow, NetworkRow
 
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -52,7 +58,7 @@ class Office:
         operation = await self.manager.operator.submit(request)
         operation = await self.manager.operator.wait(operation.id, WAIT)
         assert operation.state == "succeeded", operation.error
-        if isinstance(request, CloneMachine):
+        if isinstance(request, CloneMachine | RestoreMachine):
             # Nothing of it was tried in vain.
             assert {step.state for step in operation.steps} == {"done"}, operation.steps
         return operation.result or {}
@@ -72,6 +78,14 @@ class Office:
     async def guest(self, name: str) -> Guest:
         """The guest of a machine that runs."""
         return await self.manager.guests.get((await self.machine(name)).id, timeout=WAIT)
+
+    @staticmethod
+    def keep(session: Session, addresses: list[str]) -> None:
+        """Have addresses be taken, by nobody that is known, that were somebody's."""
+        for network in session.scalars(select(NetworkRow)).all():
+            for address in addresses:
+                if ip_address(address) in ip_network(str(network.subnet)):
+                    session.add(AddressRow(network_id=network.id, address=address))
 
     async def is_itself(self, name: str, *names: str) -> Guest:
         """A guest has the addresses of its machine and no others, on interfaces of those names."""
@@ -230,7 +244,8 @@ def test_copies_of_a_machine_that_runs_take_addresses_of_their_own(
         await office.did(CreateNetwork(name="lan", subnet="10.9.0.0/24"))
         await office.did(CreateNetwork(name="red", mode="bridged", subnet="10.9.10.0/24"))
         told = Metadata(user_data="#cloud-config\n")
-        await office.boot("one", "red", "lan", metadata=told)
+        policy = MachinePolicy(release_addresses="stop")
+        await office.boot("one", "red", "lan", metadata=told, policy=policy)
         await office.did(SnapshotMachine(machine="one", name="good", memory=True))
         await office.did(CloneMachine(machine="one", name="forked"))
         await office.did(CloneMachine(machine="one", name="revived", snapshot="good"))
@@ -250,6 +265,16 @@ def test_copies_of_a_machine_that_runs_take_addresses_of_their_own(
         machine = await office.machine("forked")
         wanted = f"i-{machine.id[:17]}"
         assert wanted in (await (await office.guest("forked")).succeed(MOUNT_SEED)).stdout
+        # Somebody else has the first one's addresses by the time that it is brought back.
+        await office.did(StopMachine(machine="one", graceful=False))
+        await office.manager.database.write(office.keep, at["one"])
+        await office.did(RestoreMachine(machine="one", snapshot="good"))
+        restored = await office.is_itself("one", "eth0", "eth1")
+        assert {nic.addresses[0] for nic in (await office.machine("one")).nics}.isdisjoint(
+            at["one"]
+        )
+        assert abs(float((await restored.succeed("date +%s")).stdout) - time.time()) < 60
+        assert await reaches(restored, at["forked"][0])
         await office.did(DeleteMachine(machine="one", force=True))
         await office.did(StopMachine(machine="forked", graceful=False))
         await office.did(StartMachine(machine="forked"))
