@@ -138,11 +138,6 @@ class Known:
         return {(machine.host, machine.at): machine for machine in self.machines}
 
     @cached_property
-    def disk(self) -> dict[str, KnownDisk]:
-        """The disks by id."""
-        return {disk.id: disk for disk in self.disks}
-
-    @cached_property
     def disk_at(self) -> dict[Path, KnownDisk]:
         """The disks by the path of their file."""
         return {disk.path: disk for disk in self.disks}

@@ -200,11 +200,6 @@ class Seen:
         """The files by path."""
         return {file.path: file for file in self.files}
 
-    @cached_property
-    def machine_ids(self) -> frozenset[str]:
-        """The hypervisors' ids of all machines that were seen."""
-        return frozenset(machine.id for machine in self.machines)
-
     def hosts_looked_at(self, hosts: frozenset[str]) -> bool:
         """Whether all of those hosts were looked at."""
         return all(f"host:{host}" in self.looked for host in hosts)
