@@ -15,9 +15,9 @@ from typing import Final
 
 __all__ = ["collected_rarely", "settled"]
 
-_THRESHOLDS: Final = (10_000, 20, 10)
+_THRESHOLDS: Final = (10_000, 500, 10)
 """Objects more than were freed, looks at those, and looks at what outlived them, before the next
-kind of look: more than a sweep of 10,000 machines makes before it ends."""
+kind of look: more than many sweeps of 10,000 machines make, so that hardly one is met by one."""
 
 
 @contextmanager
