@@ -47,6 +47,8 @@ class MachineRun:
         self.config = config
         self.settings = settings_of(config)
         self.worker = Worker(config) if is_worker(config) else None
+        if self.worker is not None:
+            self.worker.die_with_controller()
         self.seed = self.worker.seed if self.worker else report_place.new_seed(self.settings)
         self.current: Trial | None = None
         self.factories: list[VmFactory] = []

@@ -7,6 +7,7 @@ have to be on this host, as `-n` starts them.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 DIRECTORY: Final = "vmlab_report"
 SEED: Final = "vmlab_seed"
-"""What a worker is told: the run's directory, and its seed."""
+CONTROLLER: Final = "vmlab_controller"
+"""What a worker is told: the run's directory, its seed, and the pid of who tells it."""
 
 SHARED: Final = "shared"
 """The file in the run's directory that says where workers find what they share."""
@@ -36,6 +38,18 @@ class Worker:
         self.name = str(told["workerid"])
         self.directory = Path(told[DIRECTORY])
         self.seed = int(told[SEED])
+        self._controller = int(told[CONTROLLER])
+
+    def die_with_controller(self) -> None:
+        """Have the kernel kill this process, and so its machines, when the controller dies.
+
+        By itself a worker that loses its controller goes on with its test for 5 to 15 seconds.
+        """
+        from vmlab.hypervisors.processes import die_with_parent
+
+        # Where a program stands between the two, that one may end at any time.
+        if os.getppid() == self._controller:
+            die_with_parent(self._controller)
 
     def shared(self) -> Path | None:
         """The directory that all workers of the run share; None where the run began too late."""
@@ -72,6 +86,7 @@ class Controller:
             self._seed = report_place.new_seed(settings)
         node.workerinput[DIRECTORY] = str(self._directory)
         node.workerinput[SEED] = self._seed
+        node.workerinput[CONTROLLER] = os.getpid()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Any) -> None:

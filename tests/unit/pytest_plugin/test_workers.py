@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+
+import psutil
 from tests.unit.pytest_plugin.conftest import Project, only
 
 pytest_plugins = ["pytester"]
@@ -81,3 +85,33 @@ def test_a_worker_that_dies_is_the_error_of_its_test(project: Project) -> None:
     assert [attempt.outcome.value for attempt in killed.attempts] == ["pending", "error"]
     assert killed.hypervisor == "simulated"
     assert "crashed" in killed.reason
+
+
+def test_workers_die_with_their_controller(project: Project) -> None:
+    project.write(
+        test_it="""
+            import os, pathlib, time
+
+            def test_takes_its_time(vm_off):
+                pathlib.Path("pid").write_text(f"{os.getpid()}\\n")
+                try:
+                    time.sleep(600)
+                except KeyboardInterrupt:
+                    pathlib.Path("asked").touch()
+        """
+    )
+    controller = subprocess.Popen(
+        project.command("-n", "1"), cwd=project.path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    told = project.path / "pid"
+    while not told.exists() or not told.read_text().endswith("\n"):
+        assert controller.poll() is None
+        time.sleep(0.05)
+    worker = psutil.Process(int(told.read_text()))
+    controller.kill()
+    controller.wait()
+    _, alive = psutil.wait_procs([worker], timeout=120)
+    assert not alive
+    # By itself it would have been interrupted after some seconds, and gone on to the test's end.
+    assert not (project.path / "asked").exists()
