@@ -7,11 +7,11 @@ needs no look at the store; what does is checked where the request is submitted.
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
 
 from vmlab.machine.fields import Flag, Name, Whole
 from vmlab.machine.sizes import Size
@@ -37,6 +37,18 @@ FindingCode = Literal[
     "storage-low",
 ]
 """What the observer can find: `vmlab.manager.observer.difference.CODES` says what each means."""
+
+
+def _of_a_year(moment: datetime) -> datetime:
+    """A time that is one in UTC as well; one without a zone is refused elsewhere, if at all."""
+    try:
+        return moment if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("in UTC it is not of the years 1 to 9999") from None
+
+
+Moment = Annotated[datetime, AfterValidator(_of_a_year)]
+"""A time that somebody names."""
 
 
 class _Request(BaseModel):
@@ -84,7 +96,10 @@ class MachinePolicy(_Request):
         default_factory=dict, description="what to do about findings of this machine, by code"
     )
     snapshot_every: timedelta | None = Field(
-        None, description="interval of scheduled snapshots; none if left out"
+        None,
+        ge=timedelta(seconds=1),
+        le=timedelta(days=3650),
+        description="interval of scheduled snapshots, up to ten years; none if left out",
     )
     snapshot_keep: Whole = Field(3, ge=1, description="scheduled snapshots that are kept")
 
@@ -176,7 +191,7 @@ class SnapshotMachine(_OnMachine):
     kind: Literal["machine.snapshot"] = "machine.snapshot"
     name: Name
     memory: Flag | None = None
-    expires: datetime | None = Field(None, description="when it may be removed")
+    expires: Moment | None = Field(None, description="when it may be removed")
     scheduled: Flag = Field(False, description="taken by the machine's own schedule")
 
 

@@ -23,6 +23,7 @@ from vmlab.manager import requests
 from vmlab.manager.api.problems import BadRequest, documented, request_id_of
 from vmlab.manager.api.service import Here, Service, Who, told
 from vmlab.manager.documents import ENDED, OperationDocument
+from vmlab.manager.requests import Moment
 
 __all__ = ["ANSWERS", "Asked", "Change", "ended", "route_of_change"]
 
@@ -172,7 +173,7 @@ async def _change(
         Query(ge=0, le=LONGEST_WAIT, description="seconds to wait for its end before answering"),
     ] = 0.0,
     deadline: Annotated[
-        datetime | None, Query(description="when it has to be done; then it is undone")
+        Moment | None, Query(description="when it has to be done; then it is undone")
     ] = None,
     key: Annotated[
         str | None,

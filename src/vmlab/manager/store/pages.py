@@ -10,7 +10,7 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
@@ -106,7 +106,7 @@ def _values(cursor: str, key: Sequence[InstrumentedAttribute[Any]]) -> list[Any]
             raise ValueError
         kinds = [column.type.python_type for column in key]
         return [_typed(value, kind) for value, kind in zip(plain, kinds, strict=True)]
-    except (ValueError, binascii.Error, RecursionError):
+    except (ValueError, OverflowError, binascii.Error, RecursionError):
         raise refuse("cursor", cursor, "what `next` of the page before said") from None
 
 
@@ -115,7 +115,7 @@ def _typed(value: Any, kind: type) -> Any:
         moment = datetime.fromisoformat(value)
         if moment.tzinfo is None:
             raise ValueError
-        return moment
+        return moment.astimezone(UTC)
     if type(value) is not kind or (isinstance(value, int) and abs(value) > LARGEST):
         raise ValueError
     if isinstance(value, str) and not is_text(value):

@@ -91,6 +91,21 @@ def test_the_same_idempotency_key_is_the_same_operation(http: httpx.Client) -> N
     assert (other.status_code, other.json()["kind"]) == (409, "Conflict")
 
 
+@pytest.mark.parametrize(
+    ("deadline", "why"),
+    [("2027-01-01T00:00:00", "zone"), ("0001-01-01T00:00:00+23:59", "years 1 to 9999")],
+    ids=["no-zone", "no-year"],
+)
+def test_a_deadline_is_a_time_of_a_calendar(
+    http: httpx.Client, machine: str, deadline: str, why: str
+) -> None:
+    path = f"/v1/machines/{machine}/actions/pause"
+    answer = http.post(path, params={"deadline": deadline})
+    assert answer.status_code == 422
+    assert why in answer.text
+    assert http.get(f"/v1/machines/{machine}").json()["state"] == "running"
+
+
 def test_a_change_of_another_version_is_refused(http: httpx.Client, machine: str) -> None:
     shown = http.get(f"/v1/machines/{machine}")
     version = shown.headers["ETag"]

@@ -69,6 +69,7 @@ def test_cursor_that_no_page_had_is_refused(
         (queries.list_operations, [1 << 70]),
         (queries.list_snapshots, ["yesterday", "a"]),
         (queries.list_snapshots, ["2026-01-01T00:00:00", "a"]),
+        (queries.list_snapshots, ["0001-01-01T00:00:00+23:59", "a"]),
         (queries.list_snapshots, [5, "a"]),
     ],
 )
