@@ -58,10 +58,12 @@ def listed(directory: Path) -> list[Path]:
 
 
 def qemu_processes(bench: Any) -> list[psutil.Process]:
+    """Those of the test's run: other tests' machines may live in this process as well."""
+    run = str(bench.lease.directory)
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if "qemu-system" in process.name()
+        if "qemu-system" in process.name() and any(run in word for word in process.cmdline())
     ]
 
 
