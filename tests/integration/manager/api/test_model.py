@@ -153,7 +153,7 @@ class Model(RuleBasedStateMachine):
         if disk not in self.disks or name not in self.machines:
             status = 404
         else:
-            free = self.disks[disk] is None and self.state(name) in {"running", *REST}
+            free = self.disks[disk] is None and self.state(name) in {"running", "paused", *REST}
             status = 200 if free else 409
         self.ask("POST", f"/v1/disks/{disk}/actions/attach", status, json={"machine": name})
         if status == 200:
@@ -166,7 +166,7 @@ class Model(RuleBasedStateMachine):
             status = 404
         else:
             holder = self.disks[disk]
-            held = holder is not None and self.state(holder) in {"running", *REST}
+            held = holder is not None and self.state(holder) in {"running", "paused", *REST}
             status = 200 if held else 409
         self.ask("POST", f"/v1/disks/{disk}/actions/detach", status)
         if status == 200:
