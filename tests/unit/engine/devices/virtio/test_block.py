@@ -255,6 +255,9 @@ class Threads:
         for index in range(queues):
             self.driver.queue(index)
         self.driver.go()
+        # A driver that is up has each of its queues looked at once, by a thread.
+        assert self.workers.drain(60) == []
+        self.workers.resume()
 
 
 def test_the_doorbell_does_not_wait_for_the_disk(engine: Engine, image: Path) -> None:
