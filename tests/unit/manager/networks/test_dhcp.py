@@ -9,6 +9,7 @@ from ipaddress import IPv4Interface
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.internet import checksum
 
 from vmlab.manager.networks.dhcp import Responder, own_mac
 
@@ -21,14 +22,6 @@ RESPONDER = Responder(
     dns=["10.9.0.53", "fd00::53"],
 )
 DISCOVER, OFFER, REQUEST, DECLINE, ACK, NAK, RELEASE, INFORM = range(1, 9)
-
-
-def checksum(data: bytes) -> int:
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total > 0xFFFF:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total ^ 0xFFFF
 
 
 def question(

@@ -9,6 +9,7 @@ from ipaddress import IPv6Interface
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.internet import checksum
 
 from vmlab.manager.networks.dhcp6 import Responder6
 
@@ -32,14 +33,6 @@ FOREVER = b"\xff" * 4
 
 def packed(address: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6, address)
-
-
-def checksum(data: bytes) -> int:
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total > 0xFFFF:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total ^ 0xFFFF
 
 
 def packet(

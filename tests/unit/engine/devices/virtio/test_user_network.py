@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.internet import checksum
 from tests.unit.engine.devices.machines import Engine
 
 from vmlab.engine.devices.virtio import user_network
@@ -17,14 +18,6 @@ from vmlab.machine.errors import VmlabError
 
 MAC = bytes.fromhex("525400123456")
 IPV4 = 0x0800
-
-
-def checksum(data: bytes) -> int:
-    """Of the internet (RFC 1071)."""
-    total = sum(struct.unpack(f">{(len(data) + 1) // 2}H", data + bytes(len(data) % 2)))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total ^ 0xFFFF
 
 
 def dhcp_discover() -> bytes:
