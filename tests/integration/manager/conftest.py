@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.manager.wires import own_namespace
 from tests.store import IMAGE_STORE
 
+from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home
 from vmlab.manager.documents import DiskDocument, MachineDocument, OperationDocument
 from vmlab.manager.manager import Manager
@@ -62,6 +65,17 @@ def home() -> Iterator[Home]:
     directory = Path(tempfile.mkdtemp(prefix="vmlab-m-"))
     yield Home.open(directory)
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test is in a network namespace of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, for a network namespace")
+    with own_namespace():
+        # Programs are started by a thread that may have been there before.
+        monkeypatch.setattr(processes, "_spawner", None)
+        yield
 
 
 @pytest.fixture

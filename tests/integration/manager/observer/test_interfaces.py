@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 from asyncio import to_thread
-from collections.abc import Iterator
 
 import pytest
-from tests.integration.manager.networks.conftest import Client
-from tests.integration.manager.networks.conftest import run as shell
+from tests.integration.manager.wires import Client
+from tests.integration.manager.wires import run as shell
 
-from vmlab.hypervisors import processes
 from vmlab.hypervisors.monitored.networks import bridge_port
 from vmlab.manager.networks import links, names
 from vmlab.manager.networks.addresses import take
@@ -20,25 +16,6 @@ from vmlab.manager.requests import CreateNetwork, DeleteMachine, NewNic
 from vmlab.manager.settings import HostSetting
 from vmlab.manager.store.queries import find_machine, find_network
 from vmlab.manager.store.tables import NicRow
-
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
-
-
-@pytest.fixture
-def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The test is in a network namespace of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, for a network namespace")
-    libc = ctypes.CDLL(None, use_errno=True)
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    assert libc.unshare(_CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-    try:
-        # Programs are started by a thread that may have been there before.
-        monkeypatch.setattr(processes, "_spawner", None)
-        yield
-    finally:
-        assert libc.setns(before, _CLONE_NEWNET) == 0
-        os.close(before)
 
 
 def home_of(watched):
