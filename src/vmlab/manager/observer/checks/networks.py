@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from vmlab.machine.states import OFF, MachineState
+from vmlab.manager.documents import Severity
 from vmlab.manager.networks.names import SWITCH, interface
 from vmlab.manager.observer.difference import Difference
 from vmlab.manager.observer.known import Known, KnownAddress
@@ -104,23 +105,14 @@ def lost_interface(known: Known, seen: Seen) -> Iterator[Difference]:
             continue
         if found.network in known.network:
             continue
-        yield Difference(
-            code="lost-interface",
+        yield _lost(
+            found.name,
+            found.kind,
+            found.network,
             severity="warning",
-            subject=found.name,
-            name=found.name,
             message=f"the {found.kind} {found.name!r} of the host is of a network that the store "
             "does not have",
             hint="reconcile removes it",
-            source="interfaces",
-            evidence={
-                "interface": found.name,
-                "kind": found.kind,
-                "network": found.network,
-                "lacking": False,
-            },
-            touches=frozenset({found.network}),
-            actions=("reconcile",),
         )
     yield from _lacking(known, seen)
     yield from _cut_off(known, seen)
@@ -141,18 +133,15 @@ def _lacking(known: Known, seen: Seen) -> Iterator[Difference]:
     for name, (id_, kind, touches) in needed.items():
         if name in seen.every_interface:
             continue
-        yield Difference(
-            code="lost-interface",
-            severity="error",
-            subject=name,
-            name=name,
+        yield _lost(
+            name,
+            kind,
+            id_,
             message=f"network {known.network[id_].name!r} needs the {kind} {name!r}, "
             "and the host does not have it",
             hint="reconcile makes it again",
-            source="interfaces",
-            evidence={"interface": name, "kind": kind, "network": id_, "lacking": True},
             touches=touches,
-            actions=("reconcile",),
+            lacking=True,
         )
 
 
@@ -172,24 +161,51 @@ def _cut_off(known: Known, seen: Seen) -> Iterator[Difference]:
                 continue  # that is what is wrong
             lacking = nic.tap not in seen.every_interface
             what = "is gone" if lacking else f"is not on the bridge {bridge!r}"
-            yield Difference(
-                code="lost-interface",
-                severity="error",
-                subject=nic.tap,
-                name=nic.tap,
+            yield _lost(
+                nic.tap,
+                "tap",
+                network.id,
                 message=f"the tap {nic.tap!r} of machine {machine.name!r} {what}: "
                 f"its {nic.name} is cut off from network {network.name!r}",
                 hint="reconcile plugs the NIC anew" if lacking else "reconcile puts it there again",
                 source=f"parts:{machine.id}",
-                evidence={
-                    "interface": nic.tap,
-                    "kind": "tap",
-                    "network": network.id,
-                    "machine": machine.id,
-                    "nic": nic.name,
-                    "bridge": bridge,
-                    "lacking": lacking,
-                },
-                touches=frozenset({machine.id, network.id}),
-                actions=("reconcile",),
+                touches=frozenset({machine.id}),
+                lacking=lacking,
+                machine=machine.id,
+                nic=nic.name,
+                bridge=bridge,
             )
+
+
+def _lost(
+    name: str,
+    kind: str,
+    network: str,
+    *,
+    message: str,
+    hint: str,
+    severity: Severity = "error",
+    source: str = "interfaces",
+    touches: frozenset[str] = frozenset(),
+    lacking: bool = False,
+    **evidence: str,
+) -> Difference:
+    """Of the interface of that name and kind, which is or was of a network: by its id."""
+    return Difference(
+        code="lost-interface",
+        severity=severity,
+        subject=name,
+        name=name,
+        message=message,
+        hint=hint,
+        source=source,
+        evidence={
+            "interface": name,
+            "kind": kind,
+            "network": network,
+            "lacking": lacking,
+            **evidence,
+        },
+        touches=touches | {network},
+        actions=("reconcile",),
+    )
