@@ -5,7 +5,6 @@ machines of its store from being found: it was looked for in the directory of th
 from __future__ import annotations
 
 import asyncio
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home, Store
@@ -59,8 +59,7 @@ def home() -> Iterator[Home]:
 
 @pytest.mark.parametrize("starts", [0, 1], ids=["first", "second"])
 def test_machine_whose_start_was_killed_is_found_and_starts_again(home: Home, starts: int) -> None:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     command = [sys.executable, "-c", KILLED, str(home.directory), str(starts)]
     killed = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import Guest
+from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import Machine
 from vmlab.hypervisors.ownership import Home, Run
 from vmlab.hypervisors.qemu import QemuHypervisor, provider
@@ -27,11 +29,6 @@ IMAGES = {
     Architecture.X86_64: "debian-12-amd64-tiny",
     Architecture.RISCV64: "debian-13-riscv64-tiny",
 }
-_QEMU = {
-    Architecture.X86_64: "qemu-system-x86_64",
-    Architecture.RISCV64: "qemu-system-riscv64",
-}
-_PACKAGE = {Architecture.X86_64: "qemu-system-x86", Architecture.RISCV64: "qemu-system-misc"}
 
 
 class Lab:
@@ -83,10 +80,7 @@ class Lab:
 
 @pytest.fixture(scope="module", params=IMAGES, ids=lambda architecture: architecture.value)
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    if shutil.which(_QEMU[request.param]) is None:
-        pytest.skip(
-            f"needs {_QEMU[request.param]}, of the Debian package {_PACKAGE[request.param]}"
-        )
+    need(QEMU_BINARIES[request.param])
     lab = Lab(request.param)
     yield lab
     lab.close()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.guests.command import AgentRestarted
@@ -34,7 +34,7 @@ Do = Callable[[Callable[[Guest], Awaitable[None]]], None]
 @pytest.fixture(scope="module")
 def do(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Do]:
     """Runs a coroutine function with a guest that has qemu-ga and no agent of vmlab's."""
-    assert shutil.which("qemu-system-x86_64"), "tools/debian-packages.txt lists it"
+    need("qemu-system-x86_64")
     image = ImageStore(IMAGE_STORE).ensure("debian-12-amd64-tiny-qga")
     spec = MachineSpec.of(
         name="qga",

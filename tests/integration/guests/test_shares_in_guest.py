@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tests.integration.guests.conftest import IMAGES
 from tests.integration.ordinary_user import NOBODY, as_nobody
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.guests.agent import CHANNELS, AgentChannel
@@ -84,7 +85,7 @@ def work(request: pytest.FixtureRequest, shares: tuple[Share, ...]) -> Share:
 
 def spec_with(*shares: Share) -> MachineSpec:
     """A machine with those shares."""
-    assert shutil.which("qemu-system-x86_64"), "tools/debian-packages.txt lists it"
+    need("qemu-system-x86_64")
     image = ImageStore(IMAGE_STORE).ensure(IMAGES[Architecture.X86_64])
     return MachineSpec.of(
         name="shares",

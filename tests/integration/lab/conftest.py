@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.lab.laboratory import Lab
@@ -23,8 +23,7 @@ def image_store() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def shared_lab(image_store: str) -> Iterator[Lab]:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     with Lab(hypervisor="qemu", image=IMAGE, seed=1) as lab:
         lab.vm(memory="256M", networks=["lan"]).delete()
         yield lab

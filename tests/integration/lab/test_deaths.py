@@ -6,7 +6,6 @@ Deaths that leave a machine alive share one; the others end one each.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.lab.evidence import collect_evidence
@@ -62,8 +62,8 @@ class Told:
 @pytest.fixture(scope="module", params=["qemu", "embedded"])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     hypervisor = request.param
-    if hypervisor == "qemu" and shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    if hypervisor == "qemu":
+        need("qemu-system-x86_64")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
         with Lab(hypervisor=hypervisor, image=IMAGES[hypervisor]) as lab:

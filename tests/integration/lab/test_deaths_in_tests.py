@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.projects import Project
+from tests.needs import needs
 
 from vmlab.report import Attempt, Outcome
 
@@ -23,10 +23,7 @@ pytestmark = [
     pytest.mark.boots,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None,
-        reason="needs qemu-system-x86_64, of the Debian package qemu-system-x86",
-    ),
+    needs("qemu-system-x86_64"),
 ]
 
 QEMU = ("--vm-hypervisor", "qemu")

@@ -6,14 +6,13 @@ One machine for each hypervisor, and one more that is booted twice.
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.engine.devices.occasions import Occasions, Trigger
@@ -35,9 +34,7 @@ BLOCK = 4096
 @pytest.fixture(scope="module")
 def file_system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty ext4 file system."""
-    mkfs = shutil.which("mkfs.ext4", path=os.environ.get("PATH", "") + ":/sbin:/usr/sbin")
-    if mkfs is None:
-        pytest.skip("needs mkfs.ext4, of the Debian package e2fsprogs")
+    mkfs = need("mkfs.ext4")
     image = tmp_path_factory.mktemp("fs") / "fs.img"
     with image.open("xb") as file:
         file.truncate(32 << 20)
@@ -48,8 +45,8 @@ def file_system(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def booted(hypervisor: str, file_system: Path) -> Iterator[VM]:
     """A machine with an empty disk and one with a file system, which every fault can strike."""
-    if hypervisor == "qemu" and shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    if hypervisor == "qemu":
+        need("qemu-system-x86_64")
     disks = [
         LabDisk(Disk(name="raw", size=16 << 20, serial="raw", breakable=True), named=True),
         LabDisk(Disk(name="fs", source=file_system, serial="fs", breakable=True), named=True),

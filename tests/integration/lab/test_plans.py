@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.lab.laboratory import Lab
@@ -23,8 +24,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples" / "plans"
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example of a program, built as it says."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     place = tmp_path_factory.mktemp("example") / "user-space"
     shutil.copytree(EXAMPLES / "user-space", place)
     subprocess.run(["make", "CC=x86_64-linux-gnu-gcc"], cwd=place, check=True, timeout=120)
@@ -105,8 +105,7 @@ def test_nothing_is_run_in_a_guest_that_died_in_a_phase(vm: VM, tmp_path: Path) 
 def test_a_kernel_module_is_built_and_loaded_in_a_guest_with_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
     plan = Plan.load(EXAMPLES / "kernel-module" / "hello.vmlab.toml")
     with Lab(hypervisor="qemu") as lab:

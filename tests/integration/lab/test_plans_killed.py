@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.report import Outcome, Run, read_run
@@ -129,8 +130,7 @@ class Project:
 
 @pytest.fixture
 def project() -> Iterator[Project]:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     place = Path(tempfile.mkdtemp(prefix="vmlab-k-"))
     yield Project(place)
     shutil.rmtree(place)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.report import Outcome, Run, read_run
@@ -70,8 +70,7 @@ run = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 600"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All plans in one run, since they share what was booted."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     place: Path = tmp_path_factory.mktemp("lost")
     plans = {
         "reboot": MACHINE + REBOOT + VERIFY.format(""),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.needs import need
 
 from vmlab.hypervisors.leftovers import marked
 from vmlab.hypervisors.ownership import Home, Run
@@ -153,8 +153,7 @@ def test_a_template_outlives_the_process_that_booted_it(
 
 
 def test_a_template_that_is_damaged_is_made_anew(image_store: str, tmp_path: Path) -> None:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     boots = []
     for _ in range(2):
         with Lab(hypervisor="qemu", image=IMAGE, shared=tmp_path) as lab:

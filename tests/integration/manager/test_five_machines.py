@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from sqlalchemy import func, select
 from tests.integration.manager.conftest import IMAGES, PATIENCE
+from tests.needs import need
 
 from vmlab.hypervisors import processes
 from vmlab.machine.sizes import MIB
@@ -40,8 +40,8 @@ NAMES = [f"web-{number}" for number in range(5)]
 def test_five_machines_live_at_once_and_leave_nothing(
     tell: Callable[..., None], hypervisor: str
 ) -> None:
-    if hypervisor == "qemu" and shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    if hypervisor == "qemu":
+        need("qemu-system-x86_64")
 
     async def story(asking: Any) -> None:
         manager = asking.manager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.projects import Project
+from tests.needs import needs
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "quickstart"
 
@@ -14,10 +15,7 @@ pytestmark = [
     pytest.mark.boots,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None,
-        reason="needs qemu-system-x86_64, of the Debian package qemu-system-x86",
-    ),
+    needs("qemu-system-x86_64"),
     pytest.mark.skipif(
         not Path("/usr/riscv64-linux-gnu/include/stdio.h").exists()
         or shutil.which("riscv64-linux-gnu-gcc") is None,

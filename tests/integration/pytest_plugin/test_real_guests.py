@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +13,18 @@ import time
 import psutil
 import pytest
 from tests.integration.projects import Project
+from tests.needs import needs
 
 from vmlab.hypervisors import registry
 from vmlab.hypervisors.ownership import Home, Run, Store
 from vmlab.report import read_run
 
-needs_qemu = pytest.mark.skipif(
-    shutil.which("qemu-system-x86_64") is None,
-    reason="needs qemu-system-x86_64, of the Debian package qemu-system-x86",
-)
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(1800), needs_qemu]
+pytestmark = [
+    pytest.mark.boots,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    needs("qemu-system-x86_64"),
+]
 
 QEMU = ("--vm-hypervisor", "qemu")
 

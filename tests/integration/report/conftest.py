@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from tests.needs import need
 
 from vmlab.report import Direction, Recorder, Severity, html, read_run
 
@@ -27,9 +27,7 @@ def browser() -> Iterator[Browser]:
     Playwright's synchronous interface leaves an event loop running in this thread while it lives,
     which no other test of this process could do with.
     """
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs the Debian package chromium")
+    chromium = need("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, timeout=PATIENCE_MS)
         yield browser

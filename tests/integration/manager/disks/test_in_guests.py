@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tests.integration.manager.conftest import IMAGES
+from tests.needs import need
 
 from vmlab.machine.sizes import MIB
 from vmlab.manager.requests import (
@@ -33,8 +33,8 @@ Tell = Callable[..., None]
 
 
 def needs(hypervisor: str) -> None:
-    if hypervisor == "qemu" and shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    if hypervisor == "qemu":
+        need("qemu-system-x86_64")
 
 
 @pytest.mark.parametrize("hypervisor", ["qemu", "embedded"])

@@ -6,7 +6,6 @@ One manager in a namespace of the test's own does it all, because booting is wha
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.guests.guest import Guest
@@ -124,7 +124,7 @@ def office(
     namespace: None, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Callable[[Office], Any]], None]:
     """Runs a test with a manager."""
-    assert shutil.which("qemu-system-x86_64"), "qemu-system-x86 is not installed: see tools/"
+    need("qemu-system-x86_64")
     monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
 
     async def work(test: Callable[[Office], Any]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.integration.manager.observer.conftest import Watched, watched
+from tests.needs import needs
 from tests.store import IMAGE_STORE
 
 from vmlab.guests.console import ConsoleChannel
@@ -41,10 +41,7 @@ pytestmark = [
     pytest.mark.boots,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None,
-        reason="needs qemu-system-x86_64, of the Debian package qemu-system-x86",
-    ),
+    needs("qemu-system-x86_64"),
 ]
 
 PATIENCE = 600.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from asyncio import to_thread
 
 import pytest
 from tests.integration.manager.wires import Client
 from tests.integration.manager.wires import run as shell
+from tests.needs import needs
 
 from vmlab.hypervisors.monitored.networks import bridge_port
 from vmlab.manager.networks import links, names
@@ -99,7 +99,7 @@ def test_what_a_network_with_a_tag_lost_is_found_and_made_again(run, lost):
     run(test)
 
 
-@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs qemu-system-x86")
+@needs("qemu-system-x86_64")
 @pytest.mark.usefixtures("namespace")
 def test_a_machine_whose_bridge_or_tap_is_lost_is_put_back_on_its_network(run):
     async def joined():

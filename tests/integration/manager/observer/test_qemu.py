@@ -7,6 +7,7 @@ import shutil
 import signal
 
 import pytest
+from tests.needs import needs
 
 from vmlab.hypervisors import processes
 from vmlab.machine.errors import InvalidSpec
@@ -18,9 +19,7 @@ from vmlab.manager.settings import HostSetting
 HOSTS = (HostSetting(name="qemu", hypervisor="qemu"),)
 MISMATCH = "machine-state-mismatch"
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("qemu-system-x86_64") is None, reason="needs qemu-system-x86"
-)
+pytestmark = needs("qemu-system-x86_64")
 
 
 async def started(watched):

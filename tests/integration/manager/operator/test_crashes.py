@@ -11,7 +11,6 @@ import json
 import os
 import queue
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.needs import need
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home, Store
@@ -221,8 +221,7 @@ def test_a_manager_that_is_killed_at_two_hundred_points(folder: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_a_manager_of_qemus_machines_that_is_killed_at_twenty_points(folder: Path) -> None:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    need("qemu-system-x86_64")
     seed = random.randrange(1 << 16)
     told = story(folder, {"hypervisor": "qemu"}, 20, seed)
     assert told.acknowledged > 20

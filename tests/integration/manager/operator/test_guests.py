@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.needs import need
 from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors.ownership import Home
@@ -61,8 +62,8 @@ async def state(manager: Manager, name: str) -> str:
 def test_a_guest_lives_through_its_managers_and_ends_by_the_means_that_it_takes(
     home: Home, hypervisor: str
 ) -> None:
-    if hypervisor == "qemu" and shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("needs qemu-system-x86_64, of the Debian package qemu-system-x86")
+    if hypervisor == "qemu":
+        need("qemu-system-x86_64")
     hosts = (HostSetting(name=hypervisor, hypervisor=hypervisor),)
     settings = Settings(home=home, hosts=hosts, sweep_seconds=3600)
 

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from sqlalchemy import select
+from tests.needs import need
 
 from vmlab.hypervisors.ownership import Home
 from vmlab.manager.api.app import create_app, end_streams
@@ -229,9 +230,7 @@ def guarded_site() -> Iterator[Site]:
 @pytest.fixture
 def browser() -> Iterator[Browser]:
     """Debian's Chromium, headless, for one test."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs the Debian package chromium")
+    chromium = need("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, timeout=PATIENCE_MS)
         yield browser
