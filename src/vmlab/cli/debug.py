@@ -41,18 +41,14 @@ def debug(
     It is brought back from the memory snapshot among the test's evidence, and goes when you leave;
     the evidence stays as it is.
     """
+    from vmlab.cli.given import wrong
     from vmlab.lab.errand import Errand
     from vmlab.lab.postmortem import find_remains, with_console, with_debugger, with_remains
     from vmlab.lab.session import Interrupted
     from vmlab.lab.terminal import show_console
-    from vmlab.machine.errors import InvalidSpec, SpecProblem
 
     if sum((command is not None, console, gdb)) > 1:
-        raise InvalidSpec(
-            [SpecProblem("--command, --console, --gdb", None, "one of them at most")],
-            what="command line",
-            hint="`vmlab debug --help` shows what it takes",
-        )
+        raise wrong("--command, --console, --gdb", None, "one of them at most", command="debug")
     remains = find_remains(result, test, machine)
     output.note(f"{remains.machine} of {remains.test}, as it was when that ended")
 

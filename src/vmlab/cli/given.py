@@ -15,16 +15,16 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _DURATION_RULE: Final = 'a number with s, m, h, d or w, such as "30m" or "7d"'
 
 
-def wrong(option: str, value: object, expected: str, *, command: str = "") -> InvalidSpec:
-    """The error for an option or argument that is not what it has to be."""
+def wrong(option: str, value: object, expected: str, *, command: str) -> InvalidSpec:
+    """The error for an option or argument of a command that is not what it has to be."""
     return InvalidSpec(
         [SpecProblem(option, value, expected)],
         what="command line",
-        hint=f"`vmlab {command} --help` shows what it takes".replace("  ", " "),
+        hint=f"`vmlab {command} --help` shows what it takes",
     )
 
 
-def duration(option: str, text: str | None) -> timedelta | None:
+def duration(option: str, text: str | None, *, command: str) -> timedelta | None:
     """The time that "30m" or "7d" is.
 
     Raises:
@@ -34,8 +34,9 @@ def duration(option: str, text: str | None) -> timedelta | None:
         return None
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        raise wrong(option, text, _DURATION_RULE)
+        raise wrong(option, text, _DURATION_RULE, command=command)
     try:
         return timedelta(seconds=float(match[1]) * _SECONDS[match[2]])
     except OverflowError:
-        raise wrong(option, text, "a time of less than some million years") from None
+        expected = "a time of less than some million years"
+        raise wrong(option, text, expected, command=command) from None

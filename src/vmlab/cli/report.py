@@ -237,7 +237,7 @@ def prune(
     from vmlab.cli.given import duration
     from vmlab.report.shelf import throw_away
 
-    older = duration("--older-than", older_than)
+    older = duration("--older-than", older_than, command="report prune")
     gone = throw_away(place, keep=keep, older=older, dry_run=dry_run)
     if as_json:
         output.print_json({"dry_run": dry_run, "runs": [str(path) for path in gone]})

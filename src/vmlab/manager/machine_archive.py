@@ -194,7 +194,7 @@ def _damaged(source: Path, what: str) -> CorruptSnapshot:
 
 def _entries(file: Any, source: Path) -> Iterator[tuple[tarball.TarEntry, IO[bytes] | None]]:
     try:
-        yield from tarball.entries(file, source=str(source))
+        yield from tarball.entries(file, source="it")
     except FormatError as error:
         raise _damaged(source, error.message) from error
 

@@ -16,11 +16,12 @@ import pytest
 
 from vmlab.cli.exit_codes import ExitCode
 from vmlab.cli.main import COMMANDS, main
-from vmlab.cli.manager import changing, choice, completing, options
+from vmlab.cli.manager import archives, changing, choice, completing, options
 from vmlab.cli.manager.changing import How, change, doing, request
 from vmlab.cli.manager.connecting import ExtraMissing, extra
 from vmlab.hypervisors.ownership import Home
 from vmlab.machine.errors import (
+    CorruptSnapshot,
     InvalidSpec,
     MachineNotFound,
     OperationFailed,
@@ -144,50 +145,62 @@ def test_commands_for_both_stores_ask_whose_it_is(
     [("30s", 30), ("1.5m", 90), ("6h", 21600), ("7d", 604800), ("2 w", 1209600)],
 )
 def test_times(text: str, seconds: float) -> None:
-    assert options.duration("--expires", text) == timedelta(seconds=seconds)
+    assert options.duration("--expires", text, command="snapshot") == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize("text", ["", "7", "d", "-1d", "1y", "9" * 30 + "w"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(InvalidSpec) as refused:
-        options.duration("--expires", text)
+        options.duration("--expires", text, command="snapshot")
     assert refused.value.problems[0].field == "--expires"
+    assert refused.value.hint == "`vmlab snapshot --help` shows what it takes"
 
 
 def test_a_moment_is_that_long_from_now() -> None:
-    assert options.moment("--expires", None) is None
-    found = options.moment("--expires", "1d")
+    assert options.moment("--expires", None, command="snapshot") is None
+    found = options.moment("--expires", "1d", command="snapshot")
     assert found is not None
     assert timedelta(hours=23) < found - datetime.now(UTC) <= timedelta(days=1)
 
 
+def test_a_moment_that_no_calendar_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["snapshot", "a", "--expires", "99999999w"]) == 2
+    error = capsys.readouterr().err
+    assert "--expires" in error
+    assert "a time before the year 10000" in error
+    assert "`vmlab snapshot --help`" in error
+
+
 def test_interfaces_and_labels() -> None:
-    assert options.nics(["user", "lan,address=10.0.0.5,mac=52:54:00:00:00:01,name=eth"]) == [
+    texts = ["user", "lan,address=10.0.0.5,mac=52:54:00:00:00:01,name=eth"]
+    assert options.nics(texts, command="create") == [
         {"network": "user"},
         {"network": "lan", "address": "10.0.0.5", "mac": "52:54:00:00:00:01", "name": "eth"},
     ]
-    assert options.labels("--label", ["a=b=c", "d"]) == {"a": "b=c", "d": ""}
+    assert options.labels("--label", ["a=b=c", "d"], command="create") == {"a": "b=c", "d": ""}
     with pytest.raises(InvalidSpec):
-        options.nics(["lan,10.0.0.5"])
+        options.nics(["lan,10.0.0.5"], command="create")
 
 
 def test_policy_and_metadata_say_only_what_was_said(tmp_path: Path) -> None:
-    assert options.policy() == {}
-    assert options.policy(autostart=True, snapshot_every="1h", findings=["clock-drift=report"]) == {
+    assert options.policy(command="update") == {}
+    assert options.policy(
+        command="update", autostart=True, snapshot_every="1h", findings=["clock-drift=report"]
+    ) == {
         "autostart": True,
         "snapshot_every": timedelta(hours=1),
         "findings": {"clock-drift": "report"},
     }
     keys = tmp_path / "keys"
     keys.write_text("ssh-ed25519 AAAA one\n\nssh-ed25519 BBBB two\n")
-    assert options.metadata() == {}
-    assert options.metadata(hostname="web", ssh_keys=[keys]) == {
+    assert options.metadata(command="update") == {}
+    assert options.metadata(command="update", hostname="web", ssh_keys=[keys]) == {
         "hostname": "web",
         "ssh_keys": ("ssh-ed25519 AAAA one", "ssh-ed25519 BBBB two"),
     }
     keys.write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidSpec, match="it is no text"):
-        options.metadata(ssh_keys=[keys])
+        options.metadata(command="update", ssh_keys=[keys])
 
 
 def test_ages() -> None:
@@ -351,3 +364,39 @@ def test_the_table_of_commands_has_all_that_the_manager_can_be_asked() -> None:
 def test_a_request_leaves_out_what_was_not_said() -> None:
     wanted = request("CreateMachine", name="a", image="i", labels={}, disks=(), memory=None)
     assert wanted.model_fields_set == {"name", "image"}
+
+
+# ------------------------------------------------------------------------------ files of machines
+
+
+def test_a_file_that_is_no_exported_machine_is_refused_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VMLAB_HOME", str(tmp_path / "home"))
+    file = tmp_path / "passwd"
+    file.write_text("root:x:0:0:root:/root:/bin/sh\n" * 100)
+    assert main(["import", str(file)]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: {file} is no machine that was exported by vmlab: it is not a sound tar archive"
+    )
+    # Nobody was asked for anything.
+    assert not (tmp_path / "home").exists()
+
+
+def test_what_a_manager_says_of_a_file_names_it_as_its_user_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(requests: list[Any], how: How, told: object, *, after: object) -> int:
+        there = tmp_path / "home" / "manager" / "exports" / requests[0].path
+        raise CorruptSnapshot(f"{there} is no machine: a digest differs", hint="export it anew")
+
+    monkeypatch.setenv("VMLAB_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "manager").mkdir(parents=True)
+    monkeypatch.setattr(archives, "change", refused)
+    monkeypatch.setattr("vmlab.manager.machine_archive.read_manifest", lambda file: None)
+    file = tmp_path / "a machine.tar"
+    file.write_bytes(b"whatever")
+    assert main(["import", str(file)]) == 3
+    error = capsys.readouterr().err
+    assert error.splitlines()[0] == f"error: {file} is no machine: a digest differs"

@@ -8,6 +8,7 @@ they are downloaded, uploaded, and removed there afterwards.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -20,11 +21,11 @@ import typer
 from vmlab.cli import output
 from vmlab.cli.manager import options
 from vmlab.cli.manager.changing import DryRunFlag, How, change, request
-from vmlab.cli.manager.connecting import ask
+from vmlab.cli.manager.connecting import ask, extra
 from vmlab.cli.manager.options import MachineArgument
 from vmlab.cli.manager.snapshots import Made
 from vmlab.cli.output import JsonFlag
-from vmlab.machine.errors import InvalidSpec, OperationFailed
+from vmlab.machine.errors import InvalidSpec, OperationFailed, VmlabError
 
 if TYPE_CHECKING:
     from vmlab.manager.client import AsyncClient
@@ -88,9 +89,35 @@ def import_(
     """
     made = Made()
     how = How(True, dry_run, as_json)
+    _check(file)
     with _sent(file) if _is_elsewhere() else _lent(file) as there:
         wanted = request("ImportMachine", path=there, name=name)
-        return change([wanted], how, made.told, after=made.looked_up)
+        try:
+            return change([wanted], how, made.told, after=made.looked_up)
+        except VmlabError as error:
+            # What it is called there, and where, nobody has been told.
+            error.message = re.sub(rf"\S*{there}", lambda _: str(file), error.message)
+            raise
+
+
+def _check(file: Path) -> None:
+    """Refuse what is no exported machine, before all of it is copied or sent.
+
+    Raises:
+        InvalidSpec: it is no file that can be read.
+        VmlabError: it is something else.
+    """
+    with extra():
+        from vmlab.manager.machine_archive import read_manifest
+
+    try:
+        if file.is_fifo():
+            # It can be read once.
+            return
+        file.open("rb").close()
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    read_manifest(file)
 
 
 def _is_elsewhere() -> bool:
@@ -103,13 +130,8 @@ def _sent(file: Path) -> Iterator[str]:
     """A name of a file among the exports of the manager of VMLAB_URL, while the block lasts.
 
     Raises:
-        InvalidSpec: it is no file that can be read.
         VmlabError: what the manager raised.
     """
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise _unreadable(file, error) from error
     name = f"upload-{secrets.token_hex(8)}"
     output.note(f"sending {file}")
     ask(lambda client: client.exports.upload(name, file))
@@ -126,8 +148,6 @@ def _lent(file: Path) -> Iterator[str]:
     Raises:
         InvalidSpec: it is no file that can be read.
     """
-    from vmlab.cli.manager.connecting import extra
-
     with extra():
         from vmlab.hypervisors.ownership import Home
         from vmlab.manager.client.address import directory_of

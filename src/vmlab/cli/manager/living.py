@@ -155,6 +155,7 @@ def update(
 ) -> int:
     """Change a machine's name, labels, policy or metadata; what is not named stays as it is."""
     said = options.policy(
+        command="update",
         autostart=autostart,
         fallback=fallback,
         release=release,
@@ -164,8 +165,10 @@ def update(
     )
     if no_snapshots:
         said["snapshot_every"] = None
-    told_guest = options.metadata(hostname=hostname, user_data=user_data, ssh_keys=ssh_key)
-    added = options.labels("--label", label)
+    told_guest = options.metadata(
+        command="update", hostname=hostname, user_data=user_data, ssh_keys=ssh_key
+    )
+    added = options.labels("--label", label, command="update")
     if not (said or told_guest or added or unlabel or rename):
         raise options.wrong("update", name, "what to change", command="update")
     machine = _machine(name)

@@ -152,9 +152,10 @@ def _wanted(
         vcpus=cpus,
         memory=memory,
         disks=tuple(disk or ()),
-        nics=tuple(options.nics(network)),
-        labels=options.labels("--label", label),
+        nics=tuple(options.nics(network, command=command)),
+        labels=options.labels("--label", label, command=command),
         policy=options.policy(
+            command=command,
             autostart=autostart or None,
             fallback=fallback,
             release=release,
@@ -162,7 +163,9 @@ def _wanted(
             snapshot_every=snapshot_every,
             snapshot_keep=snapshot_keep,
         ),
-        metadata=options.metadata(hostname=hostname, user_data=user_data, ssh_keys=ssh_key),
+        metadata=options.metadata(
+            command=command, hostname=hostname, user_data=user_data, ssh_keys=ssh_key
+        ),
         start=start or None,
     )
 

@@ -37,24 +37,31 @@ MachinesArgument = Annotated[
 ]
 
 
-def moment(option: str, text: str | None) -> datetime | None:
-    """When it is, that long from now."""
-    length = duration(option, text)
-    return None if length is None else datetime.now(UTC) + length
+def moment(option: str, text: str | None, *, command: str) -> datetime | None:
+    """When it is, that long from now.
+
+    Raises:
+        InvalidSpec: it is no time, or no calendar goes that far.
+    """
+    length = duration(option, text, command=command)
+    try:
+        return None if length is None else datetime.now(UTC) + length
+    except OverflowError:
+        raise wrong(option, text, "a time before the year 10000", command=command) from None
 
 
-def labels(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+def labels(option: str, texts: Sequence[str] | None, *, command: str) -> dict[str, str]:
     """The labels of "key=value" texts; a key alone has an empty value."""
     found = {}
     for text in texts or ():
         key, _, value = text.partition("=")
         if not key:
-            raise wrong(option, text, '"key=value"')
+            raise wrong(option, text, '"key=value"', command=command)
         found[key] = value
     return found
 
 
-def nics(texts: Sequence[str] | None) -> list[dict[str, Any]]:
+def nics(texts: Sequence[str] | None, *, command: str) -> list[dict[str, Any]]:
     """The interfaces of "NETWORK[,address=ADDRESS][,mac=MAC][,name=NAME]" texts."""
     found = []
     for text in texts or ():
@@ -63,7 +70,8 @@ def nics(texts: Sequence[str] | None) -> list[dict[str, Any]]:
         for part in rest:
             key, equals, value = part.partition("=")
             if not equals or key not in {"address", "mac", "name"}:
-                raise wrong("--network", text, "NETWORK[,address=ADDRESS][,mac=MAC][,name=NAME]")
+                expected = "NETWORK[,address=ADDRESS][,mac=MAC][,name=NAME]"
+                raise wrong("--network", text, expected, command=command)
             nic[key] = value
         found.append(nic)
     return found
@@ -71,6 +79,7 @@ def nics(texts: Sequence[str] | None) -> list[dict[str, Any]]:
 
 def policy(
     *,
+    command: str,
     autostart: bool | None = None,
     fallback: Sequence[str] | None = None,
     release: str | None = None,
@@ -79,12 +88,12 @@ def policy(
     snapshot_keep: int | None = None,
 ) -> dict[str, Any]:
     """What options say of a machine's policy; nothing of what they do not say."""
-    every = duration("--snapshot-every", snapshot_every)
+    every = duration("--snapshot-every", snapshot_every, command=command)
     said = {
         "autostart": autostart,
         "fallback": tuple(fallback) if fallback else None,
         "release_addresses": release,
-        "findings": labels("--on", findings) or None,
+        "findings": labels("--on", findings, command=command) or None,
         "snapshot_every": every,
         "snapshot_keep": snapshot_keep,
     }
@@ -93,6 +102,7 @@ def policy(
 
 def metadata(
     *,
+    command: str,
     hostname: str | None = None,
     user_data: Path | None = None,
     ssh_keys: Sequence[Path] | None = None,
@@ -105,23 +115,24 @@ def metadata(
     keys = [
         line
         for path in ssh_keys or ()
-        for line in _text("--ssh-key", path).splitlines()
+        for line in _text("--ssh-key", path, command).splitlines()
         if line.strip()
     ]
     said = {
         "hostname": hostname,
-        "user_data": None if user_data is None else _text("--user-data", user_data),
+        "user_data": None if user_data is None else _text("--user-data", user_data, command),
         "ssh_keys": tuple(keys) or None,
     }
     return {name: value for name, value in said.items() if value is not None}
 
 
-def _text(option: str, path: Path) -> str:
+def _text(option: str, path: Path, command: str) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
-        raise wrong(option, str(path), f"a file that can be read: {reason}") from error
+        expected = f"a file that can be read: {reason}"
+        raise wrong(option, str(path), expected, command=command) from error
 
 
 def facts(machine: MachineDocument) -> dict[str, Any]:

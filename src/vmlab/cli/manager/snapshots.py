@@ -70,7 +70,7 @@ def snapshot(
         machine=machine,
         name=chosen,
         memory=memory,
-        expires=options.moment("--expires", expires),
+        expires=options.moment("--expires", expires, command="snapshot"),
     )
 
     def told(operation: OperationDocument) -> str:

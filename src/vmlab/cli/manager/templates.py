@@ -113,7 +113,7 @@ def create(
         spec=None if spec is None else specification(Path(spec)),
         vcpus=cpus,
         memory=memory,
-        labels=options.labels("--label", label),
+        labels=options.labels("--label", label, command="template create"),
     )
 
     def told(operation: object) -> str:

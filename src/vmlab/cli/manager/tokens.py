@@ -65,10 +65,10 @@ def create(
 ) -> None:
     """Make a token, and print it: it is told this once."""
 
+    expires_in = options.duration("--expires", expires, command="token create")
+
     async def asking(client: AsyncClient) -> IssuedToken:
-        return await client.tokens.create(
-            name, scope=scope, user=user, expires_in=options.duration("--expires", expires)
-        )
+        return await client.tokens.create(name, scope=scope, user=user, expires_in=expires_in)
 
     made = ask(asking)
     if as_json:
