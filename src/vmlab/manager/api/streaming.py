@@ -6,16 +6,22 @@ Not for WebSockets: those are `vmlab.manager.api.sockets`.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-__all__ = ["EVENT_STREAM", "streamed"]
+__all__ = ["EVENT_STREAM", "of_type", "streamed"]
 
 EVENT_STREAM: Final = "text/event-stream"
 """Server-sent events (HTML, 9.2)."""
+
+
+def of_type(media_type: str, what: str) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI is told of a reply that is a file, for a route's `responses`."""
+    schema = {"schema": {"type": "string", "format": "binary"}}
+    return {200: {"description": what, "content": {media_type: schema}}}
 
 
 async def streamed(

@@ -23,7 +23,7 @@ from vmlab.machine.fields import NAME_PATTERN, is_name
 from vmlab.manager import machine_archive
 from vmlab.manager.api.problems import documented
 from vmlab.manager.api.service import Here, Service, Who, told
-from vmlab.manager.api.streaming import streamed
+from vmlab.manager.api.streaming import of_type, streamed
 from vmlab.manager.api.uploads import ContentDigest, body_of_type, uploaded
 from vmlab.manager.api.v1.files import TAR
 from vmlab.manager.documents import Page
@@ -73,13 +73,7 @@ async def list_exports(here: Here) -> Response:
 @router.get(
     "/exports/{export}",
     response_class=Response,
-    responses={
-        200: {
-            "description": "The archive (tar).",
-            "content": {TAR: {"schema": {"type": "string", "format": "binary"}}},
-        },
-        **documented(404),
-    },
+    responses=of_type(TAR, "The archive (tar).") | documented(404),
 )
 async def download_export(request: Request, here: Here, who: Who, export: Export) -> Response:
     """An archive, with all that is on the machine's disks."""

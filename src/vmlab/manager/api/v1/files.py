@@ -17,7 +17,7 @@ from vmlab.guests.guest import Guest
 from vmlab.machine.errors import InvalidSpec, SpecProblem, VmlabError
 from vmlab.manager.api.problems import TooLarge, documented
 from vmlab.manager.api.service import Here, Service
-from vmlab.manager.api.streaming import streamed
+from vmlab.manager.api.streaming import of_type, streamed
 from vmlab.manager.api.uploads import body_of_type
 
 __all__ = ["router"]
@@ -62,13 +62,8 @@ def _checked(path: str) -> str:
 @router.get(
     "/machines/{machine}/files",
     response_class=Response,
-    responses={
-        200: {
-            "description": "A tar stream; one that breaks off is not whole.",
-            "content": {TAR: {"schema": {"type": "string", "format": "binary"}}},
-        },
-        **documented(404, 409, 502, 504),
-    },
+    responses=of_type(TAR, "A tar stream; one that breaks off is not whole.")
+    | documented(404, 409, 502, 504),
 )
 async def copy_out(request: Request, here: Here, machine: Machine, path: GuestPath) -> Response:
     """A file or a tree of its guest."""

@@ -14,6 +14,7 @@ from vmlab.manager import requests
 from vmlab.manager.api.changing import ANSWERS, Asked, route_of_change
 from vmlab.manager.api.problems import documented
 from vmlab.manager.api.service import ASK_SECONDS, Here, Paging, told, version_of
+from vmlab.manager.api.streaming import of_type
 from vmlab.manager.documents import MachineDocument, OperationDocument, Page, SnapshotDocument
 from vmlab.manager.store import queries
 
@@ -179,10 +180,7 @@ async def show_console(
 @router.get(
     "/machines/{machine}/screenshot",
     response_class=Response,
-    responses={
-        200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
-        **documented(404, 409, 502, 504),
-    },
+    responses=of_type("image/png", "The picture.") | documented(404, 409, 502, 504),
 )
 async def show_screen(here: Here, machine: Name) -> Response:
     """What its display shows."""
