@@ -62,12 +62,15 @@ from vmlab.manager.store.tables import MachineRow
 __all__ = ["BOOT_STEPS", "boot", "claim_room", "machine_target"]
 
 T = TypeVar("T")
+Way = Callable[[Machine], Awaitable[str]]
+"""Does something with a machine, and says why that did not do; "" if it did."""
 M = TypeVar("M", StartMachine, StopMachine, RestartMachine, PauseMachine, ResumeMachine)
 
 _TERMINATE_S: Final = 10.0
 """Seconds that a hypervisor's process has to end when it is told to (SIGTERM)."""
 _LOOK_S: Final = 0.05
 _SETTLED: Final = OPERATIONS["start"]
+_TO_STOP: Final = "say that it is to stop"
 
 BOOT_STEPS: Final = (
     PlannedStep("claim", "have its memory and vCPUs, and its addresses"),
@@ -137,9 +140,8 @@ class _OnMachine(Handler[M]):
         act: Callable[[Machine], Awaitable[object]],
         *,
         wanted: str | None,
-        done_in: frozenset[MachineState],
     ) -> None:
-        """An operation of one step: `act`, unless the machine is in `done_in` after a crash."""
+        """An operation of one step: `act`, unless the machine is in `to` already after a crash."""
         async with work.step(
             self.verb,
             text,
@@ -151,7 +153,7 @@ class _OnMachine(Handler[M]):
 
                 async def action(hypervisor: Hypervisor) -> None:
                     found = await _at(hypervisor, machine)
-                    if work.recovered and (await found.status()).state in done_in:
+                    if work.recovered and (await found.status()).state is to:
                         return
                     await act(found)
 
@@ -358,6 +360,7 @@ class StopHandler(_OnMachine[StopMachine]):
         seconds = self._seconds(request)
         asked = f"ask the guest to shut down, and give it {seconds:g} s"
         return [
+            PlannedStep("claim", _TO_STOP),
             *([PlannedStep("ask", asked)] if request.graceful else []),
             PlannedStep("terminate", "if it still runs: tell its process to end (SIGTERM)"),
             PlannedStep("kill", "if it still runs: kill it"),
@@ -373,7 +376,7 @@ class StopHandler(_OnMachine[StopMachine]):
         request = work.request
         async with work.step(
             "claim",
-            "say that it is to stop",
+            _TO_STOP,
             before=lambda session: self.claim(session, work, MachineState.STOPPING, "stopped"),
         ) as step:
             work.on_undo(step, partial(settle, work))
@@ -399,7 +402,7 @@ async def stop_by_steps(work: Work[Any], machine_id: str, seconds: float | None)
     Returns:
         What it took: "ask", "terminate", "kill", or "" if nothing of it ran.
     """
-    ways: list[tuple[str, str, Callable[[Machine], Awaitable[str]]]] = [
+    ways: list[tuple[str, str, Way]] = [
         ("terminate", "tell its process to end (SIGTERM)", _terminate),
         ("kill", "kill it", _kill),
     ]
@@ -425,9 +428,7 @@ async def stop_by_steps(work: Work[Any], machine_id: str, seconds: float | None)
     return took
 
 
-async def _try(
-    machine: Placed, way: Callable[[Machine], Awaitable[str]], step: Step, hypervisor: Hypervisor
-) -> str:
+async def _try(machine: Placed, way: Way, step: Step, hypervisor: Hypervisor) -> str:
     """Try one way of stopping; why it did not do, or "" if it did."""
     try:
         found = await _at(hypervisor, machine)
@@ -488,45 +489,54 @@ class RestartHandler(_OnMachine[RestartMachine]):
     allowed = OPERATIONS["restart"]
 
     def plan(self, session: Session, request: RestartMachine) -> Sequence[PlannedStep]:
-        if request.graceful:
-            return [
-                PlannedStep("restart", "have the guest shut down, and boot it again"),
-                PlannedStep("reset", "if it does not: reset it"),
-            ]
-        return [PlannedStep("restart", "reset it")]
+        return [planned for planned, _ in self._ways(request)]
+
+    def _ways(self, request: RestartMachine) -> list[tuple[PlannedStep, Way]]:
+        if not request.graceful:
+            return [(PlannedStep("restart", "reset it"), _reset)]
+        asked = PlannedStep("restart", "have the guest shut down, and boot it again")
+        ask = partial(_ask, seconds=self.manager.settings.stop_seconds)
+        return [(asked, ask), (PlannedStep("reset", "if it does not: reset it"), _reset)]
 
     async def run(self, work: Work[RestartMachine]) -> dict[str, Any] | None:
-        graceful = work.request.graceful
-        seconds = self.manager.settings.stop_seconds
+        def claim(session: Session) -> None:
+            self.claim(session, work, MachineState.RESTARTING, "running")
 
-        async def begin(machine: Machine) -> None:
-            await reseed(work.manager, work.target_id, machine)
-            await work.database.write(write_spec, work.target_id, machine.spec)
-            await machine.start()
-
-        async def restart(machine: Machine) -> None:
-            state = (await machine.status()).state
-            if state in OPERATIONS["start"]:
-                # A crash came between its end and its beginning.
-                await begin(machine)
-                return
-            if graceful:
-                why = await _ask(machine, seconds=seconds)
-                if not why:
-                    await begin(machine)
-                    return
-            await machine.restart(graceful=False)
-
-        await self.step_on_machine(
-            work,
-            MachineState.RESTARTING,
-            MachineState.RUNNING,
-            "have the guest shut down, and boot it again" if graceful else "reset it",
-            restart,
-            wanted="running",
-            done_in=frozenset(),
-        )
+        done = False
+        for number, (planned, way) in enumerate(self._ways(work.request)):
+            before = claim if number == 0 else None
+            async with work.step(planned.name, planned.text, before=before) as step:
+                work.on_undo(step, partial(settle, work))
+                if not step.done_before and done:
+                    step.skip("it has booted again")
+                elif not step.done_before:
+                    machine = await work.database.read(placed, work.target_id)
+                    act = partial(_boot_again, work, machine, way)
+                    if why := await on_some_host(work, machine, act, movable=False):
+                        step.failed(why)
+                    step.also(write_state, work.target_id, MachineState.RUNNING, work.operation_id)
+            done = "passed" not in step.data
         return None
+
+
+async def _boot_again(
+    work: Work[RestartMachine], machine: Placed, way: Way, hypervisor: Hypervisor
+) -> str:
+    """Try one way of booting a machine again; why it did not do, or "" if it did."""
+    found = await _at(hypervisor, machine)
+    # Of one that is off already, a crash came between its end and its beginning.
+    if (await found.status()).state not in OPERATIONS["start"] and (why := await way(found)):
+        return why
+    if (await found.status()).state in OPERATIONS["start"]:
+        await reseed(work.manager, work.target_id, found)
+        await work.database.write(write_spec, work.target_id, found.spec)
+        await found.start()
+    return ""
+
+
+async def _reset(machine: Machine) -> str:
+    await machine.restart(graceful=False)
+    return ""
 
 
 @register
@@ -547,7 +557,6 @@ class PauseHandler(_OnMachine[PauseMachine]):
             "stop its vCPUs",
             lambda machine: machine.pause(),
             wanted="paused",
-            done_in=frozenset({MachineState.PAUSED}),
         )
         return None
 
@@ -570,6 +579,5 @@ class ResumeHandler(_OnMachine[ResumeMachine]):
             "let its vCPUs run on",
             lambda machine: machine.resume(),
             wanted="running",
-            done_in=frozenset({MachineState.RUNNING}),
         )
         return None

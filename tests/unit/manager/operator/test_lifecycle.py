@@ -136,6 +136,51 @@ def test_each_step_of_a_stop_is_told_and_the_mildest_that_works_is_the_last(
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_a_restart_of_a_guest_that_does_not_shut_down_is_a_reset_that_can_be_seen(
+    place: Any, doing: Any, stays: bool
+) -> None:
+    times = f"start = 0\nstop = {3600 if stays else 0}\nkill = 0"
+    place.hosts = {"simulated": f"[latency]\nvariability = 0\n{times}"}
+
+    async def story() -> None:
+        async with place.manager(stop_seconds=0.05 if stays else 3600) as manager:
+            await doing.did(manager, CreateMachine(name="web", spec=SPEC, start=True))
+            done = await doing.did(manager, RestartMachine(machine="web"))
+            assert steps(done) == (
+                {"restart": "failed", "reset": "done"}
+                if stays
+                else {"restart": "done", "reset": "skipped"}
+            )
+            if stays:
+                assert "did not shut down within 0.05 s" in done.steps[0].data["passed"]
+            assert (await doing.machine(manager, "web")).state == "running"
+            assert list((await doing.at_hypervisors(manager)).values()) == ["running"]
+
+    asyncio.run(story())
+
+
+def test_what_is_planned_is_what_is_done(place: Any, doing: Any) -> None:
+    async def story() -> None:
+        async with place.manager() as manager:
+            await doing.did(manager, CreateMachine(name="web", spec=SPEC))
+            for request in (
+                StartMachine(machine="web"),
+                RestartMachine(machine="web"),
+                RestartMachine(machine="web", graceful=False),
+                PauseMachine(machine="web"),
+                ResumeMachine(machine="web"),
+                StopMachine(machine="web"),
+                StartMachine(machine="web"),
+                StopMachine(machine="web", graceful=False),
+            ):
+                planned = await doing.did(manager, request, dry_run=True)
+                done = await doing.did(manager, request)
+                assert list(steps(planned)) == list(steps(done)), request
+
+    asyncio.run(story())
+
+
 def test_a_guest_that_obeys_is_asked_only(place: Any, doing: Any) -> None:
     async def story() -> None:
         async with place.manager() as manager:
