@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vmlab.guests.guest import CONNECT_TIMEOUT, Guest
 from vmlab.lab.ways import channel_into
-from vmlab.machine.errors import VmlabError
+from vmlab.machine.errors import ChannelClosed, VmlabError
 
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
@@ -37,13 +37,14 @@ class Guests:
         self._manager = manager
         self._guests: dict[str, Guest] = {}
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._attempts: dict[str, asyncio.Task[Guest]] = {}
 
     async def start(self) -> None:
         """Nothing is connected before somebody asks."""
 
     async def close(self) -> None:
         """Let go of all of them; the machines run on."""
-        for machine_id in list(self._guests):
+        for machine_id in {*self._guests, *self._attempts}:
             await self.forget(machine_id)
 
     async def get(self, machine_id: str, *, timeout: float = CONNECT_TIMEOUT) -> Guest:
@@ -55,30 +56,57 @@ class Guests:
 
         Raises:
             DeadlineExceeded: it does not answer.
-            ChannelClosed: its machine ended.
+            ChannelClosed: its machine ended, or it was forgotten meanwhile.
             VmlabError: there is no way into it.
         """
         async with self._turn(machine_id):
-            guest = self._guests.get(machine_id)
-            if guest is not None:
-                if await _answers(guest):
-                    return guest
-                await self._drop(machine_id)
-            machine = await self._manager.machine(machine_id)
-            guest = Guest(machine, channel_into(machine))
+            attempt = asyncio.ensure_future(self._answering(machine_id, timeout))
+            self._attempts[machine_id] = attempt
             try:
-                await guest.connect(timeout=timeout)
-            except BaseException:
-                await guest.close()
-                raise
-            self._guests[machine_id] = guest
-            return guest
+                return await attempt
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+                raise ChannelClosed(
+                    "the guest was let go of before it answered",
+                    hint="its machine was stopped, moved or brought back: try again",
+                ) from None
+            finally:
+                if self._attempts.get(machine_id) is attempt:
+                    del self._attempts[machine_id]
+
+    async def _answering(self, machine_id: str, timeout: float) -> Guest:
+        guest = self._guests.get(machine_id)
+        if guest is not None:
+            if await _answers(guest):
+                return guest
+            await self._drop(machine_id)
+        machine = await self._manager.machine(machine_id)
+        guest = Guest(machine, channel_into(machine))
+        try:
+            await guest.connect(timeout=timeout)
+        except BaseException:
+            await guest.close()
+            raise
+        self._guests[machine_id] = guest
+        return guest
 
     async def forget(self, machine_id: str) -> None:
-        """Let go of a guest whose machine stops, moves or goes; again does nothing."""
-        async with self._turn(machine_id):
-            await self._drop(machine_id)
-            del self._turns[machine_id]
+        """Let go of a guest whose machine stops, moves or goes; again does nothing.
+
+        An attempt to connect to it that is under way ends.
+        """
+        before = self._turns.get(machine_id)
+        # Whoever waits for a turn comes after this.
+        turn = self._turns[machine_id] = asyncio.Lock()
+        async with turn:
+            if (attempt := self._attempts.pop(machine_id, None)) is not None:
+                attempt.cancel()
+            async with before or nullcontext():
+                await self._drop(machine_id)
+            if self._turns[machine_id] is turn:
+                del self._turns[machine_id]
 
     @asynccontextmanager
     async def _turn(self, machine_id: str) -> AsyncIterator[None]:

@@ -25,6 +25,9 @@ class FakeGuest:
         FakeGuest.made.append(self)
 
     async def connect(self, *, timeout: float) -> None:
+        self.machine.asked.set()
+        if self.machine.silent:
+            await asyncio.Event().wait()
         # Long enough for others to come meanwhile.
         for _ in range(20):
             await asyncio.sleep(0)
@@ -43,7 +46,8 @@ class FakeGuest:
 
 class FakeMachine:
     def __init__(self) -> None:
-        self.boots = True
+        self.boots, self.silent = True, False
+        self.asked = asyncio.Event()
 
 
 class FakeManager:
@@ -133,6 +137,53 @@ def test_guest_is_forgotten(guests: Guests) -> None:
         await guests.forget("a")
         assert first.closed
         assert await guests.get("a") is not first
+
+    asyncio.run(story())
+
+
+def test_forgetting_a_guest_ends_the_wait_for_it_and_not_that_of_who_comes_then(
+    guests: Guests,
+) -> None:
+    async def story() -> None:
+        machine: Any = await guests._manager.machine("a")
+        machine.silent = True
+        asking = asyncio.ensure_future(guests.get("a"))
+        await machine.asked.wait()
+        waiting = asyncio.ensure_future(guests.get("a"))
+        await asyncio.sleep(0)
+        machine.silent = False
+        await asyncio.gather(guests.forget("a"), guests.forget("a"))
+        with pytest.raises(ChannelClosed, match="let go of"):
+            await asking
+        assert await waiting is FakeGuest.made[1]
+        assert [guest.closed for guest in FakeGuest.made] == [True, False]
+
+    asyncio.run(story())
+
+
+def test_who_waits_for_a_guest_can_be_cancelled(guests: Guests) -> None:
+    async def story() -> None:
+        machine: Any = await guests._manager.machine("a")
+        machine.silent = True
+        asking = asyncio.ensure_future(guests.get("a"))
+        await machine.asked.wait()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert [guest.closed for guest in FakeGuest.made] == [True]
+
+    asyncio.run(story())
+
+
+def test_nobody_waits_for_a_guest_of_a_manager_that_closes(guests: Guests) -> None:
+    async def story() -> None:
+        machine: Any = await guests._manager.machine("a")
+        machine.silent = True
+        asking = asyncio.ensure_future(guests.get("a"))
+        await machine.asked.wait()
+        await guests.close()
+        with pytest.raises(ChannelClosed):
+            await asking
 
     asyncio.run(story())
 
