@@ -1,8 +1,13 @@
-"""Files that a command lends the manager of its home for an import: second names among exports.
+"""Names among a manager's exports that are there for a command alone.
 
-A name lasts as long as the command, which holds a lock (flock(2)) on the file: the kernel drops
-that with the process, whatever kills it, and the next manager removes names that nobody holds. The
-lock is on the file and not on its name, so whoever else has the file is asked to wait for nothing.
+For an import a command lends the manager of its home a file: a second name, which lasts as long as
+the command, which holds a lock (flock(2)) on the file. The kernel drops that with the process,
+whatever kills it, and the next manager removes names that nobody holds. The lock is on the file and
+not on its name, so whoever else has the file is asked to wait for nothing.
+
+An archive that is taken away as soon as it is there, or was brought for one import, has a passing
+name. Whoever is to remove it may be on another host, and be killed: a manager that begins removes
+those that are older than a week.
 """
 
 from __future__ import annotations
@@ -13,15 +18,18 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-__all__ = ["forget_lent", "is_lent", "lent"]
+__all__ = ["forget_lent", "forget_passing", "is_lent", "lent", "passing_name"]
 
 _LOG: Final = logging.getLogger(__name__)
 _NAME: Final = re.compile(r"import-[0-9a-f]{16}")
+_PASSING: Final = re.compile(r"once-[0-9a-f]{16}")
+_PASSING_SECONDS: Final = 7 * 86400.0
 
 
 def is_lent(name: str) -> bool:
@@ -97,3 +105,26 @@ def forget_lent(directory: Path, wanted: Collection[str]) -> None:
             continue
         except OSError as error:
             _LOG.warning("%s, which nobody lends any more, is not removed: %s", path, error)
+
+
+def passing_name() -> str:
+    """A new name for an archive that is removed a week after it was written."""
+    return f"once-{secrets.token_hex(8)}"
+
+
+def forget_passing(directory: Path, wanted: Collection[str]) -> None:
+    """Remove the archives of passing names that nobody has taken away.
+
+    Args:
+        directory: The manager's exports.
+        wanted: Names that an import has yet to read.
+    """
+    written_before = time.time() - _PASSING_SECONDS
+    for path in directory.iterdir():
+        if _PASSING.fullmatch(path.name) is None or path.name in wanted or not path.is_file():
+            continue
+        try:
+            if path.stat().st_mtime < written_before:
+                path.unlink()
+        except OSError as error:
+            _LOG.warning("%s, which nobody has taken away, is not removed: %s", path, error)

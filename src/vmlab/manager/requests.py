@@ -229,7 +229,10 @@ class ExportMachine(_OnMachine):
     """Write a machine at rest, with its disks, to one file (tar)."""
 
     kind: Literal["machine.export"] = "machine.export"
-    path: Name = Field(description="name of the new file, in the manager's directory of exports")
+    path: Name = Field(
+        description="name of the new file, in the manager's directory of exports; "
+        'one of "once-" and 16 hexadecimal digits is removed a week after it was written'
+    )
 
 
 class ImportMachine(_Request):

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from vmlab.manager.lending import forget_lent, is_lent, lent
+from vmlab.manager.lending import forget_lent, forget_passing, is_lent, lent, passing_name
 
 LENDER = """
 import sys, time
@@ -86,3 +87,15 @@ def test_a_killed_command_leaves_a_name_that_goes_unless_an_import_wants_it(
     forget_lent(directory, {"import-0123456789abcdef"})
     assert list(directory.iterdir()) == [mine]
     assert file.read_bytes() == b"archive"
+
+
+def test_what_nobody_has_taken_away_goes_after_a_week(tmp_path: Path) -> None:
+    old, wanted, fresh = (passing_name() for _ in range(3))
+    named = "once-i-was-a-machine"
+    for name, days in ((old, 8), (wanted, 8), (named, 8), (fresh, 6)):
+        path = tmp_path / name
+        path.write_bytes(b"archive")
+        written = time.time() - days * 86400
+        os.utime(path, (written, written))
+    forget_passing(tmp_path, {wanted})
+    assert {path.name for path in tmp_path.iterdir()} == {wanted, named, fresh}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,7 +47,10 @@ def export(
 
     Prints the file.
     """
-    name = f"export-{secrets.token_hex(8)}"
+    with extra():
+        from vmlab.manager.lending import passing_name
+
+    name = passing_name()
     target = (file or Path(f"{machine}.tar")).absolute()
     if os.path.lexists(target) or not target.parent.is_dir():
         raise options.wrong(
@@ -69,7 +71,7 @@ def export(
         except OSError as error:
             raise OperationFailed(
                 f"{written} cannot be moved to {target}: {error.strerror or error}",
-                hint="it stays where it is: move it yourself",
+                hint="it stays where it is for a week: move it yourself",
             ) from error
 
     wanted = request("ExportMachine", machine=machine, path=name)
@@ -132,7 +134,9 @@ def _sent(file: Path) -> Iterator[str]:
     Raises:
         VmlabError: what the manager raised.
     """
-    name = f"upload-{secrets.token_hex(8)}"
+    from vmlab.manager.lending import passing_name
+
+    name = passing_name()
     output.note(f"sending {file}")
     ask(lambda client: client.exports.upload(name, file))
     try:

@@ -10,7 +10,6 @@ import base64
 import binascii
 import hashlib
 import re
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +19,9 @@ from fastapi import Header, Request
 
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.manager.api.problems import BadRequest
+from vmlab.manager.operator.exports import forget_parts, fresh_parts, parts_directory
+from vmlab.manager.settings import Settings
+from vmlab.manager.store.tables import new_id
 
 __all__ = ["ContentDigest", "body_of_type", "uploaded"]
 
@@ -40,14 +42,14 @@ def body_of_type(media_type: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def uploaded(
-    request: Request, digest: str | None, directory: Path, what: str
+    request: Request, digest: str | None, settings: Settings, what: str
 ) -> AsyncIterator[Path]:
-    """The body in a file beside other files, gone afterwards.
+    """The body in a file, gone afterwards; the next manager removes what a killed one left of it.
 
     Args:
         request: Whose body.
         digest: What Content-Digest says, if it is there.
-        directory: Where the file is, in a directory of its own.
+        settings: Of the manager, among whose exports the file is.
         what: What the body should be: "the image's bytes".
 
     Raises:
@@ -55,11 +57,10 @@ async def uploaded(
         InvalidSpec: it is empty.
     """
     wanted = _sha256_in(digest)
-    scratch = await asyncio.to_thread(
-        tempfile.TemporaryDirectory[str], prefix="upload-", dir=directory
-    )
+    directory = parts_directory(settings, new_id())
+    await fresh_parts(directory)
     try:
-        place = Path(scratch.name) / "file"
+        place = directory / "file"
         found = await _take(request, place, what)
         if wanted is not None and found != wanted:
             raise BadRequest(
@@ -69,7 +70,7 @@ async def uploaded(
             )
         yield place
     finally:
-        await asyncio.to_thread(scratch.cleanup)
+        await forget_parts(directory)
 
 
 async def _take(request: Request, place: Path, what: str) -> bytes:

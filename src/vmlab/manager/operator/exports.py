@@ -25,7 +25,7 @@ from vmlab.machine.fields import is_name
 from vmlab.machine.spec import Disk, MachineSpec
 from vmlab.machine.states import OPERATIONS
 from vmlab.manager import machine_archive
-from vmlab.manager.lending import forget_lent, is_lent
+from vmlab.manager.lending import forget_lent, forget_passing, is_lent
 from vmlab.manager.machine_archive import DiskMember, FileMember, Manifest, NicPart
 from vmlab.manager.operator.definition import json_of
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key, register
@@ -78,12 +78,12 @@ def export_path(settings: Settings, name: str) -> Path:
 
 
 def parts_directory(settings: Settings, operation: str) -> Path:
-    """What an operation unpacks, or packs; no archive can have such a name."""
+    """What an operation or an upload has not finished; no archive can have such a name."""
     return exports_directory(settings) / f".{operation}.part"
 
 
 async def clear_exports(manager: Manager) -> None:
-    """Remove what commands and operations that were killed have left among the exports."""
+    """Remove what commands, operations and uploads that were killed have left among the exports."""
     unfinished, wanted = await manager.database.read(_wanted)
     await done_in_thread(_clear, exports_directory(manager.settings), unfinished, wanted)
 
@@ -101,6 +101,7 @@ def _wanted(session: Session) -> tuple[set[str], set[str]]:
 
 def _clear(directory: Path, unfinished: Set[str], wanted: Set[str]) -> None:
     forget_lent(directory, wanted)
+    forget_passing(directory, wanted)
     for path in directory.iterdir():
         part = _PART.fullmatch(path.name)
         if part is not None and part[1] not in unfinished:
@@ -108,10 +109,12 @@ def _clear(directory: Path, unfinished: Set[str], wanted: Set[str]) -> None:
 
 
 async def forget_parts(directory: Path) -> None:
+    """Remove it, if it is there."""
     await done_in_thread(partial(shutil.rmtree, directory, ignore_errors=True))
 
 
 async def fresh_parts(directory: Path) -> None:
+    """Make it, with nothing in it."""
     await forget_parts(directory)
     await done_in_thread(partial(directory.mkdir, mode=0o700))
 

@@ -60,7 +60,7 @@ def archive(url: str, machine: str) -> bytes:
 
 def uploads(live: Any) -> list[Path]:
     """What is left of what was uploaded."""
-    return list(live.manager.settings.directory.glob("upload-*"))
+    return list((live.manager.settings.directory / "exports").glob(".*"))
 
 
 def test_an_archive_from_elsewhere_is_made_a_machine(

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from tests.unit.manager.disks.conftest import simulated_hosts, told
 
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.sizes import MIB
-from vmlab.manager.operator.exports import export_path, parts_directory
+from vmlab.manager.lending import passing_name
+from vmlab.manager.operator.exports import export_path, exports_directory, parts_directory
 from vmlab.manager.requests import (
     AttachDisk,
     CreateDisk,
@@ -29,6 +31,7 @@ from vmlab.manager.requests import (
 )
 from vmlab.manager.settings import Limits, Settings
 from vmlab.manager.store import queries
+from vmlab.manager.store.tables import new_id
 
 Tell = Callable[..., None]
 
@@ -114,6 +117,23 @@ def test_machine_and_its_disks_come_back_from_an_archive(tell: Tell) -> None:
         assert "one.tar" in left(asking)
 
     tell(story)
+
+
+def test_what_was_left_by_commands_and_uploads_that_were_killed_goes(tmp_path: Path) -> None:
+    settings = simulated_hosts(tmp_path)
+    directory = exports_directory(settings)
+    (directory / passing_name()).write_bytes(b"archive")
+    (directory / "one.tar").write_bytes(b"archive")
+    for path in directory.iterdir():
+        os.utime(path, (0, 0))
+    upload = parts_directory(settings, new_id())
+    upload.mkdir()
+    (upload / "file").write_bytes(b"half of an archi")
+
+    async def story(asking: Any) -> None:
+        assert [path.name for path in directory.iterdir()] == ["one.tar"]
+
+    told(story, settings)
 
 
 def test_archive_is_never_overwritten(tell: Tell) -> None:

@@ -113,7 +113,8 @@ async def upload_export(
 ) -> Response:
     """Bring an archive from elsewhere; `machine.import` makes a machine of it.
 
-    The same archive again is no other one; what is there is never overwritten.
+    The same archive again is no other one; what is there is never overwritten. One that is called
+    `once-` and 16 hexadecimal digits is removed a week after it was written.
     """
     who.need("admin", "an archive from elsewhere")
     if is_lent(export):
@@ -133,7 +134,7 @@ async def upload_export(
         if not (target.is_file() and _same(place, target)):
             keep_archive(place, target)
 
-    async with uploaded(request, digest, settings.directory, "the archive's bytes") as place:
+    async with uploaded(request, digest, settings, "the archive's bytes") as place:
         await asyncio.to_thread(keep, place)
     location = {"Location": f"/v1/exports/{export}"}
     return told(await asyncio.to_thread(_document, target), status=201, headers=location)

@@ -91,8 +91,8 @@ async def upload_image(
 ) -> Response:
     """Bring an image from elsewhere; one of that name that is there loses it."""
     who.need("admin", "an image from elsewhere")
-    directory = here.manager.settings.directory
-    async with uploaded(request, digest, directory, "the image's bytes") as place:
+    settings = here.manager.settings
+    async with uploaded(request, digest, settings, "the image's bytes") as place:
         parts: dict[str, Any] = {role: place}
         made = await asyncio.to_thread(
             lambda: import_image(
