@@ -55,7 +55,8 @@ CONTEXT_WORDS = 8
 THRESHOLD = 4
 SHARED_ADDRESS = 5  # of its hart's shared words, in the context of M mode
 SOFTWARE = 6  # in the context of M mode: MSWI's register of its hart, 0 or 1
-NOWHERE = UNKNOWN = mask(64)
+NOWHERE = 1 << 63  # physical addresses have 56 bits, and no registers reach around to them
+UNKNOWN = mask(64)
 
 BUSY = 1 << 63  # the answer where the lock is not to be had, or the host has to do it
 

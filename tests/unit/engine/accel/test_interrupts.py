@@ -298,6 +298,18 @@ def test_something_between_the_harts_and_the_controller_sees_every_access(board:
     assert board.exits == 1
 
 
+@pytest.mark.parametrize("address", [0, 4, 0x10_0000], ids=hex)
+def test_registers_that_the_host_answers_for_are_nowhere_else(board: Board, address: int) -> None:
+    board.plic.answer_at(None)
+    board.plic.block.words[MSWI_BASE] = NOWHERE
+    hart = board.executors[0].hart
+    hart.set_x(11, address)
+    hart.set_x(10, 1)
+    for place, left in ((0, Exit(Reason.READ, address, 4)), (8, Exit(Reason.WRITE, address, 4, 1))):
+        hart.pc = BASE + place
+        assert board.executors[0].run(10) == left
+
+
 def test_a_hart_does_not_wait_for_the_lock() -> None:
     board = Board(InterpreterExecutor)
     ready(board)
