@@ -14,6 +14,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -351,7 +352,11 @@ class ConsoleLine:
         if tasks:
             await asyncio.wait(tasks)
         if client is not None:
-            client.close()
+            # Who still types learns of it: nobody is told of a file that is closed.
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+            async with self._typing:
+                client.close()
 
     async def log(self) -> bytes:
         """All that was printed; what a reader has been given is in it.

@@ -171,6 +171,25 @@ def test_what_two_type_at_once_arrives_whole(tmp_path: Path) -> None:
     with_process(tmp_path, test)
 
 
+def test_who_types_to_a_guest_that_takes_nothing_learns_that_it_is_off(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        one, other = process.line.reader(), process.line.reader()
+        await process.is_typed_at(one, b"x")
+        typing = [asyncio.ensure_future(who.write(b"1" * 1_000_000)) for who in (one, other)]
+        await process.takes()
+        await process.line.disconnect()
+        assert [type(end) for end in await asyncio.gather(*typing, return_exceptions=True)] == [
+            ChannelClosed,
+            ChannelClosed,
+        ]
+        process.ends()
+        await process.line.connect(process.path)
+        await process.is_typed_at(other, b"y")
+
+    with_process(tmp_path, test)
+
+
 def test_a_guest_that_goes_on_printing_is_changed_over_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
