@@ -171,6 +171,18 @@ INTERRUPTS_ANOTHER = (
 )
 """The first hart interrupts the second one, which counts how often that is seen."""
 
+WAKE = START + 0x1010
+WAKES_ANOTHER = (
+    jump(4 + len(_INTERRUPTED))
+    + _INTERRUPTED
+    + call(0x48_534D, 0, 1, START + 4, 0)
+    + _until_not_zero(WAKE)
+    + call(0x73_5049, 0, 2, 0)
+    + _until_not_zero(_COUNT)
+    + end(POWEROFF)
+)
+"""The same, when somebody else has written to WAKE."""
+
 
 # ------------------------------------------------------------------------ for deterministic time
 

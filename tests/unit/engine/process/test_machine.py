@@ -10,6 +10,7 @@ import pytest
 from tests.unit.engine.process import programs
 from tests.unit.engine.process.conftest import Build
 
+from vmlab.engine import parallel_harts
 from vmlab.engine.configuration import (
     DiskBus,
     DiskFile,
@@ -18,6 +19,7 @@ from vmlab.engine.configuration import (
     SegmentKind,
     SocketPort,
 )
+from vmlab.engine.cpu import layout, sleeping
 from vmlab.engine.firmware import IPI
 from vmlab.engine.machine import Happening
 from vmlab.machine.errors import ResourceNotFound, VmlabError
@@ -64,6 +66,24 @@ def test_a_hart_interrupts_another_one_once(build: Build, execution: Execution) 
         built.machine.reset()
         built.machine.ram.zero(programs.START + 0x1000, 0x1000)  # what it counts with
     assert all(extension != IPI for extension, _ in built.machine.harts.calls(0))
+
+
+@pytest.mark.parametrize("way", [layout.ASLEEP_WAITS, layout.ASLEEP_TOLD], ids=["futex", "told"])
+def test_a_hart_that_sleeps_is_woken_by_another_one(
+    build: Build, monkeypatch: pytest.MonkeyPatch, way: int
+) -> None:
+    """Where the host has no futexes, by leaving for it."""
+    if way == layout.ASLEEP_WAITS and not sleeping.NUMBER:
+        pytest.skip("needs futexes, which Linux has on x86-64 and aarch64")
+    monkeypatch.setattr(parallel_harts, "_ASLEEP", way)
+    machine = (built := build(programs.WAKES_ANOTHER, harts=2)).machine
+    machine.resume()
+    _, second = machine.harts
+    while second.shared[layout.SHARED_ASLEEP] != way:
+        threading.Event().wait(0.001)
+    machine.ram.write(programs.WAKE, b"\1")
+    assert built.outcome()[0] is Happening.POWEROFF
+    assert ((IPI, 0) in machine.harts.calls(0)) == (way == layout.ASLEEP_TOLD)
 
 
 def test_a_paused_machine_executes_nothing_and_its_time_stands(
