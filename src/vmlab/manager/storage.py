@@ -24,7 +24,7 @@ from vmlab.machine.errors import OperationFailed, ResourceExhausted, ResourceNot
 from vmlab.machine.sizes import format_size
 from vmlab.manager.store.words import is_id
 
-__all__ = ["BootFiles", "Format", "Storage", "StoredFile", "Usage"]
+__all__ = ["BootFiles", "Format", "Storage", "StoredFile", "Usage", "file_error"]
 
 Format = Literal["raw", "qcow2"]
 _FORMATS: Final = ("raw", "qcow2")
@@ -155,7 +155,7 @@ class Storage:
             await make(part)
             await done_in_thread(_settle, part, path)
         except OSError as error:
-            raise _told(error, path) from error
+            raise file_error(error, path) from error
         finally:
             await done_in_thread(partial(part.unlink, missing_ok=True))
         return path
@@ -199,7 +199,7 @@ class Storage:
             try:
                 await done_in_thread(os.truncate, path, size)
             except OSError as error:
-                raise _told(error, path) from error
+                raise file_error(error, path) from error
         else:
             await qemu_img("resize", "-q", "-f", format, str(path), str(size))
 
@@ -214,7 +214,7 @@ class Storage:
             try:
                 await done_in_thread(partial(file.unlink, missing_ok=True))
             except OSError as error:
-                raise _told(error, file) from error
+                raise file_error(error, file) from error
 
     async def usage(self) -> Usage:
         """The files that are there, whatever their names, and what they take up."""
@@ -281,7 +281,7 @@ class BootFiles:
             await done_in_thread(partial(target.parent.mkdir, parents=True, exist_ok=True))
             await in_thread(lambda check: copy_sparse(source, target, check))
         except OSError as error:
-            raise _told(error, target) from error
+            raise file_error(error, target) from error
         return target
 
     async def remove(self, machine_id: str) -> None:
@@ -296,7 +296,7 @@ class BootFiles:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _told(error, directory) from error
+            raise file_error(error, directory) from error
 
 
 def _make_holes(path: Path, size: int) -> None:
@@ -317,12 +317,12 @@ def _settle(part: Path, path: Path) -> None:
         os.close(directory)
 
 
-def _told(error: OSError, path: Path) -> VmlabError:
+def file_error(error: OSError, path: Path) -> VmlabError:
     """An error of the file system's as one of ours."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return ResourceExhausted(
             f"there is no room for {path.name} in {path.parent}: {error.strerror}",
-            hint="delete disks that are not needed, or ask for less",
+            hint="delete disks and exports that are not needed, or ask for less",
         )
     return OperationFailed(
         f"{path}: {error.strerror or error}", hint="check its directory's permissions"

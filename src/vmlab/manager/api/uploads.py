@@ -19,8 +19,14 @@ from fastapi import Header, Request
 
 from vmlab.machine.errors import InvalidSpec, SpecProblem
 from vmlab.manager.api.problems import BadRequest
-from vmlab.manager.operator.exports import forget_parts, fresh_parts, parts_directory
+from vmlab.manager.operator.exports import (
+    exports_directory,
+    forget_parts,
+    fresh_parts,
+    parts_directory,
+)
 from vmlab.manager.settings import Settings
+from vmlab.manager.storage import file_error
 from vmlab.manager.store.tables import new_id
 
 __all__ = ["ContentDigest", "body_of_type", "uploaded"]
@@ -55,13 +61,17 @@ async def uploaded(
     Raises:
         BadRequest: it is not what its digest says, or the digest is none.
         InvalidSpec: it is empty.
+        ResourceExhausted: there is no room for it.
     """
     wanted = _sha256_in(digest)
     directory = parts_directory(settings, new_id())
     await fresh_parts(directory)
     try:
         place = directory / "file"
-        found = await _take(request, place, what)
+        try:
+            found = await _take(request, place, what)
+        except OSError as error:
+            raise file_error(error, exports_directory(settings) / "the upload") from error
         if wanted is not None and found != wanted:
             raise BadRequest(
                 "what came is not what Content-Digest promises: its SHA-256 is "

@@ -110,15 +110,16 @@ async def archive_out(sender: Sender, name: str, target: Path) -> None:
     """
     with trees.scratch(target) as directory:
         part = directory / "archive"
-        file = await asyncio.to_thread(part.open, "wb")
         try:
-            async with sender.stream(path_of("exports", name)) as response:
-                async for piece in response.aiter_bytes():
-                    await asyncio.to_thread(file.write, piece)
+            file = await asyncio.to_thread(part.open, "wb")
+            try:
+                async with sender.stream(path_of("exports", name)) as response:
+                    async for piece in response.aiter_bytes():
+                        await asyncio.to_thread(file.write, piece)
+            finally:
+                await asyncio.to_thread(file.close)
         except OSError as error:
             raise OperationFailed(
                 f"{target} cannot be written: {error.strerror}", hint="make room, and try again"
             ) from error
-        finally:
-            await asyncio.to_thread(file.close)
         await asyncio.to_thread(trees.settle, part, target)

@@ -34,6 +34,7 @@ from vmlab.manager.operator.placement import look, refuse_unless
 from vmlab.manager.operator.wiring import SEED_DISK
 from vmlab.manager.requests import ExportMachine, Metadata
 from vmlab.manager.settings import Settings
+from vmlab.manager.storage import file_error
 from vmlab.manager.store.changes import Conflict
 from vmlab.manager.store.queries import find_machine
 from vmlab.manager.store.tables import DiskRow, MachineRow, OperationRow
@@ -166,8 +167,11 @@ class ExportHandler(Handler[ExportMachine]):
         async with work.step("pack", "read its disks, and write an archive") as packing:
             work.on_undo(packing, lambda: forget_parts(directory))
             if not packing.done_before:
-                await fresh_parts(directory)
-                await self._pack(work, directory, archive, packing)
+                try:
+                    await fresh_parts(directory)
+                    await self._pack(work, directory, archive, packing)
+                except OSError as error:
+                    raise file_error(error, Path(error.filename or target)) from error
         async with work.step("keep", f"call it {work.request.path!r}") as step:
             if not step.done_before:
                 await done_in_thread(keep_archive, archive, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -18,6 +19,7 @@ from tests.unit.manager.disks.conftest import simulated_hosts, told
 
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.sizes import MIB
+from vmlab.manager import machine_archive
 from vmlab.manager.lending import passing_name
 from vmlab.manager.operator.exports import export_path, exports_directory, parts_directory
 from vmlab.manager.requests import (
@@ -145,6 +147,24 @@ def test_archive_is_never_overwritten(tell: Tell) -> None:
         operation = await asking.ask(ExportMachine(machine="one", path="b.tar"), dry_run=True)
         assert [step.name for step in operation.steps] == ["pack", "keep"]
         assert path.read_bytes() == before
+
+    tell(story)
+
+
+def test_an_export_for_which_there_is_no_room_leaves_nothing(
+    tell: Tell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(machine_archive, "write_archive", full)
+
+    async def story(asking: Any) -> None:
+        await asking.create("one", spec=SPEC)
+        said = await asking.fail(ExportMachine(machine="one", path="one.tar"))
+        assert "there is no room for one.tar" in said
+        directory = exports_directory(asking.manager.settings)
+        assert list(directory.iterdir()) == []
 
     tell(story)
 

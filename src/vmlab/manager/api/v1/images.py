@@ -68,7 +68,7 @@ async def list_images() -> Response:
     "/images/{image}",
     status_code=201,
     response_model=ImageDocument,
-    responses=documented(413),
+    responses=documented(409, 413),
     openapi_extra=body_of_type(_OCTETS),
 )
 async def upload_image(
