@@ -119,6 +119,9 @@ class Harts(Protocol):
     def wait(self, hart: int) -> None:
         """The calling hart sleeps until an interrupt is pending that it has enabled, as in WFI."""
 
+    def suspend(self, hart: int, address: int, opaque: int) -> None:
+        """`wait`, after which the hart goes on as one that was started; its interrupts stay."""
+
     def fence(
         self, harts: list[int], fence: Fence, start: int, size: int, asid: int | None
     ) -> None:
@@ -334,8 +337,7 @@ class Firmware:
         if kind == 0x8000_0000:  # default non-retentive: it begins anew at `address`
             if not self._executable(address):
                 return INVALID_ADDRESS, 0
-            self._harts.start(hart.hart_id, address, opaque)
-            self._harts.wait(hart.hart_id)
+            self._harts.suspend(hart.hart_id, address, opaque)
             return None
         known = kind < 0x1000_0000 or 0x8000_0000 <= kind < 0x9000_0000
         return (INVALID_PARAM if known else NOT_SUPPORTED), 0

@@ -39,6 +39,7 @@ TRACER: Final = "tracer"
 _FUNCTION, _EXTENSION = 16, 17  # registers that name a call of firmware (SBI 2.0, 3)
 _SUPERVISOR: Final = 1
 _MACHINE: Final = 3
+_SIE: Final = 1 << 1
 _SSIP: Final = 1
 _STIP: Final = 1 << 5
 _MTIP: Final = 1 << 7
@@ -357,6 +358,19 @@ class Harts(ABC):
     def wait(self, hart: int) -> None:
         """The calling hart sleeps until an interrupt is pending that it has enabled."""
         self._sleep(self._seats[hart])
+
+    def suspend(self, hart: int, address: int, opaque: int) -> None:
+        """The calling hart sleeps as in `wait`, and goes on like one that was started.
+
+        What it has enabled, its timer and what is pending are what it wakes by: they stay.
+        """
+        seat = self._seats[hart]
+        seat.hart.pc = address
+        seat.hart[layout.SATP] = 0
+        seat.hart[layout.MSTATUS] &= ~_SIE
+        seat.hart.set_x(10, hart)
+        seat.hart.set_x(11, opaque)
+        self._sleep(seat)
 
     @abstractmethod
     def _sleep(self, seat: Seat) -> None:

@@ -61,6 +61,9 @@ class NotedHarts:
     def wait(self, hart: int) -> None:
         self.notes.append(("wait", hart))
 
+    def suspend(self, hart: int, address: int, opaque: int) -> None:
+        self.notes.append(("suspend", hart, address, opaque))
+
     def fence(
         self, harts: list[int], fence: sbi.Fence, start: int, size: int, asid: int | None
     ) -> None:
@@ -211,7 +214,7 @@ def test_a_hart_suspends_and_wakes_where_it_asked_to(machine: Machine) -> None:
     assert machine.harts.notes == [("wait", 0)]
     machine.harts.notes.clear()
     machine.call(sbi.HSM, 3, 0x8000_0000, RAM_BASE + 0x100, 99)
-    assert machine.harts.notes == [("start", 0, RAM_BASE + 0x100, 99), ("wait", 0)]
+    assert machine.harts.notes == [("suspend", 0, RAM_BASE + 0x100, 99)]
     assert machine.call(sbi.HSM, 3, 0x8000_0000, 0, 99)[0] == (1 << 64) + sbi.INVALID_ADDRESS
     assert machine.call(sbi.HSM, 3, 5, 0, 0)[0] == BAD
     assert machine.call(sbi.HSM, 3, 0x1000_0000, 0, 0)[0] == NO

@@ -183,6 +183,33 @@ WAKES_ANOTHER = (
 )
 """The same, when somebody else has written to WAKE."""
 
+_DEADLINE = START + 0x1000
+_RESUMED = (
+    number(T2, _DEADLINE)
+    + word("ld", rd=T1, rs1=T2)
+    + csr("csrrs", TIME, 0, rd=T0)
+    + word("bltu", rs1=T0, rs2=T1, imm=len(number(T2, 99)) + 8 + len(end(POWEROFF)))
+    + number(T2, 99)
+    + word("bne", rs1=A1, rs2=T2, imm=4 + len(end(POWEROFF)))
+    + end(POWEROFF)
+    + end(FAIL | 1 << 16)
+)
+SUSPENDS = (
+    jump(4 + len(_RESUMED))
+    + _RESUMED
+    + csr("csrrs", TIME, 0, rd=T0)
+    + number(T1, 50_000)
+    + word("add", rd=T0, rs1=T0, rs2=T1)
+    + number(T2, _DEADLINE)
+    + word("sd", rs1=T2, rs2=T0)
+    + csr("csrrw", STIMECMP, T0)
+    + number(T1, 1 << 5)
+    + csr("csrrs", SIE, T1)
+    + call(0x48_534D, 3, 0x8000_0000, START + 4, 99)
+    + end(FAIL | 2 << 16)
+)
+"""The hart loses its state until a timer's interrupt, and begins anew (SBI 2.0, 9.4)."""
+
 
 # ------------------------------------------------------------------------ for deterministic time
 

@@ -37,6 +37,7 @@ from vmlab.machine.errors import ResourceNotFound, VmlabError
         (programs.LOADS_FROM_NOWHERE, (Happening.FAILED, "code 5")),
         (programs.STORES_NOWHERE, (Happening.FAILED, "code 7")),
         (programs.WAKES_BY_TIMER, (Happening.POWEROFF, "system controller")),
+        (programs.SUSPENDS, (Happening.POWEROFF, "system controller")),
     ],
 )
 def test_a_guest_s_end_is_told(
