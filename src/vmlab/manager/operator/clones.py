@@ -36,7 +36,7 @@ from vmlab.manager.operator.journal import Step, Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, other_of, require_state, write_facts
 from vmlab.manager.operator.placement import look
 from vmlab.manager.operator.snapshots import removed, require_disks_aside, set_aside
-from vmlab.manager.operator.wiring import connect, reseed, tell_guest
+from vmlab.manager.operator.wiring import connect, remembers, reseed, tell_guest
 from vmlab.manager.requests import CloneMachine
 from vmlab.manager.store.changes import add_event
 from vmlab.manager.store.queries import find_machine, find_snapshot
@@ -176,7 +176,14 @@ class CloneHandler(Handler[CloneMachine]):
             if not step.done_before:
                 macs = {nic.name: nic.mac for nic in (await copy.info()).nics}
                 networks = self.manager.networks if copy.state.is_live else None
-                step.also(_wired, clone_id, macs, networks, work.operation_id)
+                step.also(
+                    _wired,
+                    clone_id,
+                    source_id,
+                    macs,
+                    networks=networks,
+                    operation=work.operation_id,
+                )
         async with work.step("seed", "have it told what it is") as step:
             if not step.done_before:
                 await self._seed(copy, clone_id, step)
@@ -188,7 +195,7 @@ class CloneHandler(Handler[CloneMachine]):
         work.keep()
         async with work.step("refresh", "have its guest be another one") as step:
             if not step.done_before:
-                await self._refresh(work, copy, source_id, step, host=host)
+                await tell_guest(self.manager, clone_id, copy.state, step, copy=True)
         return {"machine": clone_id, "of": source_id}
 
     async def _seed(self, copy: Machine, clone_id: str, step: Step) -> None:
@@ -207,23 +214,6 @@ class CloneHandler(Handler[CloneMachine]):
         except VmlabError as error:
             if not copy.state.is_live:
                 raise
-            step.failed(error.message.partition("\n")[0])
-
-    async def _refresh(
-        self, work: Work[CloneMachine], copy: Machine, source_id: str, step: Step, *, host: str
-    ) -> None:
-        """A guest that runs is told that it is another one: random numbers, name, addresses."""
-        if copy.state is not MachineState.RUNNING:
-            step.skip("its guest does not run")
-            return
-        try:
-            await connect(self.manager, work.target_id, host)
-            source = await self.manager.machine(source_id)
-            before = {nic.name: nic.mac for nic in (await source.info()).nics}
-            after = {nic.name: nic.mac for nic in (await copy.info()).nics}
-            macs = {mac: after[nic] for nic, mac in before.items() if nic in after}
-            await tell_guest(self.manager, work.target_id, macs)
-        except VmlabError as error:
             step.failed(error.message.partition("\n")[0])
 
 
@@ -281,16 +271,22 @@ def _source(session: Session, operation: str, clone_id: str) -> tuple[str, str]:
 def _wired(
     session: Session,
     clone_id: str,
+    source_id: str,
     macs: dict[str, str],
+    *,
     networks: Networks | None,
     operation: str,
 ) -> None:
-    """It has the MAC addresses that its hypervisor gave it, and addresses if there are networks."""
+    """It has the MAC addresses that its hypervisor gave it, and addresses if there are networks.
+
+    There are none for one at rest, whose guest remembers nothing.
+    """
     row = session.get_one(MachineRow, clone_id)
     for nic in row.nics:
         nic.mac = macs.get(nic.name, nic.mac)
     if networks is not None:
         networks.prepare(session, row, operation=operation)
+        remembers(row, session.get_one(MachineRow, source_id))
 
 
 def _entered(session: Session, clone_id: str, source_id: str, facts: Facts, operation: str) -> None:

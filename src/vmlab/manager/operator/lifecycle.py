@@ -47,7 +47,15 @@ from vmlab.manager.operator.placement import (
     refuse_unless,
     specification,
 )
-from vmlab.manager.operator.wiring import connect, ended, reseed, write_spec
+from vmlab.manager.operator.wiring import (
+    connect,
+    ended,
+    is_untold,
+    knows,
+    reseed,
+    tell_guest,
+    write_spec,
+)
 from vmlab.manager.requests import (
     PauseMachine,
     RestartMachine,
@@ -70,6 +78,7 @@ _TERMINATE_S: Final = 10.0
 """Seconds that a hypervisor's process has to end when it is told to (SIGTERM)."""
 _LOOK_S: Final = 0.05
 _SETTLED: Final = OPERATIONS["start"]
+_REFRESH: Final = "have its guest know the time, and who and where it is"
 _TO_STOP: Final = "say that it is to stop"
 
 BOOT_STEPS: Final = (
@@ -289,6 +298,7 @@ async def boot(handler: Handler[Any], work: Work[Any], *, allowed: Any = _SETTLE
             drop_reservation(session, work.operation_id)
             manager.networks.prepare(session, row, operation=work.operation_id)
         row.wanted = "running"
+        knows(row)  # what it boots finds its NICs by itself
         set_machine_state(session, row, MachineState.STARTING, operation=work.operation_id)
 
     async with work.step("claim", BOOT_STEPS[0].text, before=claim) as step:
@@ -569,7 +579,7 @@ class ResumeHandler(_OnMachine[ResumeMachine]):
     allowed = OPERATIONS["resume"]
 
     def plan(self, session: Session, request: ResumeMachine) -> Sequence[PlannedStep]:
-        return [PlannedStep("resume", "let its vCPUs run on")]
+        return [PlannedStep("resume", "let its vCPUs run on"), PlannedStep("refresh", _REFRESH)]
 
     async def run(self, work: Work[ResumeMachine]) -> dict[str, Any] | None:
         await self.step_on_machine(
@@ -580,4 +590,10 @@ class ResumeHandler(_OnMachine[ResumeMachine]):
             lambda machine: machine.resume(),
             wanted="running",
         )
+        async with work.step("refresh", _REFRESH) as step:
+            if not step.done_before:
+                if await self.manager.database.read(is_untold, work.target_id):
+                    await tell_guest(self.manager, work.target_id, MachineState.RUNNING, step)
+                else:
+                    step.skip("it knows")
         return None

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.base import Machine, Snapshot
-from vmlab.machine.errors import InvalidState, OperationFailed, SnapshotNotFound, VmlabError
+from vmlab.machine.errors import InvalidState, OperationFailed, SnapshotNotFound
 from vmlab.machine.spec import Disk
 from vmlab.machine.states import OFF, MachineState
 from vmlab.manager.operator.admission import Need, drop_reservation, reserve
@@ -28,10 +28,10 @@ from vmlab.manager.operator.handler import (
     operation_of,
     register,
 )
-from vmlab.manager.operator.journal import Step, Work
+from vmlab.manager.operator.journal import Work
 from vmlab.manager.operator.machine_rows import Facts, at_rest, require_state, write_facts
 from vmlab.manager.operator.placement import look
-from vmlab.manager.operator.wiring import connect, ended, tell_guest
+from vmlab.manager.operator.wiring import connect, ended, remembers, tell_guest
 from vmlab.manager.requests import DeleteSnapshot, RestoreMachine, SnapshotMachine
 from vmlab.manager.storage import Storage
 from vmlab.manager.store.changes import Conflict, add_event
@@ -374,22 +374,8 @@ class RestoreHandler(Handler[RestoreMachine]):
                 )
         async with work.step("refresh", "have its guest know the time, and its addresses") as step:
             if not step.done_before:
-                await self._refresh(machine, machine_id, step)
+                await tell_guest(self.manager, machine_id, machine.state, step)
         return {"machine": machine_id, "snapshot": request.snapshot}
-
-    async def _refresh(self, machine: Machine, machine_id: str, step: Step) -> None:
-        """A guest that runs remembers the time of the snapshot, and what it was told then."""
-        if machine.state is not MachineState.RUNNING:
-            step.skip("its guest does not run")
-            return
-        try:
-            host = await self.manager.database.read(
-                lambda s: s.get_one(MachineRow, machine_id).host
-            )
-            await connect(self.manager, machine_id, host)
-            await tell_guest(self.manager, machine_id)
-        except VmlabError as error:
-            step.failed(error.message.partition("\n")[0])
 
 
 def _wanted(
@@ -401,5 +387,6 @@ def _wanted(
     if state in {MachineState.RUNNING, MachineState.PAUSED}:
         row.wanted = state.value
         manager.networks.prepare(session, row, operation=operation)
+        remembers(row)
     else:
         row.wanted = "stopped"

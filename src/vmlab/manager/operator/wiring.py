@@ -7,7 +7,6 @@ there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,13 +25,28 @@ if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
     from vmlab.manager.networks.networks import Networks
     from vmlab.manager.networks.seed import Identity
+    from vmlab.manager.operator.journal import Step
 
-__all__ = ["SEED_DISK", "connect", "ended", "reseed", "tell_guest", "wired", "write_spec"]
+__all__ = [
+    "SEED_DISK",
+    "connect",
+    "ended",
+    "is_untold",
+    "knows",
+    "remembers",
+    "reseed",
+    "tell_guest",
+    "wired",
+    "write_spec",
+]
 
 _LOG: Final = logging.getLogger(__name__)
 
 _GUEST_ANSWERS_S: Final = 120.0
 """Seconds that a guest that runs already has to answer."""
+
+_REMEMBERED: Final = "remembered"
+"""In a NIC's data: the MAC address that the guest remembers."""
 
 SEED_DISK: Final = "cidata"
 """The disk that cloud-init finds what it is told on; its name is that of the file system, too."""
@@ -96,27 +110,67 @@ async def reseed(manager: Manager, machine_id: str, machine: Machine) -> None:
         await machine.plug_disk(wanted)
 
 
+def remembers(row: MachineRow, source: MachineRow | None = None) -> None:
+    """Note that a live machine's guest is to be told of its NICs, by `tell_guest`.
+
+    Args:
+        row: The machine.
+        source: What it is a copy of, whose MAC addresses its guest remembers; else its own.
+    """
+    had = {nic.name: nic for nic in (source or row).nics}
+    for nic in row.nics:
+        known = had.get(nic.name, nic)
+        nic.data = {**nic.data, _REMEMBERED: known.data.get(_REMEMBERED, known.mac)}
+
+
+def knows(row: MachineRow) -> None:
+    """Note that a machine's guest knows its NICs, or is not there any more."""
+    for nic in row.nics:
+        nic.data = {key: value for key, value in nic.data.items() if key != _REMEMBERED}
+
+
+def is_untold(session: Session, machine_id: str) -> bool:
+    """Whether a machine's guest is still to be told of its NICs."""
+    return any(_REMEMBERED in nic.data for nic in find_machine(session, machine_id).nics)
+
+
 async def tell_guest(
-    manager: Manager, machine_id: str, macs: Mapping[str, str] | None = None
+    manager: Manager, machine_id: str, state: MachineState, step: Step, *, copy: bool = False
 ) -> None:
     """Have a guest that runs, and remembers another time, be who and where it is now.
+
+    One that stands still is told when it is resumed. One that cannot be told is no reason to fail,
+    and is not asked again: many have nobody to ask.
 
     Args:
         manager: Whose machine it is.
         machine_id: Its id.
-        macs: The MAC addresses that the guest remembers -> those that it has, if it is a copy: it
-            has another name and another id then, too.
-
-    Raises:
-        VmlabError: the guest does not answer, or refuses something of it.
+        state: What the machine does.
+        step: The step that it is, which says what came of it.
+        copy: Whether it has another name and another id, too; one that remembers other MAC
+            addresses has.
     """
+    if state is not MachineState.RUNNING:
+        step.skip("it is told when it is resumed" if state.is_live else "its guest does not run")
+        return
+    try:
+        await _tell(manager, machine_id, copy=copy)
+    except VmlabError as error:
+        step.failed(error.message.partition("\n")[0])
+    await manager.database.write(lambda session: knows(find_machine(session, machine_id)))
 
-    def read(session: Session) -> Identity:
-        return manager.networks.identity(find_machine(session, machine_id))
 
-    who = await manager.database.read(read)
+async def _tell(manager: Manager, machine_id: str, *, copy: bool) -> None:
+    def read(session: Session) -> tuple[str, Identity, dict[str, str]]:
+        row = find_machine(session, machine_id)
+        macs = {nic.data.get(_REMEMBERED, nic.mac): nic.mac for nic in row.nics}
+        changed = {before: mac for before, mac in macs.items() if before != mac}
+        return row.host, manager.networks.identity(row), changed
+
+    host, who, macs = await manager.database.read(read)
+    await connect(manager, machine_id, host)
     guest = await manager.guests.get(machine_id, timeout=_GUEST_ANSWERS_S)
-    copy = macs is not None
+    copy = copy or bool(macs)
     await guest.refresh(
         hostname=who.hostname if copy else None, machine_id=machine_id if copy else None, macs=macs
     )

@@ -262,7 +262,11 @@ class NetworkRow(Versioned, Base):
 
 
 class NicRow(Base):
-    """A NIC of a machine. Without a `network_id` its `mode` says what it is on: "user", "none"."""
+    """A NIC of a machine. Without a `network_id` its `mode` says what it is on: "user", "none".
+
+    `data` has "remembered" as long as the guest runs, or stands still, that is still to be told of
+    the NIC: the MAC address that it remembers.
+    """
 
     __tablename__ = "nics"
     id: Mapped[str] = mapped_column(String(32), primary_key=True, default=new_id)

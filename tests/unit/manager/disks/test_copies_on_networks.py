@@ -14,6 +14,7 @@ import pytest
 from vmlab.hypervisors.monitored.networks import segment_group
 from vmlab.hypervisors.ownership import Store
 from vmlab.machine.errors import OperationFailed
+from vmlab.manager.guests import Guests
 from vmlab.manager.operator import clones
 from vmlab.manager.requests import (
     CloneMachine,
@@ -25,6 +26,7 @@ from vmlab.manager.requests import (
     PauseMachine,
     RestartMachine,
     RestoreMachine,
+    ResumeMachine,
     SnapshotMachine,
     StartMachine,
     StopMachine,
@@ -188,6 +190,104 @@ def test_copy_that_stands_still_is_told_when_it_is_started_again(tell: Tell) -> 
         await asking.do(StartMachine(machine="two"))
         assert (await told_to(asking, "two"))["local-hostname"] == "two"
         await off_the_network(asking, "one", "two")
+
+    tell(story)
+
+
+class Told:
+    """What a guest is told, in place of a guest."""
+
+    def __init__(self) -> None:
+        self.refreshed: list[dict[str, Any]] = []
+        self.scripts: list[str] = []
+
+    async def refresh(self, **words: Any) -> None:
+        self.refreshed.append(words)
+
+    async def succeed(self, script: str, *, timeout: float) -> None:
+        self.scripts.append(script)
+
+
+@pytest.fixture
+def guests(monkeypatch: pytest.MonkeyPatch) -> dict[str, Told]:
+    """The guests that were asked for, by the id of their machine."""
+    found: dict[str, Told] = {}
+
+    async def get(_: Guests, machine_id: str, *, timeout: float) -> Told:
+        return found.setdefault(machine_id, Told())
+
+    monkeypatch.setattr(Guests, "get", get)
+    return found
+
+
+def test_copy_that_stands_still_is_told_its_addresses_when_it_is_resumed(
+    tell: Tell, guests: dict[str, Told]
+) -> None:
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        await asking.do(PauseMachine(machine="one"))
+        await asking.do(CloneMachine(machine="one", name="two"))
+        # A copy of what was not told yet remembers what that does.
+        await asking.do(CloneMachine(machine="two", name="three"))
+        assert guests == {}
+        one = await asking.machine("one")
+        for name in ("two", "three"):
+            copy = await asking.machine(name)
+            resumed = await asking.ask(ResumeMachine(machine=name))
+            assert [step.state for step in resumed.steps] == ["done", "done"]
+            told = guests[copy.id]
+            assert told.refreshed == [
+                {
+                    "hostname": name,
+                    "machine_id": copy.id,
+                    "macs": {one.nics[0].mac: copy.nics[0].mac},
+                }
+            ]
+            (script,) = told.scripts
+            assert copy.nics[0].addresses[0] in script
+            assert one.nics[0].addresses[0] not in script
+        # Once is enough, and who stood still all the time is the same as before.
+        await asking.do(PauseMachine(machine="two"))
+        for name in ("one", "two"):
+            resumed = await asking.ask(ResumeMachine(machine=name))
+            assert [step.state for step in resumed.steps] == ["done", "skipped"]
+        assert len(guests) == 2
+        await off_the_network(asking, "one", "two", "three")
+
+    tell(story)
+
+
+def test_copy_that_boots_finds_its_addresses_by_itself(tell: Tell, guests: dict[str, Told]) -> None:
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        await asking.do(PauseMachine(machine="one"))
+        await asking.do(CloneMachine(machine="one", name="two"))
+        await asking.do(StopMachine(machine="two", graceful=False))
+        await asking.do(StartMachine(machine="two"))
+        await asking.do(PauseMachine(machine="two"))
+        await asking.do(ResumeMachine(machine="two"))
+        assert guests == {}
+        await off_the_network(asking, "one", "two")
+
+    tell(story)
+
+
+def test_what_is_brought_back_standing_still_is_told_the_time_when_it_is_resumed(
+    tell: Tell, guests: dict[str, Told]
+) -> None:
+    async def story(asking: Any) -> None:
+        await on_a_network(asking, start=True)
+        await asking.do(PauseMachine(machine="one"))
+        await asking.do(SnapshotMachine(machine="one", name="still"))
+        await asking.do(StopMachine(machine="one", graceful=False))
+        await asking.do(RestoreMachine(machine="one", snapshot="still"))
+        assert (await asking.machine("one")).state == "paused"
+        assert guests == {}
+        await asking.do(ResumeMachine(machine="one"))
+        (told,) = guests.values()
+        # It is the same machine: its name and its id are its own.
+        assert told.refreshed == [{"hostname": None, "machine_id": None, "macs": {}}]
+        await off_the_network(asking, "one")
 
     tell(story)
 
