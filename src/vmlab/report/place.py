@@ -45,5 +45,8 @@ def find_report(path: Path | None = None) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a run is in this very directory."""
-    return (path / REPORT).exists() or has_journal(path)
+    """Whether a run is in this very directory, as far as it may be looked into."""
+    try:
+        return (path / REPORT).exists() or has_journal(path)
+    except PermissionError:
+        return False

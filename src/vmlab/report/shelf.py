@@ -95,12 +95,14 @@ def is_alive(directory: Path) -> bool:
     """Whether somebody still writes that run."""
     try:
         with journal_path(directory, MAIN).open("rb") as journal:
-            try:
-                fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
+            fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        # It may not be read, or is on a file system without locks: only its report can tell.
+        return summarize(directory).took is None
     return False
 
 

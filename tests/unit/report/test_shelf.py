@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vmlab.machine.errors import VmlabError
 from vmlab.report import Recorder
+from vmlab.report.place import find_report
 from vmlab.report.shelf import is_alive, run_directories, summarize, throw_away
 
 NAMES = ("20260101T000000Z-a", "20260201T000000Z-b", "20260301T000000Z-c", "20260401T000000Z-d")
@@ -87,3 +92,30 @@ def test_a_run_that_has_not_ended_stays(place: Path) -> None:
     assert not is_alive(alive)
     assert throw_away(place, keep=4) == [alive]
     assert not is_alive(place / "notes")
+
+
+def test_without_locks_a_run_without_an_end_stays(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    killed = place / "20250101T000000Z-killed"
+    with Recorder.create(killed, tool="t"):
+        assert is_alive(killed)
+        assert throw_away(place, keep=3) == [place / NAMES[0]]
+    assert throw_away(place, keep=3) == [killed]
+
+
+def test_what_may_not_be_looked_into_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = os.stat
+
+    def refused(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{place / NAMES[0]}/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert throw_away(place, keep=2) == [place / NAMES[1]]
+    assert find_report(place) == place / NAMES[3]
