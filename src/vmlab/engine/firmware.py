@@ -319,8 +319,8 @@ class Firmware:
             self._harts.start(first, address, opaque)
             return SUCCESS, 0
         if function == 1:
-            status[hart.hart_id] = STOPPED
             self._harts.stop(hart.hart_id)
+            status[hart.hart_id] = STOPPED  # last: from now on another hart may start it
             return None
         if function == 2:
             if first >= len(self._harts):

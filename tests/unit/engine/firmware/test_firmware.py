@@ -209,6 +209,20 @@ def test_harts_are_started_stopped_and_asked_for(machine: Machine) -> None:
     assert machine.call(sbi.HSM, 9)[0] == NO
 
 
+def test_a_hart_is_said_to_be_stopped_when_it_can_be_started(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other way around, one that is started at once would be stopped after that."""
+    machine.call(sbi.HSM, 0, 2, RAM_BASE, 0)
+    said = []
+    monkeypatch.setattr(
+        machine.harts, "stop", lambda hart: said.append(machine.call(sbi.HSM, 2, hart))
+    )
+    machine.call(sbi.HSM, 1, hart=2)
+    said.append(machine.call(sbi.HSM, 2, 2))
+    assert said == [(SUCCESS, sbi.STARTED), (SUCCESS, sbi.STOPPED)]
+
+
 def test_a_hart_suspends_and_wakes_where_it_asked_to(machine: Machine) -> None:
     assert machine.call(sbi.HSM, 3, 0, 0, 0) == (SUCCESS, 0)
     assert machine.harts.notes == [("wait", 0)]
