@@ -62,7 +62,6 @@ _USER_CYCLE: Final = 0xC00
 
 STARTED: Final = 0
 STOPPED: Final = 1
-SUSPENDED: Final = 4
 
 SetupCsr = tuple[int, int]
 SUPERVISOR_SETUP: Final[tuple[SetupCsr, ...]] = (

@@ -168,7 +168,6 @@ SHARED_ASLEEP = 4  # the hart waits for an interrupt, in one of the ways below; 
 # Fences that other harts have asked this one for, counted; those that it has made; and whether it
 # is where accesses go by translations that it remembers (vmlab.engine.cpu.fences).
 SHARED_FENCES, SHARED_FENCED, SHARED_INSIDE = 5, 6, 7
-SHARED_SIZE = 8 * 8
 # Its host wants to be told of one; or its thread waits on this word (vmlab.engine.cpu.sleeping).
 ASLEEP_TOLD, ASLEEP_WAITS = 1, 2
 REQUEST_EXIT, REQUEST_SERVICE = 1, 2  # from whoever runs the hart; from within its executor
