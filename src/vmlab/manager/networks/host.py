@@ -178,16 +178,20 @@ class HostNetworks:
             await server.end()
 
     def _forward(self, layout: Layout) -> None:
-        """Have the kernel forward a network's packets, and write down first what it said before."""
-        told = nat.forwarding(layout)
-        if not told:
-            return
-        record = {str(path): path.read_text("ascii").strip() for path in told}
-        # What an earlier network found comes first: that is how it was.
-        before = {str(path): value for path, value in self._before().items()}
-        data = {"namespace": links.namespace(), "before": {**record, **before}}
-        write_atomically(self.directory / _FORWARDING, json.dumps(data).encode())
-        nat.set_kernel(told)
+        """Have the kernel forward a network's packets, and write down first what it said before.
+
+        Its packet filter is there already: by that, another home knows that this one needs it.
+        """
+        with links.alone():
+            told = nat.forwarding(layout)
+            if not told:
+                return
+            record = {str(path): path.read_text("ascii").strip() for path in told}
+            # What an earlier network found comes first: that is how it was.
+            before = {str(path): value for path, value in self._before().items()}
+            data = {"namespace": links.namespace(), "before": {**record, **before}}
+            write_atomically(self.directory / _FORWARDING, json.dumps(data).encode())
+            nat.set_kernel(told)
 
     def _before(self) -> dict[Path, str]:
         """What the kernel said before networks were made in this namespace."""
@@ -258,7 +262,17 @@ class HostNetworks:
             return ["switch"]
 
     def _forward_as_before(self) -> None:
-        nat.set_back(self._before())
+        """Have the kernel say what it said before, unless another home's networks need it.
+
+        What it said is still known then, and is looked at again when this is called again.
+        """
+        if before := self._before():
+            with links.alone():
+                own = names.tables(self.home)
+                others = {each for each in nat.tables() if not each.startswith(own)}
+                if any(each.startswith(names.TABLES) for each in others):
+                    return
+                nat.set_back(before)
         (self.directory / _FORWARDING).unlink(missing_ok=True)
 
     async def _end_daemons(self, network: str) -> list[str]:

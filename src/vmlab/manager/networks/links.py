@@ -7,6 +7,7 @@ runs. Needs CAP_NET_ADMIN to change anything, nothing to look.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ __all__ = [
     "Link",
     "add_addresses",
     "addresses",
+    "alone",
     "join",
     "links",
     "make_bridge",
@@ -81,6 +83,20 @@ def _kernel(doing: str) -> Iterator[IPRoute]:
 def namespace() -> int:
     """Which network namespace this process is in (network_namespaces(7)); 0 where there is none."""
     return Path("/proc/self/ns/net").stat().st_ino if sys.platform == "linux" else 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Be the only one here of all managers that are in this network namespace; threads wait.
+
+    The lock (flock(2)) is on the namespace itself: it goes with whoever holds it.
+    """
+    namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(namespace, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(namespace)
 
 
 def links() -> dict[str, Link]:

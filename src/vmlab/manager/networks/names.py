@@ -13,6 +13,7 @@ from typing import Final, Literal
 __all__ = [
     "PREFIX",
     "SWITCH",
+    "TABLES",
     "alias",
     "digest",
     "interface",
@@ -24,6 +25,9 @@ __all__ = [
 
 PREFIX: Final = "vmlab"
 """What every alias and table begins with."""
+
+TABLES: Final = f"{PREFIX}_"
+"""What the names of all tables begin with, of whichever home."""
 
 SWITCH: Final = "switch"
 """What stands for a network's id where something is for all networks that have a tag."""
@@ -49,7 +53,7 @@ def table(home: str, network: str) -> str:
 
 def tables(home: str) -> str:
     """What the names of all tables of a home begin with."""
-    return f"{PREFIX}_{home}_"
+    return f"{TABLES}{home}_"
 
 
 def segment(network: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.monitored.networks import join_bridge
-from vmlab.hypervisors.ownership import Owner
+from vmlab.hypervisors.ownership import Home, Owner, Store
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.networks import daemons, links, names, nat, switch
 from vmlab.manager.networks.host import HostNetworks
@@ -27,7 +27,7 @@ from vmlab.manager.store.tables import NetworkRow
 pytestmark = pytest.mark.timeout(600)
 
 
-def layout(bench: Any, id_: str = "a", **fields: Any) -> Layout:
+def layout(bench: Any, id_: str = "a", home: str = "", **fields: Any) -> Layout:
     base: dict[str, Any] = {
         "mode": "bridged",
         "subnet": "10.9.0.0/24",
@@ -37,7 +37,7 @@ def layout(bench: Any, id_: str = "a", **fields: Any) -> Layout:
         "dhcp": True,
         "data": {},
     }
-    return Layout.of(NetworkRow(id=id_ * 32, name=id_, **(base | fields)), bench.host.home)
+    return Layout.of(NetworkRow(id=id_ * 32, name=id_, **(base | fields)), home or bench.host.home)
 
 
 def lease(client: Any, *addresses: str, name: str = "guest") -> Lease:
@@ -100,6 +100,23 @@ def test_the_host_forwards_until_the_last_network_is_gone_and_then_as_before(ben
     bench.run(bench.another().remove(three.network))
     assert nat.FORWARDING.read_text().strip() == "0"
     assert nat.FORWARDING6.read_text().strip() == "0"
+
+
+def test_the_host_forwards_as_long_as_a_network_of_another_home_needs_it(
+    bench: Any, tmp_path: Path
+) -> None:
+    other = HostNetworks(tmp_path, Store.open(Home.open(tmp_path / "home"), "manager").owner)
+    mine = layout(bench)
+    theirs = layout(bench, "b", subnet="10.10.0.0/24", home=other.home)
+    nat.FORWARDING.write_text("0")
+    bench.run(bench.host.ensure(mine))
+    bench.run(other.ensure(theirs))
+    bench.run(bench.host.remove(mine.network))
+    assert nat.FORWARDING.read_text().strip() == "1"
+    bench.run(other.remove(theirs.network))
+    # Who changed it sets it back.
+    bench.run(bench.another().sweep([]))
+    assert nat.FORWARDING.read_text().strip() == "0"
 
 
 def test_what_is_lost_is_told_and_comes_again(bench: Any, sh: Callable[..., str]) -> None:
