@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from vmlab.hypervisors.ownership import Owner, Store
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.errors import VmlabError
-from vmlab.manager.networks import names
 from vmlab.manager.observer.collect import files, guests, hypervisors, locks, networks, processes
 from vmlab.manager.observer.collect.store import known_now
 from vmlab.manager.observer.known import Known
@@ -161,7 +160,7 @@ class Eyes:
             looked.add("locks")
         leases = networks.leases_of(networks.network_directories(directory))
         if any(network.mode == "bridged" for network in known.networks) or leases:
-            interfaces = networks.interfaces_of(self._digest)
+            interfaces = networks.interfaces_of(self._manager.networks.host.home)
         else:
             interfaces = None
         if interfaces is not None:
@@ -172,11 +171,6 @@ class Eyes:
         found["leases"] = leases
         found["looked"] = looked
         return found
-
-    @property
-    def _digest(self) -> str:
-        """What this home's interfaces are told by."""
-        return names.digest(self._manager.settings.directory / "networks")
 
     @property
     def _home(self) -> Path:

@@ -18,16 +18,14 @@ from vmlab.manager.store.queries import find_machine, find_network
 from vmlab.manager.store.tables import NicRow
 
 
-def home_of(watched):
-    return names.digest(watched.manager.settings.directory / "networks")
-
-
 @pytest.mark.usefixtures("namespace")
 def test_a_bridge_of_no_network_is_found_and_removed(run):
     async def test(watched):
         await watched.did(CreateNetwork(name="lan", mode="bridged", subnet="10.9.0.0/24"))
         name = names.interface("bridge", "f" * 32)
-        await to_thread(links.make_bridge, name, names.alias(home_of(watched), "f" * 32))
+        await to_thread(
+            links.make_bridge, name, names.alias(watched.manager.networks.host.home, "f" * 32)
+        )
         await to_thread(links.make_bridge, "somebodys", "of somebody")
         finding = await watched.found("lost-interface")
         assert finding.subject == name

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from vmlab.hypervisors.monitored.networks import bridge_port
 from vmlab.hypervisors.threads import done_in_thread
-from vmlab.machine.errors import MachineNotFound, OperationFailed
+from vmlab.machine.errors import OperationFailed
 from vmlab.machine.spec import Nic
 from vmlab.manager.networks import links, names
 from vmlab.manager.observer.repairs.repair import Facts, Repair, repair
@@ -18,7 +16,7 @@ from vmlab.manager.operator.handler import key
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.store.changes import Conflict, add_event
 from vmlab.manager.store.queries import find_machine
-from vmlab.manager.store.tables import AddressRow, NetworkRow, NicRow
+from vmlab.manager.store.tables import AddressRow, NetworkRow
 
 __all__: list[str] = []
 
@@ -162,16 +160,14 @@ class MendInterface(Repair):
                 return None
             if there is None:
                 if facts.evidence["lacking"]:
-                    layout = await self.manager.networks.ensure(network)
-                    await self._join_all(network, layout.bridge)
+                    await self.manager.networks.ensure(network)
                 else:
                     step.skip("it is gone already")
                 return None
             if facts.evidence["lacking"]:
                 step.skip("it is there again")
                 return None
-            home = names.digest(self.manager.settings.directory / "networks")
-            if names.of_alias(home, there.alias) != network:
+            if names.of_alias(self.manager.networks.host.home, there.alias) != network:
                 raise OperationFailed(
                     f"the interface {name} is another one by now", operation="finding.repair"
                 )
@@ -188,23 +184,3 @@ class MendInterface(Repair):
         if nic is not None:
             await machine.unplug_nic(nic.name)
             await machine.plug_nic(nic)
-
-    async def _join_all(self, network: str, bridge: str) -> None:
-        """Put the taps of all machines of a network on its bridge, which was made anew."""
-        there = await done_in_thread(links.links)
-        for id_, nic in await self.manager.database.read(_nics_on, network):
-            try:
-                machine = await self.manager.machine(id_)
-            except MachineNotFound:
-                continue
-            tap = bridge_port(machine.hypervisor.owner, machine.id, nic)
-            if tap in there:
-                await done_in_thread(links.join, tap, bridge)
-
-
-def _nics_on(session: Session, network: str) -> list[tuple[str, str]]:
-    """The NICs on a network: ids of their machines, and their names there."""
-    rows = session.execute(
-        select(NicRow.machine_id, NicRow.name).where(NicRow.network_id == network)
-    )
-    return [(machine, name) for machine, name in rows]
