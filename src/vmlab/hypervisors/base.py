@@ -178,6 +178,14 @@ class Console(Channel):
     async def log(self) -> bytes:
         """Everything that the guest has printed since it was created, across restarts."""
 
+    async def history(self, size: int) -> bytes:
+        """The last `size` bytes, at most, that were printed before what `read` began with.
+
+        Where that is not known, what is printed meanwhile is among them.
+        """
+        printed = await self.log()
+        return printed[max(0, len(printed) - size) :]
+
     async def catch_up(self) -> None:
         """Wait until all that was printed before this call has been read.
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import signal
+import sys
 import termios
 import tty
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -101,7 +102,7 @@ async def show_console(machine: Machine, only_log: bool = False, name: str = "se
 
 async def converse(console: Console, only_log: bool = False) -> int:
     """Show a console that is open, and type on it, until Ctrl-] is typed or it has ended."""
-    await to_file(1)(await console.log())
+    await to_file(1)(await (console.log() if only_log else console.history(sys.maxsize)))
     if only_log:
         return 0
     with raw(0) if os.isatty(0) else nullcontext():

@@ -130,12 +130,14 @@ class _Pipe:
     """Bytes on their way to one reader."""
 
     def __init__(self) -> None:
+        self.fed = 0
         self._buffer = bytearray()
         self._news = asyncio.Event()
         self._taken = asyncio.Event()
         self.ended = False
 
     def feed(self, data: bytes) -> None:
+        self.fed += len(data)
         self._buffer += data
         self._taken.clear()
         self._news.set()
@@ -363,18 +365,36 @@ class ConsoleLine:
 
         QEMU logs a character twice that its socket did not take at once.
         """
+        await self._logged()
+        return await asyncio.to_thread(self._read, 0, None)
+
+    async def before(self, pipe: _Pipe, size: int) -> bytes:
+        """The last that was printed before what a reader was given, at most `size` bytes."""
+        await self._caught_up()
+        await self._logged()
+        by_log = self._path is not None and not self.by_socket
+        given = self._offset if by_log else self._size() - _unread(self._socket)
+        end = given - pipe.fed
+        return await asyncio.to_thread(self._read, max(0, end - size), max(0, end))
+
+    async def _logged(self) -> None:
+        """Wait until what was sent last is in the log, or will hardly ever be."""
         now = asyncio.get_running_loop().time
         deadline = now() + _LOG_LAG
         tail = self._tail
         while True:
-            text = await asyncio.to_thread(self._read)
             # The socket is written to first.
-            if _ends_with(text, tail) or now() >= deadline:
-                return text
+            if _ends_with(self._read(self._size() - _WINDOW, None), tail) or now() >= deadline:
+                return
             await asyncio.sleep(0.001)
 
-    def _read(self) -> bytes:
-        return self._log.read_bytes() if self._log.exists() else b""
+    def _read(self, start: int, end: int | None) -> bytes:
+        """What stands in the log from one place to another, or to its end."""
+        if not self._log.exists():
+            return b""
+        with self._log.open("rb") as log:
+            log.seek(max(0, start))
+            return log.read() if end is None else log.read(end - log.tell())
 
     def end(self) -> None:
         """The machine is gone: all readers are at their end."""
@@ -383,8 +403,10 @@ class ConsoleLine:
         self._pipes.clear()
 
 
-def _unread(client: socket.socket) -> int:
+def _unread(client: socket.socket | None) -> int:
     """How many bytes have arrived at a socket and were not read (ioctl_tty(2), FIONREAD)."""
+    if client is None:
+        return 0
     count = fcntl.ioctl(client, termios.FIONREAD, bytes(4))
     return int(struct.unpack("i", count)[0])
 
@@ -418,6 +440,9 @@ class MachineConsole(Console):
 
     async def log(self) -> bytes:
         return await self._line.log()
+
+    async def history(self, size: int) -> bytes:
+        return await self._line.before(self._pipe, size)
 
     async def catch_up(self) -> None:
         await self._line.catch_up(self._pipe)

@@ -115,6 +115,7 @@ class SimulatedConsole(Console):
         self.name = name
         self.pipe = Pipe()
         self._hardware = hardware
+        self._start = len(hardware.consoles[name])
         hardware.listeners[name].append(self.pipe)
 
     async def read(self, size: int = 65536) -> bytes:
@@ -139,3 +140,6 @@ class SimulatedConsole(Console):
 
     async def log(self) -> bytes:
         return bytes(self._hardware.consoles[self.name])
+
+    async def history(self, size: int) -> bytes:
+        return bytes(self._hardware.consoles[self.name][max(0, self._start - size) : self._start])

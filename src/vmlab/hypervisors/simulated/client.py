@@ -83,15 +83,15 @@ class RemoteChannel(Channel):
             # Not before: what was still on its way has come by now.
             self._link.streams.pop(self._of["stream"], None)
 
-    async def _log(self) -> bytes:
-        return decode(await self._link.call("log", self._of))
-
 
 class RemoteConsole(RemoteChannel, Console):
     """A console of a machine in another process."""
 
     async def log(self) -> bytes:
-        return await self._log()
+        return decode(await self._link.call("log", self._of))
+
+    async def history(self, size: int) -> bytes:
+        return decode(await self._link.call("history", self._of, {"size": size}))
 
 
 class RemoteMachine(Machine):

@@ -486,6 +486,8 @@ class Session:
             return None
         if call == "log" and isinstance(stream, Console):
             return encode(await stream.log())
+        if call == "history" and isinstance(stream, Console):
+            return encode(await stream.history(_whole(arguments, "size") or 0))
         raise unknown_call(call)
 
     async def _subscribe(self, arguments: Message) -> dict[str, Any]:

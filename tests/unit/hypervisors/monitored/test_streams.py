@@ -120,6 +120,35 @@ def test_who_only_reads_is_no_client_and_holds_nobody_up(tmp_path: Path) -> None
     with_process(tmp_path, test)
 
 
+@pytest.mark.parametrize("typed", [False, True], ids=["by-log", "by-socket"])
+def test_what_was_printed_before_ends_where_a_reader_begins(tmp_path: Path, typed: bool) -> None:
+    async def test(process: Process) -> None:
+        process.logs(b"an earlier boot\n")
+        await process.line.connect(process.path)
+        first = process.line.reader()
+        if typed:
+            await process.is_typed_at(first, b"root\n")
+            process.prints(b"answer\n")
+            await process.counts()
+        process.prints(b"before\n")
+        await exactly(first, b"answer\n" * typed + b"before\n")
+        reader = process.line.reader()
+        process.prints(b"after\n")
+        assert await reader.history(7) == b"before\n"
+        process.prints(b"more\n")
+        whole = b"an earlier boot\n" + b"answer\n" * typed + b"before\n"
+        assert await reader.history(1 << 40) == whole
+        assert await reader.history(0) == b""
+        await exactly(reader, b"after\nmore\n")
+        await process.line.disconnect()
+        assert await reader.history(7) == b"before\n"
+        # The next manager knows of no process.
+        late = ConsoleLine("serial", "vm", process.log).reader()
+        assert await late.history(5) == b"more\n"
+
+    with_process(tmp_path, test)
+
+
 def test_nothing_is_lost_or_comes_twice_when_somebody_begins_to_type(tmp_path: Path) -> None:
     async def test(process: Process) -> None:
         await process.line.connect(process.path)

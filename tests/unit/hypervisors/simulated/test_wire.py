@@ -193,6 +193,12 @@ def test_consoles_and_channels_stream(served, spec, probe):
             await console.write(b"root")
             assert await console.read() == b"root"
             assert await console.log() == text + b"root"
+            async with await machine.console() as later:
+                await console.write(b"more")
+                assert await later.history(2) == b"ot"
+                assert await later.history(1 << 40) == text + b"root"
+                assert await later.read() == b"more"
+            assert await console.read() == b"more"
         assert await console.read() == b""
         await console.close()
         with pytest.raises(ResourceNotFound):

@@ -1,12 +1,12 @@
 """`WS /v1/machines/{machine}/console`: a console both ways, bytes as they are.
 
 What is typed may come as binary or text messages. The log of what was printed before is a GET of
-the same path; `history` sends the end of it first.
+the same path; `history` sends the end of it first, 512 KiB of it at most.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import APIRouter, Query
 from starlette.websockets import WebSocket
@@ -18,6 +18,9 @@ from vmlab.manager.api.sockets import Link, linked, until_first
 __all__ = ["router"]
 
 router = APIRouter(prefix="/v1")
+
+_HISTORY: Final = 1 << 19
+"""Bytes of what was printed before that are sent at most: many clients take 1 MiB at once."""
 
 
 @router.websocket("/machines/{machine}/console")
@@ -35,7 +38,7 @@ async def use_console(
         linked(here, socket) as link,
     ):
         if history:
-            await link.send((await opened.log())[-history:])
+            await link.send(await opened.history(min(history, _HISTORY)))
         await until_first(here, lambda: _print(opened, link), lambda: _type(opened, link))
 
 

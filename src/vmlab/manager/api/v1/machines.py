@@ -171,9 +171,7 @@ async def show_console(
     """What its console has printed since it was created, as it is."""
     at_hypervisor = await here.machine(machine)
     async with await at_hypervisor.console(console, timeout=ASK_SECONDS) as opened:
-        printed = await opened.log()
-    if tail is not None:
-        printed = printed[len(printed) - tail :] if tail < len(printed) else printed
+        printed = await (opened.log() if tail is None else opened.history(tail))
     return Response(printed, media_type="text/plain")
 
 
