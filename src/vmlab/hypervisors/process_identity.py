@@ -11,10 +11,21 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import psutil
 
-__all__ = ["ProcessIdentity", "boot_id", "open_pidfd", "send_signal"]
+__all__ = ["ProcessIdentity", "activity", "boot_id", "open_pidfd", "send_signal"]
+
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_MOST_THREADS: Final = 12
+_STATES: Final = {  # proc(5), /proc/pid/stat, field 3
+    "R": "runs",
+    "S": "sleeps",
+    "D": "waits for the host's kernel",
+    "T": "is stopped",
+    "t": "is traced",
+}
 
 
 def boot_id() -> str:
@@ -106,3 +117,37 @@ def send_signal(process: ProcessIdentity, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def activity(process: ProcessIdentity) -> str:
+    """What a process that does not answer is at: each thread's state and its CPU seconds so far.
+
+    Where a thread sleeps in the host's kernel is told to those who may know (proc(5), wchan).
+    """
+    if not process.alive:
+        return f"process {process.pid} has ended"
+    tasks = Path(f"/proc/{process.pid}/task")
+    if not tasks.is_dir():
+        with suppress(psutil.Error):
+            return f"process {process.pid}: {psutil.Process(process.pid).status()}"
+        return f"process {process.pid} has ended"
+    threads = []
+    for task in sorted(tasks.iterdir(), key=lambda path: int(path.name)):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            threads.append(_thread(task))
+    more = ["..."] if len(threads) > _MOST_THREADS else []
+    return f"process {process.pid}: {'; '.join(threads[:_MOST_THREADS] + more)}"
+
+
+def _thread(task: Path) -> str:
+    """One thread's name, state and CPU seconds."""
+    stat = (task / "stat").read_bytes()
+    name = stat[stat.index(b"(") + 1 : stat.rindex(b")")].decode(errors="replace")
+    fields = stat[stat.rindex(b")") + 2 :].decode("ascii").split()
+    state = _STATES.get(fields[0], fields[0])
+    seconds = (int(fields[11]) + int(fields[12])) / _TICKS
+    place = ""
+    with suppress(PermissionError):
+        place = (task / "wchan").read_text("ascii").strip("\0\n")
+    where = f" in {place}" if place not in {"", "0"} else ""
+    return f"{name} {state}{where}, {seconds:.1f} s of CPU"

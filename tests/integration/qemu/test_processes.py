@@ -22,7 +22,7 @@ from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home, Store
 from vmlab.hypervisors.qemu import provider
 from vmlab.hypervisors.qemu.emulator import Emulator
-from vmlab.hypervisors.qmp import QmpLost, connect_socket
+from vmlab.hypervisors.qmp import QmpLost, QmpTimeout, connect_socket
 from vmlab.machine.errors import (
     DeadlineExceeded,
     InvalidSpec,
@@ -234,6 +234,21 @@ def test_qemu_that_does_not_start_says_why_and_the_machine_failed(
         with pytest.raises(OperationFailed):
             await broken.start()
         assert broken.state is MachineState.FAILED
+
+    bench.run(test())
+
+
+def test_a_qemu_that_does_not_answer_is_told_with_what_it_is_at(bench: Any, make_spec: Any) -> None:
+    async def test() -> None:
+        machine = await bench.qemu.create(make_spec())
+        await machine.start()
+        process = machine.emulator.process
+        assert process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)  # noqa: ASYNC222 (on purpose)
+        stopped = rf"no answer within 0.2 s; process {process.pid}: qemu-system-x86 is stopped"
+        with pytest.raises(QmpTimeout, match=stopped):
+            await machine.emulator.execute("query-status", timeout=0.2)
+        assert process.send_signal(signal.SIGCONT)
 
     bench.run(test())
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from vmlab.hypervisors import process_identity
 from vmlab.hypervisors.process_identity import (
     ProcessIdentity,
+    activity,
     boot_id,
     open_pidfd,
     send_signal,
@@ -143,3 +146,50 @@ def test_where_there_is_no_proc_psutil_tells(
 @needs_proc
 def test_a_boot_has_a_name() -> None:
     assert boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@needs_proc
+def test_what_a_process_is_at_is_told_thread_by_thread(child: subprocess.Popen[bytes]) -> None:
+    me = activity(ProcessIdentity(os.getpid(), 0))
+    assert me == f"process {os.getpid()} has ended", "somebody else had that number"
+    who = identity(child)
+    seen = activity(who)
+    while "sleep sleeps" not in seen:  # it may still be on its way there
+        seen = activity(who)
+    assert re.fullmatch(rf"process {child.pid}: sleep sleeps( in \w+)?, \d+\.\d s of CPU", seen)
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert "sleep is stopped" in activity(who)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert activity(who) == f"process {child.pid} has ended"
+
+
+@needs_proc
+def test_of_many_threads_the_first_are_told() -> None:
+    enough = threading.Event()
+    threads = [threading.Thread(target=enough.wait) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    me = ProcessIdentity.of(os.getpid())
+    assert me is not None
+    seen = activity(me)
+    enough.set()
+    for thread in threads:
+        thread.join()
+    assert seen.endswith("; ...")
+    assert seen.count("s of CPU") == 12
+
+
+def test_where_there_are_no_tasks_psutil_tells_its_state(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = identity(child)
+    monkeypatch.setattr(process_identity.Path, "is_dir", lambda path: False)
+    assert activity(who).startswith(f"process {child.pid}: ")
+
+    def gone(pid: int) -> psutil.Process:
+        raise psutil.NoSuchProcess(pid)
+
+    monkeypatch.setattr(process_identity.psutil, "Process", gone)
+    assert activity(who) == f"process {child.pid} has ended"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.operation import uninterrupted
+from vmlab.hypervisors.process_identity import activity
 from vmlab.hypervisors.qmp import (
     COMMAND_TIMEOUT,
     QmpConnection,
@@ -197,11 +198,14 @@ class Emulator:
 
         Raises:
             QmpError: it refused.
-            QmpTimeout: no answer in time.
+            QmpTimeout: no answer in time; it says what the process is at.
             MachineCrashed: the process has ended.
         """
         try:
             return await self.qmp.execute(command, arguments, timeout=timeout)
+        except QmpTimeout as error:
+            seen = await asyncio.to_thread(activity, self.process.identity)
+            raise self.qmp.failure(QmpTimeout, f"{error.message}; {seen}") from error
         except QmpLost as error:
             raise await self.crashed(command, error) from error
 
