@@ -310,7 +310,9 @@ class CreateNetwork(_Request):
     subnet: IPv4Network | None = Field(None, description="IPv4 addresses of the network")
     subnet6: IPv6Network | None = Field(None, description="IPv6 addresses of the network")
     gateway: str | None = Field(None, description="gateway; the first address if left out")
-    dns: tuple[str, ...] = Field((), description="DNS servers that machines are told")
+    dns: tuple[str, ...] = Field(
+        (), max_length=16, description="DNS servers that machines are told"
+    )
     ranges: tuple[str, ...] = Field((), description='"FIRST-LAST" that addresses are taken from')
     reserved: tuple[str, ...] = Field((), description="addresses that are never given")
     dhcp: Flag = Field(True, description="whether machines get their addresses by DHCP")
