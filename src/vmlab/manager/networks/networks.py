@@ -98,28 +98,6 @@ class Networks:
             return f"segment:{names.segment(network.id)}"
         return f"bridge:{layout.bridge}"
 
-    async def nic_network(self, nic: NicRow | str) -> str:
-        """What a NIC's `network` is in a machine's specification, with its wire in place.
-
-        Args:
-            nic: The NIC, or its id.
-
-        Raises:
-            ResourceNotFound: there is no such NIC.
-            OperationFailed: its network cannot be made on this host.
-        """
-        id_ = nic if isinstance(nic, str) else nic.id
-        network, wire = await self._database.read(self._wire, id_)
-        if network is not None:
-            await self.ensure(network)
-        return wire
-
-    def _wire(self, s: Session, nic: str) -> tuple[str | None, str]:
-        row = s.get(NicRow, nic)
-        if row is None:
-            raise ResourceNotFound(f"there is no NIC {nic!r}")
-        return row.network_id, self.wire(row)
-
     async def machine_starting(self, machine: str) -> None:
         """Have the networks of a machine there, which know of it; again is fine.
 

@@ -27,7 +27,6 @@ __all__ = [
     "Handler",
     "PlannedStep",
     "Target",
-    "handler_kinds",
     "handlers_for",
     "key",
     "operation_of",
@@ -156,8 +155,3 @@ def register(handler: H) -> H:
 def handlers_for(manager: Manager) -> dict[str, Handler[Any]]:
     """A handler of each kind that is registered."""
     return {kind: handler(manager) for kind, handler in _KINDS.items()}
-
-
-def handler_kinds() -> frozenset[str]:
-    """The kinds of requests that can be carried out."""
-    return frozenset(_KINDS)
