@@ -108,7 +108,8 @@ def _sha256_in(digest: str | None) -> bytes | None:
     """
     if digest is None:
         return None
-    match = _DIGEST.fullmatch(digest)
+    # One of each algorithm; base64 has no comma.
+    match = next(filter(None, map(_DIGEST.fullmatch, digest.split(","))), None)
     try:
         found = base64.b64decode(match[1], validate=True) if match else b""
     except binascii.Error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Annotated, Final
@@ -62,9 +63,12 @@ async def list_exports(here: Here) -> Response:
     def look() -> list[ExportDocument]:
         directory = exports_directory(here.manager.settings)
         names = sorted(path.name for path in directory.iterdir() if path.is_file())
-        return [
-            _document(directory / name) for name in names if is_name(name) and not is_lent(name)
-        ]
+        there = []
+        for name in names:
+            if is_name(name) and not is_lent(name):
+                with suppress(FileNotFoundError):  # it was removed meanwhile
+                    there.append(_document(directory / name))
+        return there
 
     found = await asyncio.to_thread(look)
     return told(Page[ExportDocument](items=tuple(found), total=len(found)))
@@ -85,7 +89,10 @@ async def download_export(request: Request, here: Here, who: Who, export: Export
 
 
 def _opened(here: Service, export: str) -> tuple[IO[bytes], int]:
-    file = _path_of(here, export).open("rb")
+    try:
+        file = _path_of(here, export).open("rb")
+    except FileNotFoundError:
+        raise _missing(export) from None
     return file, os.fstat(file.fileno()).st_size
 
 
@@ -166,7 +173,11 @@ def _path_of(here: Service, export: str) -> Path:
     """
     path = export_path(here.manager.settings, export)
     if is_lent(export) or not path.is_file():
-        raise ResourceNotFound(
-            f"there is no archive {export!r} among the exports", hint="GET /v1/exports lists them"
-        )
+        raise _missing(export)
     return path
+
+
+def _missing(export: str) -> ResourceNotFound:
+    return ResourceNotFound(
+        f"there is no archive {export!r} among the exports", hint="GET /v1/exports lists them"
+    )
