@@ -32,7 +32,9 @@ from vmlab.manager.requests import (
     MachinePolicy,
     Metadata,
     NewNic,
+    PauseMachine,
     RestoreMachine,
+    ResumeMachine,
     SnapshotMachine,
     StartMachine,
     StopMachine,
@@ -261,6 +263,15 @@ def test_copies_of_a_machine_that_runs_take_addresses_of_their_own(
             for other in others:
                 for address in at[other]:
                     assert await reaches(await office.guest(name), address), (name, other, address)
+        # A copy that stood still is told when it is resumed.
+        await office.did(PauseMachine(machine="one"))
+        still = await office.manager.operator.submit(CloneMachine(machine="one", name="still"))
+        assert (await office.manager.operator.wait(still.id, WAIT)).state == "succeeded"
+        for name in ("one", "still"):
+            await office.did(ResumeMachine(machine=name))
+            guest = await office.is_itself(name, "eth0", "eth1")
+            assert await reaches(guest, at["forked"][0])
+        await office.did(DeleteMachine(machine="still", force=True))
         # Its disk for cloud-init is another one, now and after its next start.
         machine = await office.machine("forked")
         wanted = f"i-{machine.id[:17]}"
