@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -400,3 +401,29 @@ def test_what_a_manager_says_of_a_file_names_it_as_its_user_does(
     assert main(["import", str(file)]) == 3
     error = capsys.readouterr().err
     assert error.splitlines()[0] == f"error: {file} is no machine: a digest differs"
+
+
+def test_what_cannot_be_removed_afterwards_does_not_hide_how_an_import_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Exports:
+        async def upload(self, name: str, file: Path) -> None:
+            assert file.name == "a.tar"
+
+        async def delete(self, name: str) -> None:
+            raise VmlabError("the manager does not answer")
+
+    def refused(requests: list[Any], how: How, told: object, *, after: object) -> int:
+        raise OperationFailed(f"/srv/exports/{requests[0].path} cannot be unpacked")
+
+    client = SimpleNamespace(exports=Exports())
+    monkeypatch.setenv("VMLAB_URL", "http://nowhere")
+    monkeypatch.setattr(archives, "ask", lambda body: asyncio.run(body(client)))
+    monkeypatch.setattr(archives, "change", refused)
+    monkeypatch.setattr("vmlab.manager.machine_archive.read_manifest", lambda file: None)
+    file = tmp_path / "a.tar"
+    file.write_bytes(b"whatever")
+    assert main(["import", str(file)]) == 3
+    error = capsys.readouterr().err
+    assert f"error: {file} cannot be unpacked" in error
+    assert "stays among the manager's exports for a week: the manager does not answer" in error

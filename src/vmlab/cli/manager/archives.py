@@ -63,7 +63,7 @@ def export(
             return
         if _is_elsewhere():
             await client.exports.download(name, target)
-            await client.exports.delete(name)
+            await _forget(client, name)
             return
         written = str((operation.result or {}).get("path", name))
         try:
@@ -142,7 +142,15 @@ def _sent(file: Path) -> Iterator[str]:
     try:
         yield name
     finally:
-        ask(lambda client: client.exports.delete(name))
+        ask(lambda client: _forget(client, name))
+
+
+async def _forget(client: AsyncClient, name: str) -> None:
+    """Remove an archive that is of no use any more; what was done with it is done."""
+    try:
+        await client.exports.delete(name)
+    except VmlabError as error:
+        output.note(f"{name} stays among the manager's exports for a week: {error}")
 
 
 @contextmanager
