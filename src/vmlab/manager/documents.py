@@ -18,6 +18,7 @@ from vmlab.manager.requests import MachinePolicy, Metadata
 D = TypeVar("D", bound=BaseModel)
 
 OperationState = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+UNDER_WAY: tuple[OperationState, ...] = ("queued", "running")
 ENDED: frozenset[OperationState] = frozenset({"succeeded", "failed", "cancelled"})
 DiskState = Literal[
     "creating", "available", "attaching", "attached", "detaching", "deleting", "failed"

@@ -18,6 +18,7 @@ from vmlab.hypervisors.base import Machine
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import MachineNotFound, VmlabError
 from vmlab.machine.spec import Disk
+from vmlab.manager.documents import UNDER_WAY
 from vmlab.manager.operator.admission import Need, reserve
 from vmlab.manager.operator.handler import key, operation_of
 from vmlab.manager.operator.journal import Work
@@ -135,7 +136,7 @@ def waited_for(session: Session, machine_id: str) -> frozenset[str]:
             DiskRow.machine_id == machine_id,
             DiskRow.state == "attaching",
             OperationRow.kind == "disk.attach",
-            OperationRow.state.in_(("queued", "running")),
+            OperationRow.state.in_(UNDER_WAY),
         )
     )
     return frozenset(session.scalars(waiting))

@@ -19,20 +19,12 @@ from vmlab.manager.operator.admission import Need, drop_reservation, reserve
 from vmlab.manager.operator.attachments import LET_GO, unplug
 from vmlab.manager.operator.disk_rows import (
     Standing,
-    all_attached,
-    attached,
     claim,
-    claim_for,
-    device_of,
     disk_keys,
-    disk_part,
-    fitting_bus,
     found_machine,
-    let_go,
     look_at_machine_of,
     machine_name_of,
     require_room,
-    serial_of,
     standing_of,
     standing_or_none,
     tell_disk,
@@ -62,16 +54,7 @@ from vmlab.manager.store.tables import DiskRow, MachineRow, new_id
 if TYPE_CHECKING:
     from vmlab.manager.manager import Manager
 
-__all__ = [
-    "all_attached",
-    "attached",
-    "claim_for",
-    "device_of",
-    "disk_part",
-    "fitting_bus",
-    "let_go",
-    "serial_of",
-]
+__all__ = ["CreateDiskHandler", "DeleteDiskHandler", "ResizeDiskHandler"]
 
 _SECTOR: Final = 512
 

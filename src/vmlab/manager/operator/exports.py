@@ -25,6 +25,7 @@ from vmlab.machine.fields import is_name
 from vmlab.machine.spec import Disk, MachineSpec
 from vmlab.machine.states import OPERATIONS
 from vmlab.manager import machine_archive
+from vmlab.manager.documents import UNDER_WAY
 from vmlab.manager.lending import forget_lent, forget_passing, is_lent
 from vmlab.manager.machine_archive import DiskMember, FileMember, Manifest, NicPart
 from vmlab.manager.operator.definition import json_of
@@ -93,7 +94,7 @@ def _wanted(session: Session) -> tuple[set[str], set[str]]:
     """Ids of the operations that are not ended, and what imports among them have yet to read."""
     rows = session.execute(
         select(OperationRow.id, OperationRow.kind, OperationRow.request).where(
-            OperationRow.state.in_(("queued", "running"))
+            OperationRow.state.in_(UNDER_WAY)
         )
     ).all()
     imports = {str(row.request["path"]) for row in rows if row.kind == "machine.import"}

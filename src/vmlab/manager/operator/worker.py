@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from vmlab.hypervisors.operation import uninterrupted
 from vmlab.machine.errors import DeadlineExceeded, OperationAborted, VmlabError, from_record
-from vmlab.manager.documents import OperationState
+from vmlab.manager.documents import UNDER_WAY, OperationState
 from vmlab.manager.operator.handler import OPERATION, Handler
 from vmlab.manager.operator.journal import RollingBack, Step, Work, read_steps
 from vmlab.manager.requests import REQUEST
@@ -231,7 +231,7 @@ def _mistake(error: Exception) -> VmlabError:
 def _begin(session: Session, operation_id: str, seconds: float) -> _Begun | None:
     """Write down that it is carried out now; None if it was cancelled before."""
     row = session.get_one(OperationRow, operation_id)
-    if row.state not in {"queued", "running"}:
+    if row.state not in UNDER_WAY:
         return None
     row.attempts += 1
     row.not_before = None

@@ -6,7 +6,7 @@ import pytest
 
 from vmlab.machine.errors import InvalidSpec, VmlabError
 from vmlab.manager.observer.checks import Thresholds
-from vmlab.manager.operator.disks import disk_part
+from vmlab.manager.operator.disk_rows import disk_part
 from vmlab.manager.requests import AttachDisk, CreateDisk, DetachDisk, RepairFinding, StopMachine
 from vmlab.manager.store.queries import find_disk
 

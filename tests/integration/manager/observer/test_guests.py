@@ -26,7 +26,7 @@ from vmlab.hypervisors.ownership import Home
 from vmlab.machine.states import MachineState
 from vmlab.manager.documents import FindingDocument
 from vmlab.manager.observer.observer import Pace
-from vmlab.manager.operator.disks import disk_part
+from vmlab.manager.operator.disk_rows import disk_part
 from vmlab.manager.requests import (
     DeleteDisk,
     DeleteMachine,

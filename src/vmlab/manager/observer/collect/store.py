@@ -17,6 +17,7 @@ from sqlalchemy import Executable, Text, cast, or_, select
 from sqlalchemy.orm import Session
 
 from vmlab.machine.states import MachineState
+from vmlab.manager.documents import UNDER_WAY
 from vmlab.manager.networks.names import interface
 from vmlab.manager.observer.known import (
     Known,
@@ -44,7 +45,6 @@ __all__ = ["PlaceOf", "known_now", "stirred_since", "under_way"]
 PlaceOf = Callable[[str, str], Path]
 """Where the file of a disk is: by its id and format."""
 
-_GOING_ON: Final = ("queued", "running")
 _AT_ONCE: Final = 200
 """Rows that are read at a stretch: some milliseconds of work."""
 _PAUSE_S: Final = 0.008
@@ -197,7 +197,7 @@ def _reservations(session: Session) -> Iterable[KnownReservation]:
             "machines": row.machines,
         }
         what = ", ".join(f"{amount} {noun}" for noun, amount in amounts.items() if amount)
-        yield KnownReservation(row.id, row.operation_id, what or "nothing", state not in _GOING_ON)
+        yield KnownReservation(row.id, row.operation_id, what or "nothing", state not in UNDER_WAY)
 
 
 def under_way(session: Session) -> tuple[frozenset[str], datetime | None]:
@@ -207,7 +207,7 @@ def under_way(session: Session) -> tuple[frozenset[str], datetime | None]:
     for id_, target, keys, started in session.execute(
         select(
             OperationRow.id, OperationRow.target, OperationRow.lock_keys, OperationRow.started
-        ).where(OperationRow.state.in_(_GOING_ON), OperationRow.dry_run.is_(False))
+        ).where(OperationRow.state.in_(UNDER_WAY), OperationRow.dry_run.is_(False))
     ):
         busy |= _ids(id_, target, keys)
         if started is not None and (since is None or started < since):
@@ -233,7 +233,7 @@ def stirred_since(session: Session, event: int) -> frozenset[str]:
             operations.add(operation)
     for id_, target, keys in session.execute(
         select(OperationRow.id, OperationRow.target, OperationRow.lock_keys).where(
-            or_(OperationRow.id.in_(operations), OperationRow.state.in_(_GOING_ON)),
+            or_(OperationRow.id.in_(operations), OperationRow.state.in_(UNDER_WAY)),
             OperationRow.dry_run.is_(False),
         )
     ):

@@ -15,7 +15,7 @@ from vmlab.machine.errors import OperationFailed, VmlabError
 from vmlab.machine.sizes import format_size
 from vmlab.manager.observer.collect.files import QUARANTINE
 from vmlab.manager.observer.repairs.repair import Delegated, Facts, Repair, repair
-from vmlab.manager.operator.disks import let_go
+from vmlab.manager.operator.disk_rows import let_go
 from vmlab.manager.operator.handler import PlannedStep, key
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.operator.placement import look
