@@ -186,7 +186,7 @@ class HostNetworks:
             told = nat.forwarding(layout)
             if not told:
                 return
-            record = {str(path): path.read_text("ascii").strip() for path in told}
+            record = {str(path): value for path in told if (value := nat.said(path))}
             # What an earlier network found comes first: that is how it was.
             before = {str(path): value for path, value in self._before().items()}
             data = {"namespace": links.namespace(), "before": {**record, **before}}

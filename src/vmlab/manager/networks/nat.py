@@ -31,6 +31,7 @@ __all__ = [
     "hear_no_routers",
     "remove",
     "rules",
+    "said",
     "set_back",
     "set_kernel",
     "tables",
@@ -99,12 +100,12 @@ def forwarding(layout: Layout) -> dict[Path, str]:
     """
     versions = {subnet.version for subnet in layout.subnets}
     told: dict[Path, str] = {}
-    if 4 in versions and _said(FORWARDING) == "0":
+    if 4 in versions and said(FORWARDING) == "0":
         told[FORWARDING] = "1"
-    if 6 in versions and _said(FORWARDING6) == "0":
+    if 6 in versions and said(FORWARDING6) == "0":
         for path in sorted(_INTERFACES6.glob("*/accept_ra")):
             # Those of "all" and "default" say nothing of an interface that is there.
-            if path.parent.name not in {"all", "default"} and _said(path) == _HEARS:
+            if path.parent.name not in {"all", "default"} and said(path) == _HEARS:
                 told[path] = _HEARS_ALL_THE_SAME
         told[FORWARDING6] = "1"
     return told
@@ -121,13 +122,14 @@ def hear_no_routers(interface: str) -> None:
 
 
 def set_kernel(told: Mapping[Path, str]) -> None:
-    """Tell the kernel that, in that order.
+    """Tell the kernel that, in that order; an interface that went meanwhile is told nothing.
 
     Raises:
         OperationFailed: the kernel's settings cannot be changed here.
     """
     for path, value in told.items():
-        _tell(path, value)
+        with suppress(FileNotFoundError):
+            _tell(path, value)
 
 
 def set_back(before: Mapping[Path, str]) -> None:
@@ -149,7 +151,8 @@ def _tell(path: Path, value: str) -> None:
         ) from error
 
 
-def _said(path: Path) -> str:
+def said(path: Path) -> str:
+    """What the kernel says there; "" where it has no such setting, or no more."""
     try:
         return path.read_text("ascii").strip()
     except FileNotFoundError:

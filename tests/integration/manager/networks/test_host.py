@@ -102,6 +102,18 @@ def test_the_host_forwards_until_the_last_network_is_gone_and_then_as_before(ben
     assert nat.FORWARDING6.read_text().strip() == "0"
 
 
+def test_an_interface_that_goes_meanwhile_keeps_no_network_from_being_made(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, forwarding = nat.SETTINGS / "ipv6/conf/gone0/accept_ra", nat.forwarding
+    monkeypatch.setattr(nat, "forwarding", lambda layout: {gone: "2"} | forwarding(layout))
+    nat.FORWARDING.write_text("0")
+    made = bench.run(bench.host.ensure(layout(bench)))
+    assert nat.FORWARDING.read_text().strip() == "1"
+    bench.run(bench.host.remove(made.network))
+    assert nat.FORWARDING.read_text().strip() == "0"
+
+
 def test_the_host_forwards_as_long_as_a_network_of_another_home_needs_it(
     bench: Any, tmp_path: Path
 ) -> None:
