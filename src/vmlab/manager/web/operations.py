@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, get_args
 
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from vmlab.manager.documents import OperationDocument, OperationState, Page
+from vmlab.manager.documents import UNDER_WAY, OperationDocument, OperationState, Page
 from vmlab.manager.store import queries
 from vmlab.manager.web.machines import PAGE
 from vmlab.manager.web.visit import Pages, Visit
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 __all__ = ["routes"]
-
-_UNDER_WAY: Final = ("queued", "running")
 
 
 def routes(pages: Pages) -> list[BaseRoute]:
@@ -47,7 +45,7 @@ async def operations(visit: Visit) -> Response:
 def _read(
     session: Session, filters: dict[str, str | None]
 ) -> tuple[list[OperationDocument], Page[OperationDocument]]:
-    under_way = queries.list_operations(session, state=_UNDER_WAY, limit=PAGE).items
+    under_way = queries.list_operations(session, state=UNDER_WAY, limit=PAGE).items
     page = queries.list_operations(session, **filters, limit=PAGE, count=True)
     return list(under_way), page
 
