@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.figures import write
+
 UNPROVEN = "declared, and no check of it ran"
-# Read before the tests get an environment of their own.
-_RESULTS = os.environ.get("VMLAB_RESULTS")
 
 
 def whole_suite(
@@ -59,10 +59,7 @@ def whole_suite(
         "capabilities": [each["text"] for each in found["messages"]],
         "skipped": skipped,
     }
-    if _RESULTS:
-        path = Path(_RESULTS) / f"conformance-{hypervisor}-{architecture}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    write(f"conformance-{hypervisor}-{architecture}.json", figures)
     assert ended.returncode == 0, f"{figures}\n{ended.stdout}\n{ended.stderr}"
     if not checks:
         left = [each["text"] for each in found["messages"] if UNPROVEN in each["text"]]

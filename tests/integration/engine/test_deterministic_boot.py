@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.figures import kept, write
 from tests.store import IMAGE_STORE
 
 from vmlab.engine import firmware
@@ -32,7 +32,6 @@ from vmlab.images import ImageStore
 
 pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
 
-_RESULTS = os.environ.get("VMLAB_RESULTS")
 _PATIENCE = 600
 PER_TICK = 10
 _RECORDS = Path(__file__).parents[3] / "benchmarks/results"
@@ -207,8 +206,8 @@ def test_two_harts_boot_the_same_however_often_they_stand(begin: Begin) -> None:
 
 def compare_with_record(exits: dict[str, int], record: str) -> None:
     """Compare the exits of a boot with those that are on record, or put them on record."""
-    if _RESULTS:
-        (Path(_RESULTS) / record).write_text(json.dumps(exits, indent=2) + "\n")
+    if kept():
+        write(record, exits, indent=2)
         return
     recorded = json.loads((_RECORDS / record).read_text())
     total, expected = sum(exits.values()), sum(recorded.values())

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.figures import note
 from tests.integration.engine.guest import Guest, start
 
 pytestmark = [pytest.mark.boots, pytest.mark.soak, pytest.mark.timeout(0)]
 
 IMAGE = str(Path(__file__).with_name("stress.toml"))
 SECONDS = int(os.environ.get("VMLAB_STRESS_SECONDS", "20"))
-# Read before the tests get an environment of their own.
-RESULTS = os.environ.get("VMLAB_RESULTS")
+FIGURES = "engine-stress.json"
 PATIENCE = 3600
 MEBIBYTE = 1 << 20
 
@@ -45,15 +44,6 @@ def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     made.close()
 
 
-def note(title: str, figures: dict[str, object]) -> None:
-    if RESULTS:
-        path = Path(RESULTS) / "engine-stress.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known[title] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), **figures}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1) + "\n")
-
-
 @pytest.mark.parametrize("stressor", STRESSORS)
 def test_stress_ng_finds_no_fault(guest: Guest, stressor: str) -> None:
     command = (
@@ -62,7 +52,8 @@ def test_stress_ng_finds_no_fault(guest: Guest, stressor: str) -> None:
     said = guest.run(f"{command} 2>&1 || {{ echo FAILED $?; true; }}")
     assert "FAILED" not in said and "fail:" not in said, said
     assert "successful run completed" in said, said
-    note(f"stress-ng {stressor}", {"seconds": SECONDS, "harts": 2, "outcome": "no fault"})
+    figures = {"seconds": SECONDS, "harts": 2, "outcome": "no fault"}
+    note(FIGURES, f"stress-ng {stressor}", figures)
 
 
 @pytest.mark.parametrize("engine", ["psync", "libaio"])
@@ -78,7 +69,8 @@ def test_fio_reads_back_what_it_wrote(guest: Guest, engine: str, pattern: str) -
     assert job["error"] == 0
     assert job["write"]["io_bytes"] > 32 * MEBIBYTE
     assert job["read"]["io_bytes"] >= job["write"]["io_bytes"] // 2
-    note(f"fio {engine} {pattern}", {"bytes": job["write"]["io_bytes"], "outcome": "no fault"})
+    figures = {"bytes": job["write"]["io_bytes"], "outcome": "no fault"}
+    note(FIGURES, f"fio {engine} {pattern}", figures)
 
 
 def test_the_kernel_has_nothing_to_complain_of(guest: Guest) -> None:

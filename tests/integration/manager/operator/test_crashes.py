@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import queue
 import random
 import signal
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.figures import note
 from tests.needs import need
 
 from vmlab.hypervisors import processes
@@ -35,7 +35,6 @@ WAIT = 280.0
 SETTLED_WITHIN = 30.0
 """Seconds from the start of the next manager's process until nothing is under way any more."""
 # Read before the tests get an environment of their own.
-RESULTS = os.environ.get("VMLAB_RESULTS")
 PROFILE = """
 extends = "performance"
 [latency]
@@ -144,19 +143,13 @@ class Story:
         """Say how soon all was settled, and have it be soon enough."""
         longest, median = max(self.settled), statistics.median(self.settled)
         figures = {
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "seed": self.seed,
             "kills": len(self.settled),
             "operations": self.acknowledged,
             "settled seconds": {"median": round(median, 2), "most": round(longest, 2)},
         }
         print(title, json.dumps(figures))
-        if RESULTS:
-            path = Path(RESULTS) / "manager-crashes.json"
-            known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-            known[title] = figures
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        note("manager-crashes.json", title, figures)
         assert longest <= SETTLED_WITHIN, self.settled
 
 

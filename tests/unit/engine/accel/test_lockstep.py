@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from tests.figures import note
 
 from vmlab.engine.accel.interpreter import InterpreterExecutor
 from vmlab.engine.accel.lockstep import Divergence, Lockstep
@@ -25,16 +23,7 @@ BASE, SIZE = 0x8000_0000, 1 << 20
 DATA = BASE + SIZE // 2
 WFI = (0x10500073).to_bytes(4, "little")
 FLOATING_ON = 3 << 13
-
-
-def note(title: str, figures: dict[str, int]) -> None:
-    """Keep a soak test's figures, where somebody wants them."""
-    if RESULTS:
-        path = Path(RESULTS) / "engine-lockstep.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        known[title] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), **figures}
-        path.write_text(json.dumps(known, indent=1) + "\n")
+FIGURES = "engine-lockstep.json"
 
 
 @pytest.fixture
@@ -64,7 +53,6 @@ def prepare(harts: list[Hart], code: bytes, source: random.Random) -> None:
 
 
 # Read before the tests get an environment of their own.
-RESULTS = os.environ.get("VMLAB_RESULTS")
 MILLION = ("I", "I M", "I A", "I C", "I Zba", "I Zbb", "I Zbs", "F", "D")
 EXTENSIONS = ("I", "I M", "I A", "I C", "I Zba Zbb Zbs", "F", "D", "F D C I", "I M A F D C Zbb")
 
@@ -98,7 +86,8 @@ def test_a_million_instructions_run_alike(pair, extensions: str) -> None:
         assert harts[0].pc == BASE + len(program.code) + len(WFI), "the program trapped"
         start = DATA - REACH
         assert harts[0].ram.read(start, 2 * REACH) == harts[1].ram.read(start, 2 * REACH)
-    note(extensions, {"instructions": done, "cpu_seconds": round(time.process_time() - began)})
+    seconds = round(time.process_time() - began)
+    note(FIGURES, extensions, {"instructions": done, "cpu_seconds": seconds})
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["blocks", "instructions"])

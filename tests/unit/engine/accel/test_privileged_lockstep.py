@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.unit.engine.accel.test_lockstep import BASE, DATA, SIZE, note, prepare
+from tests.figures import note
+from tests.unit.engine.accel.test_lockstep import BASE, DATA, FIGURES, SIZE, prepare
 
 from vmlab.engine.accel.interpreter import InterpreterExecutor
 from vmlab.engine.accel.lockstep import Lockstep
@@ -125,5 +126,5 @@ def test_a_million_run_alike(pair, extensions: str) -> None:
     began = time.process_time()
     # In single steps: where a program traps without end, thousands of traps would not be compared.
     done = run(pair, extensions, 1_000_000, single=1)
-    title = f"system instructions of {extensions}"
-    note(title, {"instructions": done, "cpu_seconds": round(time.process_time() - began)})
+    title, seconds = f"system instructions of {extensions}", round(time.process_time() - began)
+    note(FIGURES, title, {"instructions": done, "cpu_seconds": seconds})

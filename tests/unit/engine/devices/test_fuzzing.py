@@ -6,13 +6,13 @@ on what it found, and it is run first from then on.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
 from pathlib import Path
 
 import pytest
+from tests.figures import note
 from tests.unit.engine.devices.fuzzing import LUCK, NAMES, MemoryDisk, Target, target
 from tests.unit.engine.devices.machines import Engine
 
@@ -22,7 +22,6 @@ CORPUS = Path(__file__).parent / "corpus"
 INPUTS = 10_000
 SOAK = 1_000_000
 # Read before the tests get an environment of their own.
-RESULTS = os.environ.get("VMLAB_RESULTS")
 SEED = int(os.environ.get("VMLAB_FUZZ_SEED", "2"))
 
 
@@ -82,13 +81,8 @@ def test_no_input_of_a_million_breaks_a_device(name: str) -> None:
     began = time.process_time()
     attack(fuzzed, SOAK, SEED)
     fuzzed.engine.close()
-    if RESULTS:
-        path = Path(RESULTS) / "engine-fuzzing.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        seconds = round(time.process_time() - began)
-        date = time.strftime("%Y-%m-%d", time.gmtime())
-        known[name] = {"date": date, "seed": SEED, "inputs": SOAK, "cpu_seconds": seconds}
-        path.write_text(json.dumps(known, indent=1) + "\n")
+    seconds = round(time.process_time() - began)
+    note("engine-fuzzing.json", name, {"seed": SEED, "inputs": SOAK, "cpu_seconds": seconds})
 
 
 def test_no_access_to_any_register_breaks_the_board() -> None:

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.unit.engine.accel.test_lockstep import note
+from tests.figures import note
+from tests.unit.engine.accel.test_lockstep import FIGURES
 from tests.unit.engine.oracles.code import DATA, in_qemu, needs_qemu, on_hart
 from tests.unit.engine.oracles.programs import SETS, Batch, jumps
 
@@ -63,4 +64,4 @@ def test_a_million_instructions_end_as_in_qemu(
         compare(batch, interpreter, tmp_path)
         done, seed = done + batch.instructions, seed + 1
     figures = {"instructions": done, "cpu_seconds": round(time.process_time() - began)}
-    note(f"{extensions}, as in qemu-riscv64", figures)
+    note(FIGURES, f"{extensions}, as in qemu-riscv64", figures)
