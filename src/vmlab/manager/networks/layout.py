@@ -20,7 +20,7 @@ from vmlab.report import write_atomically
 if TYPE_CHECKING:
     from vmlab.manager.store.tables import NetworkRow
 
-__all__ = ["RECORD", "Layout", "Lease", "Record", "network_pools", "subnets_of"]
+__all__ = ["RECORD", "Layout", "Lease", "Record", "bridge_of", "network_pools", "subnets_of"]
 
 RECORD: Final = "network.json"
 
@@ -69,13 +69,12 @@ class Layout:
         """The layout of a network, in the home of that digest."""
         bridged = row.mode == "bridged"
         tagged = bridged and row.vlan is not None
-        own = names.interface("bridge", row.id)
         # Networks with tags are on one switch unless they name another: that is what tags are for.
         switch = (row.bridge or names.interface("switch", home)) if tagged else ""
         return cls(
             network=row.id,
             mode="bridged" if bridged else "user" if row.mode == "user" else "isolated",
-            bridge=(own if tagged else row.bridge or own) if bridged else "",
+            bridge=bridge_of(row.id, row.mode, row.bridge, row.vlan),
             vlan=row.vlan if tagged else None,
             switch=switch,
             port=names.interface("port", row.id) if tagged else "",
@@ -93,6 +92,17 @@ class Layout:
     def subnets(self) -> tuple[ipam.Subnet, ...]:
         """The subnets that it has."""
         return tuple(ip_network(each, strict=False) for each in self.gateways)
+
+
+def bridge_of(network: str, mode: str, bridge: str | None, vlan: int | None) -> str:
+    """The bridge that machines on a network are on, by what its row says; "" of other modes.
+
+    Where there is a tag, the bridge that is named is the switch, and machines are on one of ours.
+    """
+    if mode != "bridged":
+        return ""
+    own = names.interface("bridge", network)
+    return own if vlan is not None else bridge or own
 
 
 def subnets_of(row: NetworkRow) -> tuple[ipam.Subnet, ...]:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from vmlab.machine.states import MachineState
 from vmlab.manager.documents import UNDER_WAY
-from vmlab.manager.networks.names import interface
+from vmlab.manager.networks.layout import bridge_of
 from vmlab.manager.observer.known import (
     Known,
     KnownAddress,
@@ -161,10 +161,7 @@ def _networks(session: Session) -> Iterable[KnownNetwork]:
     for id_, name, mode, bridge, vlan in session.execute(
         select(NetworkRow.id, NetworkRow.name, NetworkRow.mode, NetworkRow.bridge, NetworkRow.vlan)
     ):
-        # As `networks.layout.Layout.of` has it.
-        own = interface("bridge", id_)
-        on = "" if mode != "bridged" else own if vlan is not None else bridge or own
-        yield KnownNetwork(id_, name, _MODES[mode], on, vlan)
+        yield KnownNetwork(id_, name, _MODES[mode], bridge_of(id_, mode, bridge, vlan), vlan)
 
 
 def _disks(session: Session, place: PlaceOf, only: Collection[str] | None) -> Iterable[KnownDisk]:
