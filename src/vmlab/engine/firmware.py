@@ -7,6 +7,7 @@ instructions are executed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
@@ -204,6 +205,8 @@ class Firmware:
         console_read: Callable[[int], bytes] = lambda size: b"",
     ) -> None:
         self.state = FirmwareState(len(harts))
+        self._starting = threading.Lock()
+        """Harts are threads, and two may start the same one at once."""
         self._ram = ram
         self._harts = harts
         self._end = end
@@ -310,11 +313,12 @@ class Firmware:
         if function == 0:
             if first >= len(self._harts):
                 return INVALID_PARAM, 0
-            if status[first] != STOPPED:
-                return ALREADY_AVAILABLE, 0
             if not self._executable(address):
                 return INVALID_ADDRESS, 0
-            status[first] = STARTED
+            with self._starting:
+                if status[first] != STOPPED:
+                    return ALREADY_AVAILABLE, 0
+                status[first] = STARTED
             self._harts.start(first, address, opaque)
             return SUCCESS, 0
         if function == 1:

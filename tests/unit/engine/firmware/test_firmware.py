@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from typing import Any
 
 import pytest
 
@@ -207,6 +209,33 @@ def test_harts_are_started_stopped_and_asked_for(machine: Machine) -> None:
     assert machine.call(sbi.HSM, 2, 2) == (SUCCESS, sbi.STOPPED)
     assert machine.call(sbi.HSM, 0, 2, RAM_BASE, 0)[0] == SUCCESS
     assert machine.call(sbi.HSM, 9)[0] == NO
+
+
+def test_of_two_harts_that_start_the_same_one_at_once_one_is_told_that_it_was_late(
+    machine: Machine,
+) -> None:
+    answers: list[int] = []
+
+    def start(hart: int) -> None:
+        answers.append(machine.call(sbi.HSM, 0, 2, RAM_BASE, hart, hart=hart)[0])
+
+    other = threading.Thread(target=start, args=(1,))
+
+    class Met(list[int]):
+        """While the first hart looks whether it is stopped, the second one comes along."""
+
+        def __getitem__(self, index: Any) -> Any:
+            found = super().__getitem__(index)
+            if other.ident is None:
+                other.start()
+                other.join(0.2)
+            return found
+
+    machine.firmware.state.status = Met(machine.firmware.state.status)
+    start(0)
+    other.join()
+    assert sorted(answers) == [SUCCESS, (1 << 64) + sbi.ALREADY_AVAILABLE]
+    assert [note[0] for note in machine.harts.notes] == ["start"]
 
 
 def test_a_hart_is_said_to_be_stopped_when_it_can_be_started(
