@@ -81,7 +81,8 @@ class Manager:
         """The manager of a home, which has one at a time.
 
         Raises:
-            VmlabError: another process is the manager of this home, or its store cannot be opened.
+            VmlabError: another process is the manager of this home or of its store, or that cannot
+                be opened.
         """
         path = settings.directory / "manager.lock"
         try:
@@ -97,7 +98,7 @@ class Manager:
                 hint="use that one: commands find it by themselves, or by VMLAB_URL",
             )
         try:
-            database = await asyncio.to_thread(Database.open, settings)
+            database = await asyncio.to_thread(Database.open, settings, alone=True)
         except BaseException:
             lock.release()
             raise

@@ -31,7 +31,7 @@ from vmlab.machine.errors import OperationFailed
 from vmlab.manager.settings import Settings
 from vmlab.manager.storage import Storage
 from vmlab.manager.store import migrations
-from vmlab.manager.store.database import engine, sqlite_file, store_url, unavailable
+from vmlab.manager.store.database import claim, engine, sqlite_file, store_url, unavailable
 from vmlab.manager.store.tables import Base, now
 
 __all__ = ["Backup", "DiskFile", "Restored", "read", "restore", "save"]
@@ -349,6 +349,7 @@ def restore(settings: Settings, path: Path, *, replace: bool = False) -> Restore
         OperationFailed: a manager runs, there is a store already, or the backup is damaged.
         SchemaUnknown: it is of a newer vmlab.
         StoreUnavailable: the database does not answer.
+        VmlabError: a manager of another home has the store.
     """
     backup = read(path)
     url = store_url(settings)
@@ -359,13 +360,17 @@ def restore(settings: Settings, path: Path, *, replace: bool = False) -> Restore
             hint="end it with `vmlab serve --stop`; its machines live on",
         )
     writing = engine(url, settings, write=True, foreign_keys=False)
+    shared = None
     try:
+        shared = claim(writing, url, settings)
         replaced = _save_present(settings, writing, path, replace=replace)
         _load(writing, path, backup)
     except DBAPIError as error:
         raise unavailable(url, error) from error
     finally:
         writing.dispose()
+        if shared is not None:
+            shared.release()
         lock.release()
     storage = Storage(settings.directory / "disks")
     missing = tuple(

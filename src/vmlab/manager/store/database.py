@@ -31,6 +31,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import StaleDataError
 
+from vmlab.hypervisors.locks import FileLock
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.documents import EventDocument
 from vmlab.manager.settings import Settings
@@ -39,7 +40,7 @@ from vmlab.manager.store.events import EventStream
 from vmlab.manager.store.failures import Conflict, StoreUnavailable
 from vmlab.manager.store.tables import EventRow
 
-__all__ = ["Database", "engine", "sqlite_file", "store_url", "unavailable"]
+__all__ = ["Database", "claim", "engine", "sqlite_file", "store_url", "unavailable"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,10 @@ _BUSY_SECONDS: Final = 30.0
 _ATTEMPTS: Final = 20
 _AGAIN: Final = {"40001", "40P01"}
 """SQLSTATEs of a transaction that may be run again: serialization failure, deadlock."""
+_CLAIM: Final = "SELECT pg_try_advisory_lock(%s, hashtext(coalesce(current_schema(), '')))"
+_MANAGERS: Final = 0x766D6C62
+"""What managers' locks are called: nobody else's in the same database."""
+_CLAIM_SECONDS: Final = 5.0
 _INSERT_EVENTS: Final = insert(EventRow.metadata.tables["events"])
 """Events are no objects of the session: nothing is to be known of them but that they are there."""
 
@@ -62,6 +67,7 @@ class Database:
     def __init__(self, url: URL, settings: Settings) -> None:
         self.url = url
         self._settings = settings
+        self._lock: FileLock | None = None
         self._reading = engine(url, settings, write=False)
         self._writing = engine(url, settings, write=True)
         self._writer = threading.Lock()
@@ -70,12 +76,17 @@ class Database:
         self.events = EventStream(self._load_events, oldest=1, latest=0)
 
     @classmethod
-    def open(cls, settings: Settings) -> Self:
+    def open(cls, settings: Settings, *, alone: bool = False) -> Self:
         """Open the store that the settings name; make it, or bring it up to date, if need be.
+
+        Args:
+            settings: Where it is, and how much of it is kept.
+            alone: Be the one who manages it, until it is closed: a store has one manager.
 
         Raises:
             StoreUnavailable: it cannot be opened.
-            VmlabError: it is of a newer vmlab than this one, or its address is none.
+            VmlabError: it is of a newer vmlab than this one, its address is none, or another
+                manager has it.
         """
         url = store_url(settings)
         try:
@@ -87,6 +98,8 @@ class Database:
                 "or leave it out for SQLite",
             ) from None
         try:
+            if alone:
+                database._lock = claim(database._writing, url, settings)
             database._prepare(settings)
         except BaseException as error:
             database.close()
@@ -112,6 +125,8 @@ class Database:
         self._read_threads.shutdown()
         self._reading.dispose()
         self._writing.dispose()
+        if self._lock is not None:
+            self._lock.release()
 
     # ------------------------------------------------------------------ transactions
 
@@ -266,7 +281,62 @@ def unavailable(url: URL, error: DBAPIError) -> StoreUnavailable:
     )
 
 
+def _managed(url: URL) -> VmlabError:
+    """What a second manager is told."""
+    shown = sqlite_file(url) or url.render_as_string(hide_password=True)
+    return VmlabError(
+        f"another manager has the store {shown}",
+        hint="use that one by VMLAB_URL, or give this home a store of its own by "
+        "VMLAB_DATABASE_URL",
+    )
+
+
 # ------------------------------------------------------------------------ engines
+
+
+def claim(writing: Engine, url: URL, settings: Settings) -> FileLock | None:
+    """Be the only manager of a store as long as `writing` has connections.
+
+    Returns:
+        What is to be released afterwards as well.
+
+    Raises:
+        VmlabError: another manager has it.
+    """
+    file = sqlite_file(url)
+    if file is None:
+        _claim_connections(writing, url)
+        writing.connect().close()
+    elif file.parent != settings.directory:
+        # In the home it is the home's manager's anyway.
+        lock = FileLock.take(file.with_name(f"{file.name}.lock"))
+        if lock is None:
+            raise _managed(url)
+        return lock
+    return None
+
+
+def _claim_connections(writing: Engine, url: URL) -> None:
+    """Have each new connection hold a lock that ends with it (PostgreSQL 13.3.5).
+
+    So who lost its connection, and the store to another manager meanwhile, writes no more.
+    """
+
+    @event.listens_for(writing, "connect")
+    def hold(connection: Any, _: object) -> None:
+        # One that was killed is gone from the server a moment after it is gone from here.
+        until = time.monotonic() + _CLAIM_SECONDS
+        while True:
+            with connection.cursor() as cursor:
+                cursor.execute(_CLAIM, [_MANAGERS])
+                (claimed,) = cursor.fetchone()
+            connection.commit()
+            if claimed:
+                return
+            if time.monotonic() >= until:
+                connection.close()
+                raise _managed(url)
+            time.sleep(0.1)
 
 
 def engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = True) -> Engine:
