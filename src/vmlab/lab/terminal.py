@@ -97,14 +97,12 @@ async def show_console(machine: Machine, only_log: bool = False, name: str = "se
         name: Which one.
     """
     async with await machine.console(name) as console:
-        return await converse(console, only_log)
+        await to_file(1)(await (console.log() if only_log else console.history(sys.maxsize)))
+        return 0 if only_log else await converse(console)
 
 
-async def converse(console: Console, only_log: bool = False) -> int:
-    """Show a console that is open, and type on it, until Ctrl-] is typed or it has ended."""
-    await to_file(1)(await (console.log() if only_log else console.history(sys.maxsize)))
-    if only_log:
-        return 0
+async def converse(console: Console) -> int:
+    """Show what an open console prints, and type on it, until Ctrl-] is typed or it has ended."""
     with raw(0) if os.isatty(0) else nullcontext():
         parts = {
             asyncio.ensure_future(_show(console, b"")),

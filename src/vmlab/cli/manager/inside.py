@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vmlab.manager.client.streams import RemoteCommand
 
 __all__ = ["copied", "execute", "performed", "shown"]
+
+_HISTORY: Final = 1 << 19
+"""Bytes of a console's log that are shown before what comes: as much as the manager sends."""
 
 
 def execute(
@@ -68,7 +71,7 @@ def shown(name: str, only_log: bool) -> int:
         if only_log:
             await to_file(1)(await client.machines.log(name))
             return 0
-        async with client.machines.console(name) as console:
+        async with client.machines.console(name, history=_HISTORY) as console:
             return await converse(console)
 
     return _inside(body)

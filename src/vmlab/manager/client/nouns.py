@@ -254,11 +254,18 @@ class Machines(Noun[MachineDocument]):
         """What it uses now; it has to be live."""
         return await self._client.get(path_of(self.word, machine, "metrics"), MachineMetrics)
 
-    def console(self, machine: str) -> AbstractAsyncContextManager[streams.RemoteConsole]:
-        """Its console from now on, both ways; a context manager."""
+    def console(
+        self, machine: str, *, history: int = 0
+    ) -> AbstractAsyncContextManager[streams.RemoteConsole]:
+        """Its console from now on, both ways; a context manager.
+
+        Args:
+            machine: Its name or id.
+            history: How much of what was printed before is read first: bytes, 512 KiB at most.
+        """
         from vmlab.manager.client import streams
 
-        return streams.consoled(self._client.sender, machine)
+        return streams.consoled(self._client.sender, machine, history=history)
 
     def command(
         self,

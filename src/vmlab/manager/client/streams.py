@@ -171,8 +171,10 @@ def _is_over(closed: ConnectionClosed) -> bool:
 
 
 @asynccontextmanager
-async def consoled(sender: Sender, machine: str) -> AsyncIterator[RemoteConsole]:
-    """The live console of a machine.
+async def consoled(
+    sender: Sender, machine: str, *, history: int = 0
+) -> AsyncIterator[RemoteConsole]:
+    """The live console of a machine; what it begins with is `history` bytes that are older.
 
     Raises:
         VmlabError: it has none, or is not there.
@@ -182,7 +184,7 @@ async def consoled(sender: Sender, machine: str) -> AsyncIterator[RemoteConsole]
     async def log() -> bytes:
         return (await sender.request("GET", path)).content
 
-    async with _connected(sender, path) as connection:
+    async with _connected(sender, f"{path}?history={history}") as connection:
         yield RemoteConsole(connection, log)
 
 

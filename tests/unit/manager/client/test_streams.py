@@ -236,6 +236,19 @@ def test_a_console_is_bytes_both_ways_until_it_ends(tmp_path: Path) -> None:
     against(tmp_path, serve, story)
 
 
+def test_a_console_begins_with_as_much_of_what_was_before_as_is_wanted(tmp_path: Path) -> None:
+    async def serve(connection: ServerConnection) -> None:
+        assert connection.request is not None
+        await connection.send(connection.request.path.encode())
+
+    async def story(client: AsyncClient) -> None:
+        for options, asked in (({}, 0), ({"history": 20}, 20)):
+            async with client.machines.console("web", **options) as console:
+                assert await console.read() == f"/v1/machines/web/console?history={asked}".encode()
+
+    against(tmp_path, serve, story)
+
+
 def test_a_console_that_breaks_says_why(tmp_path: Path) -> None:
     async def serve(connection: ServerConnection) -> None:
         gone = VmlabError("the machine is gone")
