@@ -301,6 +301,7 @@ def claim(writing: Engine, url: URL, settings: Settings) -> FileLock | None:
         What is to be released afterwards as well.
 
     Raises:
+        StoreUnavailable: it cannot be opened.
         VmlabError: another manager has it.
     """
     file = sqlite_file(url)
@@ -309,7 +310,13 @@ def claim(writing: Engine, url: URL, settings: Settings) -> FileLock | None:
         writing.connect().close()
     elif file.parent != settings.directory:
         # In the home it is the home's manager's anyway.
-        lock = FileLock.take(file.with_name(f"{file.name}.lock"))
+        try:
+            lock = FileLock.take(file.with_name(f"{file.name}.lock"))
+        except OSError as error:
+            raise StoreUnavailable(
+                f"nothing can be written beside the store {file}: {error.strerror}",
+                hint="look whether its directory is there, and may be written",
+            ) from error
         if lock is None:
             raise _managed(url)
         return lock

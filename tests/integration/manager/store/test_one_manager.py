@@ -16,6 +16,7 @@ from vmlab.manager.settings import Settings
 from vmlab.manager.store import backup, queries
 from vmlab.manager.store import database as databases
 from vmlab.manager.store.database import Database
+from vmlab.manager.store.failures import StoreUnavailable
 
 REFUSED = "another manager has the store"
 
@@ -59,6 +60,12 @@ def test_a_store_that_another_homes_manager_has_is_not_replaced(
     second = Database.open(homes[1], alone=True)
     assert [each.name for each in second.read_now(queries.list_machines).items] == ["web"]
     second.close()
+
+
+def test_a_store_that_is_nowhere_is_told(tmp_path: Path) -> None:
+    nowhere = f"sqlite:///{tmp_path}/missing/shared.sqlite3"
+    with pytest.raises(StoreUnavailable, match=r"missing/shared\.sqlite3: No such file"):
+        Database.open(Settings(home=Home.open(tmp_path), database_url=nowhere), alone=True)
 
 
 def test_stores_of_one_server_have_a_manager_each(postgres: PostgresServer, tmp_path: Path) -> None:
