@@ -104,6 +104,7 @@ class Hardware:
         self.cause = ""
         self.boots = 0
         self.booted_at = 0.0
+        self.restored = False
         self.guest_time = Stopwatch(self.now)
         self.cpu_time = Stopwatch(self.now)
         self.stalled: dict[int, float] = {}

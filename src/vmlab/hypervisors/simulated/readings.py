@@ -29,8 +29,8 @@ SEEN: Final = {
 
 
 def state_of(hardware: Hardware) -> MachineState:
-    """What a machine is, by its hardware alone: one that was never started is created, not off."""
-    if hardware.power is Power.OFF and hardware.boots == 0:
+    """What a machine is, by its hardware alone: created, as long as nothing was done with it."""
+    if hardware.power is Power.OFF and hardware.boots == 0 and not hardware.restored:
         return MachineState.CREATED
     return SEEN[hardware.power]
 

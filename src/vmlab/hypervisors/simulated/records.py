@@ -213,6 +213,7 @@ class MachineRecord(_Record):
     time: float
     boots: int
     booted_at: float
+    restored: bool = False
     guest_seconds: float
     cpu_seconds: float
     generation: int
@@ -236,6 +237,7 @@ class MachineRecord(_Record):
             time=hardware.now(),
             boots=hardware.boots,
             booted_at=hardware.booted_at,
+            restored=hardware.restored,
             guest_seconds=hardware.guest_time.seconds,
             cpu_seconds=hardware.cpu_time.seconds,
             generation=hardware.generation,
@@ -254,6 +256,7 @@ class MachineRecord(_Record):
         """The machine again, in `world`; one that ran has run on meanwhile."""
         hardware = Hardware(world, self.id, self.spec)
         hardware.boots, hardware.booted_at = self.boots, self.booted_at
+        hardware.restored = self.restored
         # Random numbers that were drawn since this was recorded are not drawn again.
         hardware.generation = self.generation + 1
         hardware.balloon = self.balloon

@@ -94,6 +94,7 @@ def bring_back(hardware: Hardware, saved: SavedState) -> None:
         hardware.disks[name] = SimulatedDisk(
             name, contents.copy(), bus=old.bus, readonly=old.readonly
         )
+    hardware.restored = True
     if saved.memory is None:
         hardware.turn_off()
         return
@@ -124,6 +125,7 @@ class Before:
 
     def __init__(self, hardware: Hardware) -> None:
         self._power, self._cause = hardware.power, hardware.cause
+        self._restored = hardware.restored
         self._disks = dict(hardware.disks)
         self._nics = dict(hardware.nics)
         self._shape = (hardware.vcpus, hardware.pinning)
@@ -143,6 +145,7 @@ class Before:
         hardware.nics = self._nics
         hardware.disks = self._disks
         hardware.vcpus, hardware.pinning = self._shape
+        hardware.restored = self._restored
         if self._memory is not None:
             paused = self._power is Power.PAUSED
             state = MachineState.PAUSED if paused else MachineState.RUNNING
@@ -164,6 +167,7 @@ def transfer(source: Hardware, arrival: Hardware) -> None:
     sent = save(source, "migration", MachineState.PAUSED, memory=source.has_power)
     arrival.world.rebuild_like(arrival, source.spec)
     arrival.boots, arrival.booted_at = source.boots, source.booted_at
+    arrival.restored = source.restored
     arrival.cpu_time.set(source.cpu_time.seconds)
     arrival.generation, arrival.draws = source.generation, source.draws
     arrival.snapshots = source.snapshots

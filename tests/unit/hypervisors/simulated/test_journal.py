@@ -139,6 +139,25 @@ def test_states_at_rest_come_back_as_they_were(store, spec, probe):
     store(first, second)
 
 
+def test_what_was_restored_or_copied_and_never_started_is_still_off(store, spec, probe):
+    async def first(hv):
+        restored = await hv.create(spec("restored"))
+        kept = await restored.snapshot("s")
+        await restored.restore("s")
+        await hv.create_from(kept, "copied")
+        await hv.create(spec("untouched"))
+
+    async def second(hv):
+        states = {machine.name: machine.state for machine in await hv.list()}
+        assert states == {
+            "restored": MachineState.STOPPED,
+            "copied": MachineState.STOPPED,
+            "untouched": MachineState.CREATED,
+        }
+
+    store(first, second)
+
+
 def test_a_guest_goes_on_while_nobody_looks_on_the_wall_clock(store, spec, probe):
     ticks = []
 
