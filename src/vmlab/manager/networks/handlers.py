@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from ipaddress import IPv4Network, ip_network
 from typing import Any, Final
 
@@ -92,8 +93,9 @@ class CreateNetworkHandler(Handler[CreateNetwork]):
         return steps
 
     def withdrawn(self, session: Session, request: CreateNetwork, target: str | None) -> None:
-        """It never came about."""
-        _remove(session, target)
+        """It never came about, unless a machine was put on it meanwhile."""
+        if target is not None and not _is_used(session, target):
+            _remove(session, target)
 
     async def run(self, work: Work[CreateNetwork]) -> dict[str, Any]:
         """Tell of it, and make it on the host."""
@@ -104,7 +106,7 @@ class CreateNetworkHandler(Handler[CreateNetwork]):
                 step.also(_tell, network, "network.created", work.operation_id)
         if work.request.mode != "user":
             async with work.step("host", _text(work.request)) as step:
-                work.on_undo(step, lambda: work.manager.networks.teardown(network))
+                work.on_undo(step, partial(_teardown_unless_used, work, network))
                 if not step.done_before:
                     await work.manager.networks.ensure(network)
         return {"network": network}
@@ -274,11 +276,24 @@ def _tell(session: Session, network: str, kind: str, operation: str) -> None:
 
 
 def _undo(session: Session, network: str, operation: str) -> None:
-    _tell(session, network, "network.deleted", operation)
-    _remove(session, network)
+    """Take back what was made, unless a machine was put on it meanwhile: it keeps the network."""
+    if not _is_used(session, network):
+        _tell(session, network, "network.deleted", operation)
+        _remove(session, network)
 
 
-def _remove(session: Session, network: str | None) -> None:
-    row = session.get(NetworkRow, network) if network is not None else None
+async def _teardown_unless_used(work: Work[CreateNetwork], network: str) -> None:
+    if not await work.database.read(_is_used, network):
+        await work.manager.networks.teardown(network)
+
+
+def _is_used(session: Session, network: str) -> bool:
+    """Whether a machine is on a network."""
+    on = select(NicRow.id).where(NicRow.network_id == network).limit(1)
+    return session.scalar(on) is not None
+
+
+def _remove(session: Session, network: str) -> None:
+    row = session.get(NetworkRow, network)
     if row is not None:
         session.delete(row)

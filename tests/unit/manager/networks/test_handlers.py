@@ -16,7 +16,13 @@ from vmlab.machine.errors import InvalidSpec, OperationFailed, VmlabError
 from vmlab.manager.documents import NetworkDocument, OperationDocument
 from vmlab.manager.manager import Manager
 from vmlab.manager.networks import handlers, links
-from vmlab.manager.requests import CreateMachine, CreateNetwork, DeleteNetwork, NewNic
+from vmlab.manager.requests import (
+    CreateMachine,
+    CreateNetwork,
+    DeleteNetwork,
+    NewNic,
+    StartMachine,
+)
 from vmlab.manager.settings import HostSetting, Settings
 from vmlab.manager.store.changes import Conflict
 from vmlab.manager.store.queries import find_machine, find_network, list_events, list_networks
@@ -218,6 +224,40 @@ def test_a_network_that_cannot_be_made_leaves_nothing(
         monkeypatch.undo()
         # The name is free again.
         assert (await do(manager, CreateNetwork(name="lan"))).state == "succeeded"
+
+    with_manager(test)
+
+
+def test_a_network_that_cannot_be_made_stays_with_a_machine_that_was_put_on_it_meanwhile(
+    with_manager: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(manager: Manager) -> None:
+        put: list[OperationDocument] = []
+        torn_down: list[str] = []
+
+        async def refuse(*_: object) -> None:
+            machine = CreateMachine(
+                name="one", host="simulated", spec={"memory": "64M"}, nics=(NewNic(network="lan"),)
+            )
+            put.append(await manager.operator.submit(machine))
+            raise VmlabError("the host has no room", hint="make some")
+
+        async def remove(network: str) -> None:
+            torn_down.append(network)
+
+        monkeypatch.setattr(manager.networks.host, "ensure", refuse)
+        monkeypatch.setattr(manager.networks, "teardown", remove)
+        made = await do(manager, CreateNetwork(name="lan"))
+        assert made.state == "failed"
+        assert made.error is not None
+        assert made.error["message"] == "the host has no room"
+        assert "could not be undone" not in str(made.error)
+        assert torn_down == []
+        monkeypatch.undo()
+        assert (await manager.operator.wait(put[0].id, WAIT)).state == "succeeded"
+        assert (await do(manager, StartMachine(machine="one"))).state == "succeeded"
+        [network] = await networks_of(manager)
+        assert network.used == 1
 
     with_manager(test)
 
