@@ -1,4 +1,4 @@
-"""Which process is which: a pid with the time it began, and signals through a pidfd.
+"""Which process is which: a pid with the time it began, signals through a pidfd, what it is at.
 
 A pid alone is given to another process once its own has ended (pidfd_open(2), proc(5)).
 """
@@ -126,17 +126,18 @@ def activity(process: ProcessIdentity) -> str:
     """
     if not process.alive:
         return f"process {process.pid} has ended"
-    tasks = Path(f"/proc/{process.pid}/task")
-    if not tasks.is_dir():
-        with suppress(psutil.Error):
-            return f"process {process.pid}: {psutil.Process(process.pid).status()}"
-        return f"process {process.pid} has ended"
     threads = []
-    for task in sorted(tasks.iterdir(), key=lambda path: int(path.name)):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            threads.append(_thread(task))
-    more = ["..."] if len(threads) > _MOST_THREADS else []
-    return f"process {process.pid}: {'; '.join(threads[:_MOST_THREADS] + more)}"
+    with suppress(OSError):  # there is no /proc, or it ends meanwhile
+        tasks = Path(f"/proc/{process.pid}/task").iterdir()
+        for task in sorted(tasks, key=lambda path: int(path.name)):
+            with suppress(OSError):
+                threads.append(_thread(task))
+    if threads:
+        more = ["..."] if len(threads) > _MOST_THREADS else []
+        return f"process {process.pid}: {'; '.join(threads[:_MOST_THREADS] + more)}"
+    with suppress(psutil.Error):
+        return f"process {process.pid}: {psutil.Process(process.pid).status()}"
+    return f"process {process.pid} has ended"
 
 
 def _thread(task: Path) -> str:
@@ -147,7 +148,7 @@ def _thread(task: Path) -> str:
     state = _STATES.get(fields[0], fields[0])
     seconds = (int(fields[11]) + int(fields[12])) / _TICKS
     place = ""
-    with suppress(PermissionError):
+    with suppress(OSError):  # it is not told to everybody, nor by every kernel
         place = (task / "wchan").read_text("ascii").strip("\0\n")
     where = f" in {place}" if place not in {"", "0"} else ""
     return f"{name} {state}{where}, {seconds:.1f} s of CPU"

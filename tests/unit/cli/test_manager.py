@@ -385,17 +385,34 @@ def test_a_file_that_is_no_exported_machine_is_refused_by_its_own_name(
     assert not (tmp_path / "home").exists()
 
 
-def test_what_a_manager_says_of_a_file_names_it_as_its_user_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refused(requests: list[Any], how: How, told: object, *, after: object) -> int:
-        there = tmp_path / "home" / "manager" / "exports" / requests[0].path
-        raise CorruptSnapshot(f"{there} is no machine: a digest differs", hint="export it anew")
+@pytest.fixture
+def refused_as(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], VmlabError]], None]:
+    """Has imports refused with what is made of the name that their file has at the manager."""
 
+    def set_up(made: Callable[[str], VmlabError]) -> None:
+        def refuse(requests: list[Any], how: How, told: object, *, after: object) -> int:
+            raise made(requests[0].path)
+
+        monkeypatch.setattr(archives, "change", refuse)
+        monkeypatch.setattr("vmlab.manager.machine_archive.read_manifest", lambda file: None)
+
+    return set_up
+
+
+def test_what_a_manager_says_of_a_file_names_it_as_its_user_does(
+    tmp_path: Path,
+    refused_as: Callable[[Callable[[str], VmlabError]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exports = tmp_path / "home" / "manager" / "exports"
+    refused_as(
+        lambda name: CorruptSnapshot(
+            f"{exports / name} is no machine: a digest differs", hint="export it anew"
+        )
+    )
     monkeypatch.setenv("VMLAB_HOME", str(tmp_path / "home"))
-    (tmp_path / "home" / "manager").mkdir(parents=True)
-    monkeypatch.setattr(archives, "change", refused)
-    monkeypatch.setattr("vmlab.manager.machine_archive.read_manifest", lambda file: None)
+    exports.parent.mkdir(parents=True)
     file = tmp_path / "a machine.tar"
     file.write_bytes(b"whatever")
     assert main(["import", str(file)]) == 3
@@ -404,7 +421,10 @@ def test_what_a_manager_says_of_a_file_names_it_as_its_user_does(
 
 
 def test_what_cannot_be_removed_afterwards_does_not_hide_how_an_import_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    refused_as: Callable[[Callable[[str], VmlabError]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Exports:
         async def upload(self, name: str, file: Path) -> None:
@@ -413,14 +433,10 @@ def test_what_cannot_be_removed_afterwards_does_not_hide_how_an_import_ended(
         async def delete(self, name: str) -> None:
             raise VmlabError("the manager does not answer")
 
-    def refused(requests: list[Any], how: How, told: object, *, after: object) -> int:
-        raise OperationFailed(f"/srv/exports/{requests[0].path} cannot be unpacked")
-
+    refused_as(lambda name: OperationFailed(f"/srv/exports/{name} cannot be unpacked"))
     client = SimpleNamespace(exports=Exports())
     monkeypatch.setenv("VMLAB_URL", "http://nowhere")
     monkeypatch.setattr(archives, "ask", lambda body: asyncio.run(body(client)))
-    monkeypatch.setattr(archives, "change", refused)
-    monkeypatch.setattr("vmlab.manager.machine_archive.read_manifest", lambda file: None)
     file = tmp_path / "a.tar"
     file.write_bytes(b"whatever")
     assert main(["import", str(file)]) == 3

@@ -185,7 +185,11 @@ def test_where_there_are_no_tasks_psutil_tells_its_state(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = identity(child)
-    monkeypatch.setattr(process_identity.Path, "is_dir", lambda path: False)
+
+    def missing(path: Path) -> Iterator[Path]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(process_identity.Path, "iterdir", missing)
     assert activity(who).startswith(f"process {child.pid}: ")
 
     def gone(pid: int) -> psutil.Process:
@@ -193,3 +197,19 @@ def test_where_there_are_no_tasks_psutil_tells_its_state(
 
     monkeypatch.setattr(process_identity.psutil, "Process", gone)
     assert activity(who) == f"process {child.pid} has ended"
+
+
+@needs_proc
+def test_where_a_thread_sleeps_is_not_told_by_every_kernel(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.read_text
+
+    def read_text(path: Path, encoding: str | None = None) -> str:
+        if path.name == "wchan":
+            raise FileNotFoundError(path)
+        return real(path, encoding)
+
+    monkeypatch.setattr(process_identity.Path, "read_text", read_text)
+    seen = activity(identity(child))
+    assert re.fullmatch(rf"process {child.pid}: \S+ (sleeps|runs), \d+\.\d s of CPU", seen)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from vmlab.manager.client.streams import RemoteCommand
 
 __all__ = ["copied", "execute", "performed", "shown"]
-
-_HISTORY: Final = 1 << 19
-"""Bytes of a console's log that are shown before what comes: as much as the manager sends."""
 
 
 def execute(
@@ -71,7 +69,7 @@ def shown(name: str, only_log: bool) -> int:
         if only_log:
             await to_file(1)(await client.machines.log(name))
             return 0
-        async with client.machines.console(name, history=_HISTORY) as console:
+        async with client.machines.console(name, history=sys.maxsize) as console:
             return await converse(console)
 
     return _inside(body)

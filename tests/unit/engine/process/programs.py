@@ -153,10 +153,9 @@ def _until_not_zero(address: int) -> bytes:
     return number(T0, address) + word("lw", rd=T2, rs1=T0) + word("beq", rs1=T2, rs2=0, imm=-4)
 
 
+_STARTS_ANOTHER = jump(4 + len(_INTERRUPTED)) + _INTERRUPTED + call(0x48_534D, 0, 1, START + 4, 0)
 INTERRUPTS_ANOTHER = (
-    jump(4 + len(_INTERRUPTED))
-    + _INTERRUPTED
-    + call(0x48_534D, 0, 1, START + 4, 0)
+    _STARTS_ANOTHER
     + _until_not_zero(_READY)
     + call(0x73_5049, 0, 2, 0)
     + _until_not_zero(_COUNT)
@@ -173,9 +172,7 @@ INTERRUPTS_ANOTHER = (
 
 WAKE = START + 0x1010
 WAKES_ANOTHER = (
-    jump(4 + len(_INTERRUPTED))
-    + _INTERRUPTED
-    + call(0x48_534D, 0, 1, START + 4, 0)
+    _STARTS_ANOTHER
     + _until_not_zero(WAKE)
     + call(0x73_5049, 0, 2, 0)
     + _until_not_zero(_COUNT)
