@@ -28,7 +28,10 @@ def console(
     store: KeeperOption = None,
     hypervisor: HolderOption = None,
 ) -> int:
-    """Attach to a machine's serial console: what it printed so far, then live; Ctrl-] leaves it."""
+    """Attach to a machine's serial console: what it printed so far, then live; Ctrl-] leaves it.
+
+    Of what one of the manager's machines printed, the last 512 KiB are shown; `--log` has all.
+    """
     if keepers([name], store, hypervisor)[name] == "manager":
         from vmlab.cli.manager.inside import shown
 
