@@ -6,11 +6,12 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import xdist
 from hypothesis import settings
 
 # Slow machines are no failures; a failing example is printed so that anybody can run it again.
@@ -24,6 +25,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _NOBODY = 65534  # the kernel's overflow uid, which owns nothing
 
 _XDG = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME")
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """Nothing that a killed process left of its coverage stops pytest-cov, which comes after."""
+    result = yield
+    coverage = session.config.pluginmanager.get_plugin("_cov")
+    if coverage is not None and coverage.cov_controller and not xdist.is_xdist_worker(session):
+        from coverage_data import take_out_unfinished
+
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        base = coverage.cov_controller.cov.get_option("run:data_file")
+        take_out_unfinished(Path(base).absolute(), lambda said: reporter.write_line(f"\n{said}"))
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)

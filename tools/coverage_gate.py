@@ -13,6 +13,8 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+import coverage_data
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -51,7 +53,14 @@ def failures(report: dict[str, object], gate: dict[str, float]) -> list[str]:
 
 
 def main() -> int:
-    """Exit status 1 where a share is below the gate."""
+    """Exit status 1 where a share is below the gate, or what was measured is lost."""
+    # coverage combines what is still there, of processes that outlived the test run.
+    coverage_data.take_out_unfinished(ROOT / ".coverage", print)
+    if losses := coverage_data.lost(ROOT / ".coverage"):
+        for loss in losses:
+            print(f"error: {loss}", file=sys.stderr)
+        print("hint: was the disk full? `make test` measures anew", file=sys.stderr)
+        return 1
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     gate = settings["tool"]["vmlab"]["coverage-gate"]
     with tempfile.TemporaryDirectory() as folder:
