@@ -20,7 +20,7 @@ from tests.unit.engine.process import programs
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home, Store
-from vmlab.hypervisors.qemu import provider
+from vmlab.hypervisors.qemu import hotplug, provider
 from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qmp import QmpLost, QmpTimeout, connect_socket
 from vmlab.machine.errors import (
@@ -276,6 +276,23 @@ def test_riscv_machines_refuse_what_their_guests_cannot_do(bench: Any, make_spec
     bench.run(test())
 
 
+def test_a_disk_goes_from_a_guest_in_a_loop_however_late_it_is_asked_for(
+    bench: Any, make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # QEMU waits for the guest by then, which it would for ever.
+    monkeypatch.setattr(hotplug, "_RELEASE_S", 0.3)
+
+    async def test() -> None:
+        machine = await bench.qemu.create(make_spec(architecture="riscv64", memory="64M"))
+        await machine.start()
+        for _ in range(2):
+            await machine.plug_disk(Disk(name="hot", size=MIB))
+            await machine.unplug_disk("hot")
+        assert (await machine.status()).state is MachineState.RUNNING
+
+    bench.run(test())
+
+
 def test_unplugging_waits_for_the_guest_and_gives_up_in_time(bench: Any, make_spec: Any) -> None:
     async def test() -> None:
         machine = await bench.qemu.create(make_spec(disks=[DISK]))
@@ -461,7 +478,7 @@ SCRIPT = """
 import asyncio, sys
 from pathlib import Path
 from vmlab.hypervisors.ownership import Home, Store
-from vmlab.hypervisors.qemu import provider
+from vmlab.hypervisors.qemu import hotplug, provider
 from vmlab.machine.spec import MachineSpec
 
 async def main():

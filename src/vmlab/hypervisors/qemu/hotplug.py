@@ -21,8 +21,12 @@ from vmlab.hypervisors.qemu.emulator import Emulator
 from vmlab.hypervisors.qemu.layout import Layout
 from vmlab.hypervisors.qmp import QmpError
 
-_RELEASES: Final = 100
 _RELEASE_S: Final = 0.01
+"""Seconds between two tries to take a node away that a device was just taken off."""
+_STUCK_S: Final = 1.0
+"""Seconds after which such a node is in use because of a guest in a loop."""
+_HELD_S: Final = 30.0
+"""Seconds after which somebody else uses it."""
 
 
 async def add_disk(emulator: Emulator, layout: Layout, board: Board, disk: DiskFile) -> None:
@@ -40,21 +44,37 @@ async def add_disk(emulator: Emulator, layout: Layout, board: Board, disk: DiskF
 
 async def drop_node(emulator: Emulator, node: str) -> None:
     """Take away a block node that no device uses any more."""
-    for _ in range(_RELEASES):
+    now = asyncio.get_running_loop().time
+    began = now()
+    stuck = began + _STUCK_S
+    while True:
         try:
             if emulator.running:
                 await emulator.execute("blockdev-del", {"node-name": node})
             return
         except QmpError as error:
-            if "in use" not in error.message:
+            if "in use" not in error.message or now() >= began + _HELD_S:
                 raise
         # A device lets go of its node a moment after it has told that it is gone, when QEMU's RCU
-        # callbacks run. A guest in a loop without interrupts keeps them from it for ever, but for
-        # a device_add that fails (qmp_device_add in QEMU's softmmu/qdev-monitor.c drains them).
+        # callbacks run.
         await asyncio.sleep(_RELEASE_S)
+        if now() >= stuck:
+            await _interrupt(emulator)
+            stuck = now() + _STUCK_S
+
+
+async def _interrupt(emulator: Emulator) -> None:
+    """Have the vCPUs leave the code they are in for a moment.
+
+    Under TCG a guest in a loop without interrupts keeps RCU's callbacks from running for ever. A
+    device_add that fails has them run as well, but hangs for as long, and all of QMP with it, if
+    they have begun to wait by then (util/rcu.c: drain_call_rcu, wait_for_readers).
+    """
+    if (await emulator.execute("query-status"))["status"] == "running":
+        await emulator.execute("stop")
         with suppress(QmpError):
-            await emulator.execute("device_add", {"driver": "virtio-blk-pci", "drive": ""})
-    await emulator.execute("blockdev-del", {"node-name": node})
+            # The guest may have ended just before it.
+            await emulator.execute("cont")
 
 
 async def drop_made_node(emulator: Emulator, node: str) -> None:
