@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
@@ -51,9 +52,10 @@ _ATTEMPTS: Final = 20
 _AGAIN: Final = {"40001", "40P01"}
 """SQLSTATEs of a transaction that may be run again: serialization failure, deadlock."""
 _CLAIM: Final = "SELECT pg_try_advisory_lock(%s, hashtext(coalesce(current_schema(), '')))"
+_LET_GO: Final = _CLAIM.replace("_try_advisory_lock", "_advisory_unlock")
 _MANAGERS: Final = 0x766D6C62
 """What managers' locks are called: nobody else's in the same database."""
-_CLAIM_SECONDS: Final = 5.0
+_CLAIM_SECONDS: Final = 15.0
 _INSERT_EVENTS: Final = insert(EventRow.metadata.tables["events"])
 """Events are no objects of the session: nothing is to be known of them but that they are there."""
 
@@ -344,6 +346,14 @@ def _claim_connections(writing: Engine, url: URL) -> None:
                 connection.close()
                 raise _managed(url)
             time.sleep(0.1)
+
+    broken = writing.dialect.loaded_dbapi.Error
+
+    @event.listens_for(writing, "close")
+    def let_go(connection: Any, _: object) -> None:
+        # The server comes to the end of a session a while after it was closed here.
+        with suppress(broken), connection.cursor() as cursor:
+            cursor.execute(_LET_GO, [_MANAGERS])
 
 
 def engine(url: URL, settings: Settings, *, write: bool, foreign_keys: bool = True) -> Engine:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from sqlalchemy.orm import Session
 from tests.integration.manager.store.conftest import PostgresServer
 from tests.unit.manager.store.rows import add_machine
 
@@ -29,6 +30,27 @@ def homes(
     monkeypatch.setattr(databases, "_CLAIM_SECONDS", 0.3)
     url = new_url() or f"sqlite:///{tmp_path}/shared.sqlite3"
     return [Settings(home=Home.open(tmp_path / name), database_url=url) for name in ("a", "b")]
+
+
+def test_a_store_that_was_closed_is_free_at_once(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for a server that comes to the end of a session later."""
+    monkeypatch.setattr(databases, "_CLAIM_SECONDS", 0)
+    url = postgres.new_database()
+    first, second = (
+        Settings(home=Home.open(tmp_path / name), database_url=url) for name in ("a", "b")
+    )
+    closed = Database.open(first, alone=True)
+
+    def leave_much_behind(s: Session) -> None:
+        # The server drops them when the session ends, before it lets go of anything.
+        tables = "FOR n IN 1..1500 LOOP EXECUTE 'CREATE TEMP TABLE t' || n || ' (a int)'; END LOOP"
+        s.connection().exec_driver_sql(f"DO $$ BEGIN {tables}; END $$")
+
+    closed.write_now(leave_much_behind)
+    closed.close()
+    Database.open(second, alone=True).close()
 
 
 def test_a_second_manager_is_refused_until_the_first_has_gone(homes: list[Settings]) -> None:
