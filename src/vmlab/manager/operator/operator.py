@@ -311,6 +311,9 @@ class Operator:
         if again is None:
             self._queue.remove(entry)
         else:
+            if execution.cancelled:
+                # It was while that was written down: its next try is the one that ends it.
+                again = 0.0
             self._queue.pause(entry)
             entry.postponed = True
             loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from vmlab.machine.errors import HypervisorUnavailable, OperationFailed, ResourceNotFound
 from vmlab.manager.operator import handler as module
+from vmlab.manager.operator import worker
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key
 from vmlab.manager.operator.journal import Work
 from vmlab.manager.requests import CreateMachine, DeleteMachine, StartMachine, UpdateMachine
@@ -373,6 +374,39 @@ def test_one_that_waits_for_its_next_try_can_be_cancelled(
             await manager.operator.cancel(operation.id)
             assert (await manager.operator.wait(operation.id, 120)).state == "cancelled"
             assert made.done == ["undone"]
+
+    asyncio.run(story())
+
+
+def test_one_that_is_cancelled_while_its_next_try_is_written_down_does_not_wait_for_that(
+    place: Any, doing: Any, scripted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vmlab.manager.operator.worker._FIRST_DELAY_S", 600)
+    monkeypatch.setattr("vmlab.manager.operator.worker._LONGEST_DELAY_S", 600)
+
+    async def body(work: Work[UpdateMachine]) -> None:
+        async with work.step("one") as step:
+            work.on_undo(step, undo)
+            raise HypervisorUnavailable("gone")
+
+    async def undo() -> None:
+        made.done.append("undone")
+
+    made = scripted(body, retry_safe=True)
+
+    async def story() -> None:
+        async with place.manager() as manager:
+            surely = worker.surely
+
+            async def meanwhile(database: Database, fn: Any, *words: Any, **options: Any) -> Any:
+                if fn is worker._postpone:
+                    await manager.operator.cancel(words[0])
+                return await surely(database, fn, *words, **options)
+
+            monkeypatch.setattr(worker, "surely", meanwhile)
+            operation = await manager.operator.submit(a_thing())
+            ended = await manager.operator.wait(operation.id, 120)
+            assert (ended.state, made.done) == ("cancelled", ["undone"]), ended
 
     asyncio.run(story())
 
