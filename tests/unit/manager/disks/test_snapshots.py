@@ -171,7 +171,7 @@ def test_scheduled_snapshots_are_taken_at_their_time_and_the_newest_are_kept(tel
                 lambda s: queries.list_operations(s, limit=100)
             )
             for operation in pending.items:
-                await operator.wait(operation.id, 60)
+                await operator.wait(operation.id, 120)
 
             def age(session: Any) -> None:
                 for row in session.query(SnapshotRow).filter(SnapshotRow.scheduled):
@@ -206,7 +206,7 @@ def test_snapshot_that_expires_goes_by_itself(tell: Tell) -> None:
         latest = await asking.manager.database.read(
             lambda s: queries.list_operations(s, kind="snapshot.delete", limit=1).items[0].id
         )
-        assert (await asking.manager.operator.wait(latest, 60)).state == "succeeded"
+        assert (await asking.manager.operator.wait(latest, 120)).state == "succeeded"
         assert await snapshots(asking, "one") == ["lasting"]
 
     tell(story)

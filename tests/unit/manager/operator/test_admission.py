@@ -190,7 +190,7 @@ async def make_unavailable(manager: Any, name: str, monkeypatch: pytest.MonkeyPa
     async def gone(*args: object, **options: object) -> object:
         raise HypervisorUnavailable("no answer", hypervisor="simulated")
 
-    for call in ("create", "get"):
+    for call in ("create", "get", "list"):
         monkeypatch.setattr(hypervisor, call, gone)
 
 
@@ -201,7 +201,16 @@ def test_a_host_that_fails_again_and_again_is_left_alone_and_tried_again_later(
     broken(place)
 
     async def story() -> None:
-        async with place.manager() as manager:
+        # The observer, which tries hosts too, sweeps once and never again.
+        async with place.manager(sweep_seconds=86400) as manager:
+
+            async def swept() -> bool:
+                return bool(manager.observer.sweeps)
+
+            await doing.eventually(swept, "it has swept")
+            # However long this takes, the host is not tried again meanwhile.
+            breaker, clock = manager.hosts.breaker("bad"), 1000.0
+            monkeypatch.setattr(breaker, "_clock", lambda: clock)
             with monkeypatch.context() as patch:
                 await make_unavailable(manager, "bad", patch)
                 made = await doing.do(manager, CreateMachine(name="a", spec=SPEC, host="bad"))
@@ -210,10 +219,8 @@ def test_a_host_that_fails_again_and_again_is_left_alone_and_tried_again_later(
                 assert made.error["kind"] == "HypervisorUnavailable"
                 assert (await manager.hosts.document("bad")).breaker == "open"
                 assert (await manager.hosts.document("good")).breaker == "closed"
-                breaker = manager.hosts.breaker("bad")
                 assert breaker.state == "open"
-            patch_now = breaker._clock() + 1000
-            monkeypatch.setattr(breaker, "_clock", lambda: patch_now)
+            clock += 1000
             await doing.did(manager, CreateMachine(name="b", spec=SPEC, host="bad"))
             assert (await manager.hosts.document("bad")).breaker == "closed"
             kinds = [

@@ -275,11 +275,13 @@ def test_a_machine_that_ended_behind_the_managers_back_can_be_started(
 
 
 def test_operations_on_a_machine_wait_for_each_other_and_are_looked_at_when_they_run(
-    place: Any, doing: Any
+    place: Any, doing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def story() -> None:
         async with place.manager() as manager:
             submit = manager.operator.submit
+            # None of them begins before the last one is in line: they would be refused at once.
+            monkeypatch.setattr(manager.operator, "_open", False)
             queued = [
                 await submit(CreateMachine(name="web", spec=SPEC)),
                 await submit(StartMachine(machine="web")),
@@ -287,6 +289,8 @@ def test_operations_on_a_machine_wait_for_each_other_and_are_looked_at_when_they
                 await submit(StartMachine(machine="web")),
                 await submit(DeleteMachine(machine="web", force=True)),
             ]
+            monkeypatch.setattr(manager.operator, "_open", True)
+            manager.operator._pump()
             ended = [await manager.operator.wait(each.id, 120) for each in queued]
             assert [each.state for each in ended] == [
                 "succeeded", "succeeded", "succeeded", "failed", "succeeded",
