@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.requests import Request
 
 from vmlab.manager.api.limits import Places
+from vmlab.manager.api.meters import Meters
 from vmlab.manager.api.problems import TooFast
 from vmlab.manager.api.streaming import EVENT_STREAM, streamed
+from vmlab.manager.api.v1.events import _told_as_they_come
+from vmlab.manager.documents import EventDocument
+from vmlab.manager.store.events import EventStream
 
 Message = dict[str, Any]
 
@@ -68,3 +75,22 @@ def test_a_refusal_comes_before_the_reply_begins() -> None:
         assert not hasattr(asked.state, "streaming")
 
     asyncio.run(refused())
+
+
+def test_what_happens_while_the_first_bytes_are_sent_is_told_too() -> None:
+    async def story() -> None:
+        events = EventStream(lambda after, limit: asyncio.sleep(0, ()), oldest=1, latest=0)
+        here: Any = SimpleNamespace(
+            manager=SimpleNamespace(database=SimpleNamespace(events=events)),
+            streams=Places(1, "streams"),
+            meters=Meters(),
+            closing=asyncio.Event(),
+        )
+        async with aclosing(_told_as_they_come(here, None, None, None)) as stream:
+            assert (await anext(stream)).startswith(b":")
+            happened = EventDocument(id=1, at=datetime.now(UTC), kind="machine.created")
+            events.publish([happened], oldest=1)
+            async with asyncio.timeout(60):
+                assert b"id: 1" in await anext(stream)
+
+    asyncio.run(story())

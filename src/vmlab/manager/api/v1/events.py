@@ -103,6 +103,8 @@ async def _told_as_they_come(
     here: Service, after: int | None, kind: str | None, subject: str | None
 ) -> AsyncGenerator[bytes]:
     stream = here.manager.database.events
+    # What happens while the first bytes are on their way is told, too.
+    after = stream.latest() if after is None else after
     with here.streams.place(), here.meters.streams.track_inprogress():
         # Headers go out with the first bytes: who waits for them knows then that it listens.
         yield b": the manager's events\n\n"
