@@ -32,9 +32,12 @@ def _libc(call: str, *arguments: int) -> None:
 
 def run(*words: str | Path, check: bool = True) -> str:
     """What a command prints."""
-    done = subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, check=False, timeout=240
-    )
+    try:
+        done = subprocess.run(
+            [str(word) for word in words], capture_output=True, text=True, check=False, timeout=240
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"{error}: {error.stdout!r}{error.stderr!r}") from error
     assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     return done.stdout
 
@@ -112,10 +115,19 @@ class Client:
             pairs = (line.partition("=") for line in told.read_text().splitlines())
             return {name: value for name, _, value in pairs}
 
-    def reaches(self, address: str, *, tries: int = 30) -> bool:
-        """Whether somebody answers there to a ping."""
+    def reaches(self, address: str, *, tries: int = 120) -> bool:
+        """Whether somebody answers there to a ping, each try of which takes a second."""
         words = ["busybox", "ping", "-c", "1", "-W", "1", address]
         return any("1 packets received" in self.run(*words, check=False) for _ in range(tries))
+
+    def address_of(self, name: str, server: str) -> str:
+        """What a DNS server says when it is asked for a name."""
+        for _ in range(30):
+            # It waits for five seconds, and a server that is busy may need longer.
+            said = self.run("busybox", "nslookup", name, server, check=False)
+            if "timed out" not in said:
+                break
+        return said
 
     def close(self) -> None:
         """Take it away."""

@@ -423,6 +423,8 @@ def test_a_repair_that_fails_is_tried_again_later_and_not_for_ever(run, monkeypa
             raise OperationFailed("no power")
 
         monkeypatch.setattr(type(await watched.at_host("web")), "start", refuse)
+        # However long a sweep takes, the time for the next try does not come by itself.
+        monkeypatch.setattr(automatic, "_FIRST_PAUSE", timedelta(days=1))
 
         async def swept():
             """The repairs that there were by the end of a sweep, once they have ended."""
