@@ -42,6 +42,8 @@ _BROKEN: Final = (
     httpx.RemoteProtocolError,
 )
 """How a connection ends that the other side, or the way there, broke."""
+_STALE: Final = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+"""How one ends that was kept for the next request, and that the other side gave up meanwhile."""
 
 
 def path_of(*parts: str) -> str:
@@ -170,6 +172,9 @@ class Sender:
     async def attempt(self, ask: Callable[[], Awaitable[T]], *, safe: bool = True) -> T:
         """What `ask` returns; a manager of ours that does not answer is started first.
 
+        Another one is asked once more where its connection broke: a server ends those on which
+        nothing came for a while, whatever is on its way to it.
+
         Raises:
             Unreachable: it does not answer all the same.
         """
@@ -178,8 +183,11 @@ class Sender:
                 return await ask()
             except (*_BROKEN, OSError) as error:
                 sent = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | OSError)
-                if self._revive is None or number == _ATTEMPTS or (sent and not safe):
+                again = _ATTEMPTS if self._revive is not None else 1 + isinstance(error, _STALE)
+                if number >= again or (sent and not safe):
                     raise self._unreachable(error) from error
+            if self._revive is None:
+                continue
             async with self._reviving:
                 await self._revive()
         raise AssertionError("the last attempt returns or raises")

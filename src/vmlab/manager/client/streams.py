@@ -33,6 +33,8 @@ _LARGEST: Final = 16 << 20
 """Bytes of the largest message that is taken."""
 _NORMAL: Final = 1000
 """Close code of a connection that has done what it was for (RFC 6455, 7.4.1)."""
+_OPENING: Final = 120.0
+"""Seconds until it is open: a manager may be just beginning, and asks the hypervisor first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ async def _connected(sender: Sender, path: str) -> AsyncIterator[ClientConnectio
         "additional_headers": sender.headers,
         "max_size": _LARGEST,
         "compression": None,
+        "open_timeout": _OPENING,
         # What is on this host is not reached through a proxy.
         "proxy": None if sender.address.loopback else True,
         # The other side is busy as long as its machine is; a connection that broke is told by TCP.

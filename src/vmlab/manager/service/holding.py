@@ -107,7 +107,8 @@ def hold(directory: Path, *, background: bool, replace: bool = True) -> Hold:
     told = False
     while (lock := FileLock.take(path)) is None:
         found = holder(directory)
-        if found is not None and not found.background:
+        # Who only looks has the lock for a moment, while the file tells of one that is gone.
+        if found is not None and not found.background and found.process is not None:
             raise OperationFailed(
                 f"the manager of this home runs already: process {found.pid}, "
                 f"at {', '.join(found.urls) or 'no place yet'}",

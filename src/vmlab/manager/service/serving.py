@@ -37,6 +37,10 @@ LINGER: Final = 60.0
 _GRACE: Final = 10
 """Seconds that answers under way have when it is to end; event streams never end by themselves."""
 
+_PING: Final = 20.0
+_PONG: Final = 120.0
+"""Seconds between pings to who is at a console or a command on another host, and to answer one."""
+
 _SWITCH: Final = 0.0005
 """Seconds that a thread may keep the interpreter while others wait for it (Python's own: 0.005)."""
 
@@ -218,6 +222,9 @@ def _config(app: Any, listening: Listening | None = None) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACE,
+        # Who is at a socket of this host is gone when the kernel says so, and not before.
+        ws_ping_interval=None if listening is None else _PING,
+        ws_ping_timeout=None if listening is None else _PONG,
     )
     if listening is not None and listening.certificate is not None:
         config.ssl_certfile = str(listening.certificate)

@@ -82,6 +82,17 @@ def test_another_one_that_does_not_answer_is_unreachable() -> None:
     assert len(world.seen) == 1
 
 
+def test_another_one_that_ended_a_kept_connection_is_asked_once_more() -> None:
+    world = World(httpx.RemoteProtocolError("gone"))
+    run(world, ours=False)
+    assert len({request.headers["Idempotency-Key"] for request in world.seen}) == 1
+    assert len(world.seen) == 2
+    world = World(httpx.ReadError(""), httpx.ReadError(""))
+    with pytest.raises(Unreachable):
+        run(world, ours=False)
+    assert len(world.seen) == 2
+
+
 def test_one_that_never_answers_is_given_up() -> None:
     world = World(*[httpx.ConnectError("refused") for _ in range(50)])
     with pytest.raises(Unreachable) as raised:

@@ -14,7 +14,7 @@ from websockets.http11 import Request, Response
 
 from vmlab.machine.errors import ChannelClosed, MachineNotFound, OperationFailed, VmlabError
 from vmlab.manager.api.problems import response_of
-from vmlab.manager.client import AsyncClient, Unreachable
+from vmlab.manager.client import AsyncClient, Unreachable, streams
 from vmlab.manager.client.address import Address
 from vmlab.manager.client.sending import Sender
 from vmlab.manager.client.streams import Exit, perform
@@ -36,7 +36,10 @@ def against(
 
     async def told() -> None:
         async with (
-            unix_serve(service, str(path), process_request=refuse),
+            # No limit that a host that stands still would pass.
+            unix_serve(
+                service, str(path), process_request=refuse, open_timeout=None, ping_interval=None
+            ),
             AsyncClient(Sender(Address("http://localhost", path))) as client,
         ):
             await story(client)
@@ -174,6 +177,26 @@ def test_a_manager_that_goes_away_is_said_to_have(tmp_path: Path) -> None:
             await client.machines.execute("web", ["true"])
 
     against(tmp_path, serve, story)
+
+
+def test_a_manager_has_the_time_to_begin_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    async def refused(*_: Any, open_timeout: float, **__: Any) -> None:
+        asked.append(open_timeout)
+        raise OSError("refused")
+
+    monkeypatch.setattr(streams, "unix_connect", refused)
+
+    async def asking() -> None:
+        async with AsyncClient(Sender(Address("http://localhost", tmp_path / "s"))) as client:
+            with pytest.raises(Unreachable):
+                await client.machines.execute("web", ["true"])
+
+    asyncio.run(asking())
+    assert min(asked) >= 60
 
 
 def test_nobody_there_is_unreachable(tmp_path: Path) -> None:

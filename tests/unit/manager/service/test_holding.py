@@ -7,11 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from vmlab.hypervisors.locks import FileLock
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.service import holding
 from vmlab.manager.service.holding import end_holder, hold, holder
@@ -79,6 +82,19 @@ def test_one_in_the_foreground_is_not_disturbed(tmp_path: Path, begin: Begin) ->
     with pytest.raises(OperationFailed, match=f"process {child.pid}, at unix:/x"):
         hold(tmp_path, background=False)
     assert child.poll() is None
+
+
+def test_one_that_was_killed_is_in_nobodys_way_while_somebody_looks(
+    tmp_path: Path, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = begin("foreground")
+    child.kill()
+    child.wait()
+    looking = FileLock.take(tmp_path / "service.lock")
+    assert looking is not None
+    waiting = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: looking.release())
+    monkeypatch.setattr(holding, "time", waiting)
+    hold(tmp_path, background=False).release()
 
 
 def test_one_in_the_background_makes_place(tmp_path: Path, begin: Begin) -> None:

@@ -18,9 +18,10 @@ from vmlab.hypervisors.ownership import Home
 from vmlab.machine.errors import OperationFailed
 from vmlab.manager.client import AsyncClient
 from vmlab.manager.client.address import directory_of, socket_of
+from vmlab.manager.service import serving
 from vmlab.manager.service.holding import hold, holder
 from vmlab.manager.service.listening import Listening, tcp_listener
-from vmlab.manager.service.serving import serve
+from vmlab.manager.service.serving import _config, serve
 from vmlab.manager.settings import Settings
 
 
@@ -84,18 +85,31 @@ def test_who_reads_events_is_told_that_it_ends(settings: Settings) -> None:
     asyncio.run(story())
 
 
-def test_it_leaves_when_nobody_asks(settings: Settings) -> None:
+def test_it_leaves_when_nobody_asks(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def patient(*arguments: Any) -> Any:
+        config = _config(*arguments)
+        config.timeout_keep_alive = 3600  # uvicorn would end a connection on which nothing comes
+        return config
+
+    monkeypatch.setattr(serving, "_config", patient)
+
     async def story() -> None:
         life, urls = await begun(settings, Listening(), linger=0.1, background=True)
         async with AsyncClient.connect(urls[0]) as client:
             await client.health()
-            # Somebody who is connected may ask in a moment; uvicorn ends such after five seconds.
+            # Somebody who is connected may ask in a moment.
             await asyncio.sleep(1)
             assert not life.done()
         await asyncio.wait_for(life, 120)
 
     asyncio.run(story())
     assert holder(directory_of(settings.home)) is None
+
+
+def test_nobody_is_taken_for_gone_because_they_stand_still_for_a_while() -> None:
+    """Who is stopped, or on a host that stutters, is at their console when they go on."""
+    assert _config(None).ws_ping_interval is None
+    assert (_config(None, Listening(port=0)).ws_ping_timeout or 0) >= 120
 
 
 def test_a_place_that_is_taken_leaves_nothing_behind(settings: Settings) -> None:
