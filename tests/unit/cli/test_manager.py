@@ -292,6 +292,21 @@ def test_ctrl_c_cancels_and_says_so(
     assert "start of web was cancelled; 1 of its steps were undone" in err
 
 
+def test_ctrl_c_says_so_even_if_the_end_is_told_before_the_cancelling(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Late(Fake):
+        async def cancel(self, id_: str) -> OperationDocument:
+            cancelling = await super().cancel(id_)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            return cancelling
+
+    assert changed(Late(lambda: operation("cancelled")), monkeypatch) == ExitCode.INTERRUPTED
+    said = capsys.readouterr().err.partition("asked the manager to cancel start of web")
+    assert "start of web was cancelled" in said[2]
+
+
 def test_ctrl_c_that_comes_too_late_is_no_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -115,10 +115,11 @@ class _Changes:
     cancelling: bool = False
 
     async def made(self, client: AsyncClient) -> int:
-        with _interrupts(lambda: self._cancel(client), self._left) as pressed, _drawn(self):
-            await asyncio.gather(
-                *(self._one(client, number, each) for number, each in enumerate(self.requests))
-            )
+        async with _interrupts(lambda: self._cancel(client), self._left) as pressed:
+            with _drawn(self):
+                await asyncio.gather(
+                    *(self._one(client, number, each) for number, each in enumerate(self.requests))
+                )
         return self.tell(len(self.requests), interrupted=bool(pressed))
 
     async def _one(self, client: AsyncClient, number: int, wanted: BaseModel) -> None:
@@ -236,11 +237,14 @@ def _print_plan(operation: OperationDocument) -> None:
 # ------------------------------------------------------------------------------ Ctrl-C
 
 
-@contextmanager
-def _interrupts(cancel: Callable[[], Any], left: Callable[[], None]) -> Iterator[list[int]]:
+@asynccontextmanager
+async def _interrupts(
+    cancel: Callable[[], Any], left: Callable[[], None]
+) -> AsyncIterator[list[int]]:
     """The first Ctrl-C calls `cancel`, the second `left` and ends the command; SIGTERM as well.
 
-    What is entered grows by the number of each signal that came.
+    What is entered grows by the number of each signal that came. That something was cancelled is
+    said before it is said what became of it, whichever the manager answered first.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     pressed: list[int] = []
@@ -258,6 +262,7 @@ def _interrupts(cancel: Callable[[], Any], left: Callable[[], None]) -> Iterator
         loop.add_signal_handler(number, arrived, number)
     try:
         yield pressed
+        await asyncio.gather(*cancelling)
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
