@@ -355,7 +355,7 @@ def probe_whpx(
 
 
 def probe_tcg(
-    *, timeout: float = 10.0, find: Callable[[str], str | None] = shutil.which
+    *, timeout: float = 60.0, find: Callable[[str], str | None] = shutil.which
 ) -> ProbeItem:
     """Which of QEMU's programs translate guests' code: each starts an empty machine and quits.
 

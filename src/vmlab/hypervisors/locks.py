@@ -96,7 +96,7 @@ os.register_at_fork(after_in_child=_close_after_fork)
 
 
 @contextmanager
-def locked_now(path: Path, what: str, timeout: float = 10.0) -> Iterator[None]:
+def locked_now(path: Path, what: str, timeout: float = 60.0) -> Iterator[None]:
     """Hold a lock that others hold for moments only."""
     deadline = time.monotonic() + timeout
     while (lock := FileLock.take(path)) is None:

@@ -504,7 +504,7 @@ def _prune_unfinished(directory: Path) -> None:
                 path.unlink()
 
 
-def collect(processes: Iterable[ProcessIdentity], timeout: float = 5.0) -> list[ProcessIdentity]:
+def collect(processes: Iterable[ProcessIdentity], timeout: float = 30.0) -> list[ProcessIdentity]:
     """Wait until killed `processes` have ended, children of ours among them.
 
     Returns:

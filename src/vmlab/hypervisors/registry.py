@@ -85,7 +85,7 @@ def _load(name: str, entries: list[EntryPoint]) -> HypervisorProvider:
     return loaded
 
 
-def probe_all(timeout: float = 20.0, only: Iterable[str] | None = None) -> list[Probe]:
+def probe_all(timeout: float = 60.0, only: Iterable[str] | None = None) -> list[Probe]:
     """What works here of each hypervisor, by name; they are asked all at once.
 
     One that does not answer within `timeout` seconds is reported as such, and left to itself.

@@ -39,8 +39,12 @@ _KILL_AGAIN: Final = 5.0
 """Seconds after which a process that was killed, and still runs, is killed again."""
 _KILLS: Final = 12
 """How often it is killed before it is given up: it waits in the host's kernel then."""
-_QUIT_GRACE: Final = 5.0
+_QUIT_GRACE: Final = 30.0
 """Seconds that it has to flush its disks and go."""
+LAST_MOMENTS: Final = 30.0
+"""Seconds in which a process ends that has hung up: the host may be busy, or its memory large."""
+_LEFT_ALONE: Final = 1.0
+"""The same of one that was let go of here, which may have ended all the same."""
 
 
 class Emulator:
@@ -222,15 +226,23 @@ class Emulator:
     async def ended_well(self) -> bool:
         """Whether the process ends now, or has ended, and well."""
         try:
-            await self.process.wait(1.0)
+            await self._hung_up()
         except TimeoutError:
             return False
         return self.exited
 
+    async def _hung_up(self) -> None:
+        """Wait for the end of the process, with which there is no talking any more.
+
+        Raises:
+            TimeoutError: it lives.
+        """
+        await self.process.wait(_LEFT_ALONE if self.ending else LAST_MOMENTS)
+
     async def crashed(self, operation: str, error: QmpLost) -> MachineCrashed:
         """What the loss of the conversation means."""
         try:
-            await self.process.wait(1.0)
+            await self._hung_up()
             reason = self.last_words()
         except TimeoutError:
             reason = error.message

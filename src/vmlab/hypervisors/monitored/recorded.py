@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from vmlab.hypervisors import processes
 from vmlab.hypervisors.monitored.disks import DiskFile
-from vmlab.hypervisors.monitored.emulator import Emulator
+from vmlab.hypervisors.monitored.emulator import LAST_MOMENTS, Emulator
 from vmlab.hypervisors.monitored.streams import ConsoleLine, console_log, console_socket
 from vmlab.hypervisors.monitored.turns import Turns
 from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
-from vmlab.hypervisors.qmp import QmpEvent
+from vmlab.hypervisors.qmp import QmpEvent, QmpLost
 from vmlab.hypervisors.threads import done_in_thread
 from vmlab.machine.errors import MachineCrashed, MachineNotFound, OperationFailed, VmlabError
 from vmlab.machine.events import EventType
@@ -390,20 +390,24 @@ class RecordedMachine(OperatedMachine, Generic[E]):
 
         Raises:
             QmpTimeout: it does not answer.
-            QmpLost: it is gone.
+            QmpLost: it lives, and hung up.
         """
         number = self.active
         found = await done_in_thread(processes.adopt, self.monitored.owner, self.id)
         programs = [process for process in found if self.is_machine(process.argv)]
         if not programs:
-            if not kept.is_live:
-                return kept
-            well = await done_in_thread(
-                self.emulator_class.exited_in, self.launch_directory(number)
-            )
-            return MachineState.STOPPED if well else MachineState.FAILED
-        number = await done_in_thread(self.number_of, programs[-1])
-        emulator = await self.adopt_emulator(programs[-1], number)
+            return await self._left_in(number) if kept.is_live else kept
+        process = programs[-1]
+        number = await done_in_thread(self.number_of, process)
+        try:
+            emulator = await self.adopt_emulator(process, number)
+        except QmpLost:
+            # It may be about to end.
+            with suppress(TimeoutError):
+                await process.wait(LAST_MOMENTS)
+            if process.running:
+                raise
+            return await self._left_in(number)
         await self.attach(emulator)
         state = await asked(emulator) or MachineState.FAILED
         if alone and kept is MachineState.STARTING and state is MachineState.PAUSED:
@@ -416,6 +420,11 @@ class RecordedMachine(OperatedMachine, Generic[E]):
             else:
                 await self._let_go()
         return state
+
+    async def _left_in(self, number: int) -> MachineState:
+        """What has become of a machine whose process of that number has ended."""
+        well = await done_in_thread(self.emulator_class.exited_in, self.launch_directory(number))
+        return MachineState.STOPPED if well else MachineState.FAILED
 
     def number_of(self, process: processes.OwnedProcess) -> int:
         """The number of a process of the machine's: it works in the directory of that number.

@@ -45,6 +45,8 @@ class Emulator(emulator.Emulator):
             await asyncio.wait({ended, alone}, return_when=asyncio.FIRST_COMPLETED)
             # A daemon ends when QEMU does, and may be seen to end first.
             await asyncio.wait({ended}, timeout=_LAST_MOMENTS)
+            if self.qmp.lost is not None:
+                await asyncio.wait({ended}, timeout=emulator.LAST_MOMENTS)
         finally:
             for task in (ended, alone):
                 task.cancel()

@@ -48,7 +48,7 @@ _KEPT_FROZEN: Final = 4
 """Snapshots whose memory is kept for more machines."""
 
 _VERSION: Final = re.compile(r"version (\d+)\.(\d+)(?:\.(\d+))?")
-_VERSION_TIMEOUT: Final = 10.0
+_VERSION_TIMEOUT: Final = 60.0
 
 SUPPORTED: Final = frozenset(
     {

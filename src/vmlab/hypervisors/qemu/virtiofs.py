@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PROGRAM: Final = "virtiofsd"
 MESSAGES: Final = "virtiofsd.log"
 WHY_UNSAVED: Final = "QEMU cannot save what a virtiofs share holds"
-_ASK_S: Final = 10.0
+_ASK_S: Final = 60.0
 _END_GRACE: Final = 5.0
 """Seconds that a daemon whose QEMU has gone takes to notice it; it is killed after that."""
 

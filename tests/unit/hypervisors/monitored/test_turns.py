@@ -21,7 +21,7 @@ from vmlab.hypervisors.embedded.machine import EmbeddedMachine, EngineProcess
 from vmlab.hypervisors.locks import FileLock
 from vmlab.hypervisors.monitored.turns import Turns
 from vmlab.hypervisors.ownership import Owner
-from vmlab.hypervisors.qmp import QmpEvent
+from vmlab.hypervisors.qmp import QmpEvent, QmpLost
 from vmlab.hypervisors.records import LOCK, MachineRecords
 from vmlab.machine.errors import (
     DeadlineExceeded,
@@ -445,6 +445,30 @@ def test_a_machine_at_which_another_is_at_work_is_found_but_left_alone(host: Hos
         held.may_return.set()
         await stopping
         assert (await host.open()).state is STOPPED
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("ends", "state"), [(True, FAILED), (False, MachineState.UNKNOWN)], ids=["ends", "lives"]
+)
+def test_a_process_that_hangs_up_while_it_is_found_ends_or_nobody_knows(
+    host: Host, monkeypatch: pytest.MonkeyPatch, ends: bool, state: MachineState
+) -> None:
+    async def hangs_up(process: Process, directory: Path, **_: Any) -> Talk:
+        raise QmpLost("the other side hung up")
+
+    async def wait(timeout: float | None = None) -> None:
+        # Killed just now, it was alive a moment longer.
+        if not ends:
+            raise TimeoutError
+        host.processes[0].running = False
+
+    async def test() -> None:
+        await (await host.open()).start()
+        monkeypatch.setattr(EngineProcess, "adopt", hangs_up)
+        monkeypatch.setattr(host.processes[0], "wait", wait)
+        assert (await host.open()).state is state
 
     run(test())
 

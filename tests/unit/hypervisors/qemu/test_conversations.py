@@ -349,7 +349,7 @@ def test_only_an_exit_with_status_0_is_a_good_end(
         (tmp_path / PID_FILE).write_text("7\n")
     made = emulator(Script({}))
     process = SimpleNamespace(wait=wait, returncode=status, running=False)
-    made.__dict__.update(process=process, directory=tmp_path)
+    made.__dict__.update(process=process, directory=tmp_path, ending=False)
     assert asyncio.run(made.ended_well()) is well
     process.running = True
     assert made.exited is (status == 0)
@@ -361,10 +361,16 @@ def test_of_a_qemu_that_had_no_pid_file_nothing_is_known(tmp_path: Path) -> None
     assert not Emulator.exited_in(tmp_path)
 
 
-def test_a_process_that_still_runs_has_not_ended_well() -> None:
+@pytest.mark.parametrize("ending", [True, False])
+def test_a_process_that_still_runs_has_not_ended_well(ending: bool) -> None:
+    limits: list[float] = []
+
     async def wait(timeout: float) -> int | None:
+        limits.append(timeout)
         raise TimeoutError
 
     made = emulator(Script({}))
-    made.__dict__.update(process=SimpleNamespace(wait=wait))
+    made.__dict__.update(process=SimpleNamespace(wait=wait), ending=ending)
     assert asyncio.run(made.ended_well()) is False
+    # One that hung up by itself ends soon, on whatever host; one that was left alone lives on.
+    assert (limits[0] >= 30) is not ending

@@ -11,6 +11,8 @@ import pytest
 
 from vmlab.hypervisors.monitored import emulator
 from vmlab.hypervisors.monitored.emulator import Emulator
+from vmlab.hypervisors.qemu import emulator as qemu_emulator
+from vmlab.hypervisors.qemu.emulator import Emulator as QemuEmulator
 from vmlab.machine.errors import OperationFailed
 
 
@@ -88,3 +90,37 @@ def test_the_conversation_with_a_process_ends_whether_it_does_or_not(
     else:
         asyncio.run(test())
     assert closed == [True]
+
+
+@pytest.mark.parametrize("hung_up", [True, False])
+def test_a_daemon_that_is_seen_to_end_before_its_qemu_is_not_to_blame(
+    monkeypatch: pytest.MonkeyPatch, hung_up: bool
+) -> None:
+    monkeypatch.setattr(qemu_emulator, "_LAST_MOMENTS", 0.001)
+    told: list[str] = []
+
+    async def one_ended() -> None:
+        return None
+
+    async def test() -> None:
+        over = asyncio.Event()
+        monkeypatch.setattr(QemuEmulator, "running", property(lambda self: not over.is_set()))
+        made = QemuEmulator.__new__(QemuEmulator)
+        parts = {
+            "process": SimpleNamespace(wait=over.wait),
+            "qmp": SimpleNamespace(lost="the other side hung up" if hung_up else None),
+            "daemons": SimpleNamespace(one_ended=one_ended, last_words=lambda: "a daemon"),
+            "last_words": lambda: "QEMU",
+            "ending": False,
+        }
+        made.__dict__.update(parts)
+        noticing = asyncio.ensure_future(made._notice(told.append))
+        if hung_up:
+            # It takes its time, on a busy host.
+            await asyncio.wait({noticing}, timeout=0.05)
+            assert told == []
+            over.set()
+        await asyncio.wait_for(noticing, 60)
+
+    asyncio.run(test())
+    assert told == ["QEMU" if hung_up else "a daemon"]
