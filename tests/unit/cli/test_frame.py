@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
 import typer
@@ -29,7 +30,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         check=False,
     )
 
@@ -289,7 +290,7 @@ def test_reader_that_goes_away_is_no_error() -> None:
         assert child.stderr is not None
         assert child.stdout.readline() == b"a line 0\n"
         child.stdout.close()
-        assert child.wait(timeout=60) == ExitCode.BROKEN_PIPE
+        assert child.wait(timeout=280) == ExitCode.BROKEN_PIPE
         assert child.stderr.read() == b""
 
 
@@ -298,7 +299,9 @@ def test_interrupt_ends_with_130_and_no_traceback() -> None:
         "import sys, time\n"
         "from vmlab.cli import main as frame\n"
         "def probe() -> None:\n"
-        "    print('ready', flush=True); time.sleep(60)\n"
+        "    print('ready', flush=True)\n"
+        # A signal that comes just before a sleep begins is looked at when the sleep is over.
+        "    while True: time.sleep(0.05)\n"
         "module = type(sys)('vmlab.cli.probe'); module.probe = probe\n"
         "sys.modules['vmlab.cli.probe'] = module\n"
         "entry = frame.CommandEntry('probe', 'vmlab.cli.probe', 'probe', '', '')\n"
@@ -312,18 +315,40 @@ def test_interrupt_ends_with_130_and_no_traceback() -> None:
         assert child.stderr is not None
         assert child.stdout.readline() == b"ready\n"
         child.send_signal(signal.SIGINT)
-        assert child.wait(timeout=60) == ExitCode.INTERRUPTED
+        assert child.wait(timeout=280) == ExitCode.INTERRUPTED
         assert child.stderr.read() == b""
 
 
-def test_help_costs_less_cpu_than_promised() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-    try:
-        import cli_startup
-    finally:
-        del sys.path[0]
-    helped, bare = cli_startup.measure(pairs=5)
-    assert bare < helped < 0.15
+def test_help_costs_no_more_work_than_promised() -> None:
+    """What 0.15 s of CPU are here, in calls of Python: the same number however busy the host is.
+
+    The seconds are measured by benchmarks/cli_startup.py: 0.12 of them for 40,000 calls.
+    """
+    code = (
+        "import sys\n"
+        "calls = 0\n"
+        "def count(frame, event, given):\n"
+        "    global calls\n"
+        "    calls += event == 'call'\n"
+        "sys.setprofile(count)\n"
+        "from vmlab.cli.main import main\n"
+        "main(['--help'])\n"
+        "sys.setprofile(None)\n"
+        "print(calls, file=sys.stderr)"
+    )
+    # With what a user has, not with what a test run has added.
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=280,
+    )
+    assert 1000 < int(done.stderr) < 50_000
 
 
 # -------------------------------------------------------------------------------------- output
@@ -402,17 +427,15 @@ def test_errors_are_coloured_on_terminals_that_want_it(forbidden_by: str) -> Non
     leader, follower = os.openpty()
     environment = os.environ | ({"NO_COLOR": "1"} if forbidden_by == "NO_COLOR" else {})
     flags = ["--no-color"] if forbidden_by == "--no-color" else []
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "vmlab", *flags, "nonsense"],
-            stderr=follower,
-            env=environment,
-            check=False,
-            timeout=60,
-        )
-        printed = os.read(leader, 4096)
-    finally:
-        os.close(leader)
+    printed = b""
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmlab", *flags, "nonsense"], stderr=follower, env=environment
+    ) as child:
         os.close(follower)
+        # A terminal gives what it has been given so far: all of it is there at its end.
+        with os.fdopen(leader, "rb", buffering=0) as terminal, suppress(OSError):
+            while data := terminal.read(4096):
+                printed += data
+        child.wait(280)
     assert b"there is no command" in printed
     assert (b"\x1b[" in printed) == (forbidden_by == "nothing")

@@ -203,7 +203,7 @@ def test_output_that_nobody_reads_ends_quietly(ran: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "vmlab", "report", "html", str(ran)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120, check=False)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=280, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (ExitCode.BROKEN_PIPE, b"")
 

@@ -259,7 +259,7 @@ def test_a_project_without_plans_imports_nothing_for_them(project: Project) -> N
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"],
-        cwd=project.path, capture_output=True, text=True, check=False, timeout=120,
+        cwd=project.path, capture_output=True, text=True, check=False, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
 

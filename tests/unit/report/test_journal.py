@@ -83,7 +83,7 @@ def test_after_a_kill_what_was_known_is_read(tmp_path: Path, step: str) -> None:
         while child.stdout.readline().strip() != step:
             assert child.poll() is None
         child.send_signal(signal.SIGKILL)
-        assert child.wait(100) == -signal.SIGKILL
+        assert child.wait(280) == -signal.SIGKILL
     run = read_run(tmp_path)
     assert [test.outcome for test in run.tests()] == AFTER[step]
     assert run.seed == 7
@@ -326,7 +326,7 @@ def test_a_full_disk_is_an_error_and_harms_one_line(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
     )
     error, result = done.stdout.splitlines()
     assert "cannot write" in error and "main.jsonl" in error and "free some space" in error

@@ -169,6 +169,6 @@ def test_the_schema_accepts_what_pytest_writes(
     (tmp_path / "test_it.py").write_text("def test_ok(): pass\ndef test_no(): assert 0\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=x.xml"]
     subprocess.run(
-        [*command, "--rootdir=."], cwd=tmp_path, check=False, capture_output=True, timeout=60
+        [*command, "--rootdir=."], cwd=tmp_path, check=False, capture_output=True, timeout=280
     )
     junit_schema.assertValid(etree.parse(tmp_path / "x.xml"))

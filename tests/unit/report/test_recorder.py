@@ -475,7 +475,7 @@ def test_processes_write_at_once(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), f"gw{number}"])
         for number in range(3)
     ]
-    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert [process.wait(280) for process in processes] == [0, 0, 0]
     run = owner.close()
     assert run is not None
     assert (run.totals.passed, run.totals.failed, run.totals.tests) == (297, 3, 300)
@@ -507,7 +507,7 @@ def test_a_forked_child_is_told_to_join(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
     )
     first, second = done.stdout.splitlines()
     assert "belongs to process" in first and "Recorder.join" in first
