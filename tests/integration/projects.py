@@ -55,6 +55,11 @@ class Project:
         """The tests of that report, by name."""
         return {test.name: test for test in self.report().tests()}
 
+    def left(self) -> list[psutil.Process]:
+        """What still runs with this home when what has been killed has had its time to end."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=60)
+        return alive
+
     def processes(self) -> list[psutil.Process]:
         """What runs with this home, pytest itself not counted."""
         return [

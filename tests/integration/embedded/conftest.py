@@ -30,7 +30,7 @@ class Bench:
         self.lease = Run.begin(home, reap=False)
         self.embedded: EmbeddedHypervisor = provider.open(self.lease.owner)
 
-    def run(self, work: Coroutine[Any, Any, T], timeout: float = 110) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout: float = 800) -> T:
         return self.runner.run(asyncio.wait_for(work, timeout))
 
     def close(self) -> None:

@@ -134,7 +134,7 @@ def test_each_death_is_of_the_test_that_it_belongs_to(project: Project) -> None:
     )  # fmt: skip
     assert refused.returncode == 3
     assert "its memory is gone" in refused.stderr and "--vm-sit" in refused.stderr
-    assert not project.processes()
+    assert not project.left()
 
 
 @pytest.fixture
@@ -186,4 +186,4 @@ def test_a_full_disk_of_the_host_fails_the_test_whose_machine_needs_it(project: 
     log = artifact(project, full.attempts[-1], "process-qmp.log")
     assert b"BLOCK_IO_ERROR" in log or len(log) % mmap.PAGESIZE == 0, log[-4096:]
     assert tests["test_passes[qemu]"].outcome is Outcome.PASS, said
-    assert not project.processes()
+    assert not project.left()

@@ -51,7 +51,7 @@ def test_first(vm):
 
 def test_two(vms):
     a, b = vms("a", "b")
-    a.succeed("ping -c 1 b")
+    a.wait_until_succeeds("ping -c 1 b", timeout=300)
 """
 
 

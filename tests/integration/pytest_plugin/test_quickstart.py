@@ -38,4 +38,4 @@ def test_it_is_green_on_the_engine_and_on_qemu(project: Project) -> None:
         sent = tests[f"test_a_ledger_is_sent_to_another_machine[{hypervisor}]"].attempts[-1]
         assert [machine.name for machine in sent.machines] == ["here", "there"]
     assert f"report: {(project.reports / 'latest').resolve() / 'report.html'}" in said
-    assert not project.processes()
+    assert not project.left()
