@@ -113,8 +113,8 @@ class Known:
     Attributes:
         event: Number of the newest event that it holds.
         busy: Ids of everything that an operation is under way on, or waits for.
-        since: When the oldest operation began that is under way, if there is one: what is younger
-            may be that operation's.
+        since: When the oldest operation began that is under way, if there is one, or shortly
+            before: what is younger may be that operation's.
     """
 
     machines: tuple[KnownMachine, ...] = ()

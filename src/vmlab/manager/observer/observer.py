@@ -25,6 +25,7 @@ from vmlab.machine.states import OFF, MachineState
 from vmlab.manager.documents import FindingDocument
 from vmlab.manager.observer.automatic import Automatic
 from vmlab.manager.observer.checks import Thresholds, differences
+from vmlab.manager.observer.checks.machines import process_subject
 from vmlab.manager.observer.collect.hypervisors import Turns
 from vmlab.manager.observer.difference import Difference
 from vmlab.manager.observer.eyes import Eyes, Scope
@@ -361,7 +362,7 @@ class Observer:
 
 def _is_over(finding: Open, known: Known, seen: Seen, scope: Scope) -> bool:
     """Whether a finding that a look did not show can be said to be over."""
-    if finding.touches & known.busy:
+    if finding.touches & known.busy or _is_of_now(finding, known, seen):
         return False
     if finding.source in seen.looked:
         # A look at some machines says nothing about the others.
@@ -376,6 +377,20 @@ def _is_over(finding: Open, known: Known, seen: Seen, scope: Scope) -> bool:
         machine = known.machine.get(id_)
         return machine is None or (kind == "guest" and machine.state in OFF)
     return False
+
+
+def _is_of_now(finding: Open, known: Known, seen: Seen) -> bool:
+    """Whether it is of a process or file that may be an operation's by its age: it says nothing."""
+    if known.since is None:
+        return False
+    if finding.code == "orphan-process":
+        return any(
+            process.began >= known.since and process_subject(process) == finding.subject
+            for process in seen.processes
+        )
+    return finding.code == "orphan-disk" and any(
+        file.changed >= known.since and file.path.name == finding.subject for file in seen.files
+    )
 
 
 # ------------------------------------------------------------------------ transactions

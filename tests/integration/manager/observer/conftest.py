@@ -37,7 +37,7 @@ from vmlab.manager.store.queries import (
     list_operations,
     machine_document,
 )
-from vmlab.manager.store.tables import MachineRow, NetworkRow, OperationRow
+from vmlab.manager.store.tables import MachineRow, NetworkRow, OperationRow, now
 
 WAIT = 240.0
 """Seconds that anything may take; nothing depends on how long it does."""
@@ -143,7 +143,11 @@ class Watched:
 
         def begin(session: Any) -> str:
             row = OperationRow(
-                kind="machine.stop", state="running", request={}, lock_keys=list(keys)
+                kind="machine.stop",
+                state="running",
+                request={},
+                lock_keys=list(keys),
+                started=now(),
             )
             session.add(row)
             session.flush()

@@ -70,6 +70,19 @@ def test_a_file_of_no_disk_is_found_and_taken_in_as_one(run):
     run(test)
 
 
+def test_a_file_of_no_disk_is_not_over_where_it_may_be_what_an_operation_makes(run):
+    async def test(watched):
+        path = watched.manager.storage.path("a" * 32, "raw")
+        path.write_bytes(b"precious")
+        finding = await watched.found("orphan-disk")
+        async with watched.under_way("disk:elsewhere"):
+            path.write_bytes(b"not so precious")
+            assert [each.id for each in await watched.sweep()] == [finding.id]
+        assert (await watched.found("orphan-disk")).id == finding.id
+
+    run(test)
+
+
 def test_a_file_of_no_disk_is_moved_aside_and_back(run):
     async def test(watched):
         path = watched.manager.storage.directory / "notes.txt"

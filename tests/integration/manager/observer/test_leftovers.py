@@ -69,6 +69,23 @@ def test_a_process_of_no_machine_is_found_and_ended(run, pipe):
     run(test, hosts=None)
 
 
+def test_a_process_that_an_operation_has_just_begun_is_no_orphan(run, pipe, monkeypatch):
+    # The moment of the boot is told in whole seconds: all may seem to have begun that much earlier.
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    monkeypatch.setattr(psutil, "boot_time", lambda: booted - 0.99)
+
+    async def test(watched):
+        async with watched.under_way("machine:elsewhere"):
+            process = await a_process(watched, stdin=pipe)
+            try:
+                await watched.nothing()
+            finally:
+                process.kill()
+                await process.wait()
+
+    run(test)
+
+
 def test_a_process_without_a_record_is_found_by_its_environment_and_command_line(run, pipe):
     async def test(watched):
         process = await a_process(watched, stdin=pipe)

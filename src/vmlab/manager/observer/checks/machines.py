@@ -13,7 +13,7 @@ from vmlab.manager.observer.known import Known, KnownMachine
 from vmlab.manager.observer.seen import Seen, SeenMachine, SeenProcess
 from vmlab.manager.requests import Policy
 
-__all__ = ["orphan_machine", "orphan_process", "state_mismatch"]
+__all__ = ["orphan_machine", "orphan_process", "process_subject", "state_mismatch"]
 
 _NAME = re.compile(r"m-[0-9a-f]{12}")
 _NEVER_THERE = frozenset({MachineState.DELETING, MachineState.DELETED})
@@ -142,12 +142,17 @@ def _young(process: SeenProcess, known: Known) -> bool:
     return known.since is not None and process.began >= known.since
 
 
+def process_subject(process: SeenProcess) -> str:
+    """What findings about a process are about: numbers of processes come again."""
+    return f"process {process.pid} of {process.start}"
+
+
 def _orphan(process: SeenProcess, whose: str, touches: frozenset[str] = frozenset()) -> Difference:
     program = process.argv[0].rsplit("/", 1)[-1] if process.argv else "?"
     return Difference(
         code="orphan-process",
         severity="warning",
-        subject=f"process {process.pid} of {process.start}",
+        subject=process_subject(process),
         name=f"{program} ({process.pid})",
         message=f"process {process.pid} ({program}) is for {whose}",
         hint="reconcile ends it, quarantine stops it with SIGSTOP",

@@ -9,7 +9,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -49,6 +49,9 @@ _AT_ONCE: Final = 200
 """Rows that are read at a stretch: some milliseconds of work."""
 _PAUSE_S: Final = 0.008
 """Between two stretches: longer than one takes, so that most of the time is others'."""
+_COARSE: Final = timedelta(seconds=2)
+"""How much older than it is something may seem: proc(5) has the moment of the boot, from which
+processes count, in whole seconds, and files have the time of the kernel's last tick."""
 _MODES: Final[Mapping[str, Literal["isolated", "user", "bridged"]]] = {
     "isolated": "isolated",
     "user": "user",
@@ -76,7 +79,7 @@ def known_now(
     disks = tuple(_disks(session, place, only))
     hosts = frozenset(session.scalars(select(HostRow.name).where(HostRow.available)))
     if only is not None:
-        return Known(machines, disks, hosts=hosts, busy=busy, since=since, event=event)
+        return Known(machines, disks, hosts=hosts, busy=busy, event=event)
     return Known(
         machines=machines,
         disks=disks,
@@ -98,7 +101,7 @@ def known_now(
         reservations=tuple(_reservations(session)),
         hosts=hosts,
         busy=busy,
-        since=since,
+        since=since - _COARSE if since is not None else None,
         event=event,
     )
 
