@@ -121,7 +121,9 @@ def _person(environment: pytest.MonkeyPatch) -> Iterator[Person]:
     home = Path(tempfile.mkdtemp(prefix="vmh-"))
     person = Person(home)
     person.spec.write_text(SPEC)
-    (home / "slow.toml").write_text('extends = "standard"\nname = "slow"\n[latency]\nstart = 90\n')
+    (home / "slow.toml").write_text(
+        'extends = "standard"\nname = "slow"\n[latency]\nstart = 3600\n'
+    )
     for name, value in person.environment.items():
         environment.setenv(name, value)
     try:

@@ -131,6 +131,13 @@ def _until_it_boots(person: Person, machine: str) -> None:
     )
 
 
+def _until_it_is_watched(person: Person) -> None:
+    """Whoever asked for the start knows of its operation, and has asked how it goes."""
+    (operation,) = person.says("operations", "list", "--kind", "machine.start", "--json").json
+    log = person.home / "manager" / "manager.log"
+    until(lambda: f"/v1/operations/{operation['id']}" in log.read_text(), "it is watched")
+
+
 def test_killing_a_command_loses_nothing(newcomer: Person) -> None:
     newcomer.does("create", "web", "--spec", str(newcomer.spec), "-H", "slow")
     starting = newcomer.begins("start", "web")
@@ -160,6 +167,7 @@ def test_a_second_ctrl_c_leaves_it_to_itself(newcomer: Person) -> None:
     newcomer.does("create", "web", "--spec", str(newcomer.spec), "-H", "slow")
     starting = newcomer.begins("start", "web")
     _until_it_boots(newcomer, "web")
+    _until_it_is_watched(newcomer)
     # The manager does not answer now: it takes no notice of the first one.
     found = newcomer.manager
     assert found is not None
