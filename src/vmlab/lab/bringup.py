@@ -26,6 +26,9 @@ PATIENCE: Final = 30 * 86400.0
 
 _REST_OF_PANIC: Final = 2.0
 """Seconds for the lines between; a kernel that restarts at once prints no last line."""
+_PIECES: Final = 10
+"""In how many pieces that is waited for: however long the host lets this process stand still, it
+has waited for one of them at the most, and reads on before the next one is over."""
 
 
 @asynccontextmanager
@@ -108,9 +111,14 @@ async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
         answered = connecting.done() and connecting.exception() is None
         if not answered:
             # Its machine may have ended by the panic; its console says so a moment later.
-            await asyncio.wait(
-                {panicking, seeing}, timeout=_REST_OF_PANIC, return_when=asyncio.FIRST_COMPLETED
-            )
+            for _ in range(_PIECES):
+                over, _ = await asyncio.wait(
+                    {panicking, seeing},
+                    timeout=_REST_OF_PANIC / _PIECES,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if over:
+                    break
             if seen.is_set():
                 # However late it began, the rest of it has its time.
                 await asyncio.wait({panicking})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def bring_up(machine: MuteMachine, started: Any = None) -> None:
         async with bringup.booted(machine, wanted, Timeline(), started):
             raise AssertionError("it does not answer")
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 280))
 
 
 @pytest.mark.parametrize("cut", [1, 20, 40, len(PANIC)])
@@ -106,6 +107,9 @@ def test_a_machine_that_ends_by_its_kernels_panic_is_told_so() -> None:
     assert "Unable to mount root fs" in str(caught.value)
 
 
+END = b"[    1.000200] ---[ end Kernel panic - not syncing ]---\n"
+
+
 class LateConsole(PrintingConsole):
     """What it prints is there a moment after the agent's channel has ended."""
 
@@ -114,20 +118,46 @@ class LateConsole(PrintingConsole):
         return await super().read()
 
 
+class StalledConsole(PrintingConsole):
+    """The process that reads it stands still until after the time that a panic has."""
+
+    stalled = False
+
+    async def read(self) -> bytes:
+        await asyncio.sleep(0.001)
+        if not StalledConsole.stalled:
+            StalledConsole.stalled = True
+            asyncio.get_running_loop().call_soon(time.sleep, 1.5)
+            await asyncio.sleep(0.02)
+        return await super().read()
+
+
 class StoppedByPanic(MuteMachine):
     """A machine that its hypervisor stops when the kernel panics: its console never ends."""
 
+    kind: type[PrintingConsole] = LateConsole
+
     async def console(self, name: str = "serial") -> PrintingConsole:
-        return LateConsole(self._pieces, ends=False)
+        return self.kind(self._pieces, ends=False)
 
     async def channel(self, name: str) -> None:
         raise ChannelClosed("the guest is gone")
 
 
 def test_a_panic_that_is_read_late_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bringup, "_REST_OF_PANIC", 1.0)
+    monkeypatch.setattr(bringup, "_REST_OF_PANIC", 300.0)
     with pytest.raises(MachineCrashed, match="panicked while it booted"):
-        bring_up(StoppedByPanic(PANIC))
+        bring_up(StoppedByPanic(PANIC, END))
+
+
+def test_a_panic_is_told_where_this_process_stands_still_longer_than_it_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bringup, "_REST_OF_PANIC", 1.0)
+    monkeypatch.setattr(StoppedByPanic, "kind", StalledConsole)
+    monkeypatch.setattr(StalledConsole, "stalled", False)
+    with pytest.raises(MachineCrashed, match="panicked while it booted"):
+        bring_up(StoppedByPanic(PANIC, END))
 
 
 def test_a_machine_that_ends_is_told_with_its_console() -> None:

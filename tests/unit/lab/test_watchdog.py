@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from vmlab.hypervisors.simulated.channels import SimulatedConsole
 from vmlab.hypervisors.simulated.hypervisor import SimulatedHypervisor
 from vmlab.hypervisors.simulated.profile import SimulationProfile
 from vmlab.lab import heartbeat as heartbeat_module
+from vmlab.lab import watchdog as watchdog_module
 from vmlab.lab.console_rules import Rules
 from vmlab.lab.heartbeat import ROUND
 from vmlab.lab.incident import Incident, stall_that_explains
@@ -105,6 +108,63 @@ def test_what_the_kernel_reports_is_told_at_once_with_the_whole_report(on_simula
             assert dog.incidents == it.told
 
     on_simulated(body)
+
+
+class Polled:
+    """A console whose reader looks every now and then whether there is more, as of a log."""
+
+    def __init__(self, stall: Callable[[], None]) -> None:
+        self.printed = [OOPS[:-40].encode()]
+        self._stall = stall
+
+    async def read(self) -> bytes:
+        await asyncio.sleep(0.001)
+        if not self.printed:
+            # The rest is printed while the host lets this process stand still.
+            asyncio.get_running_loop().call_soon(self._stall)
+            await asyncio.sleep(0.001)
+            while not self.printed:  # noqa: ASYNC110 (a log tells nobody)
+                await asyncio.sleep(0.001)
+        return self.printed.pop(0)
+
+    async def catch_up(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def test_a_report_is_not_cut_where_this_process_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watchdog_module, "_QUIET_INSIDE", 1.0)
+    monkeypatch.setattr(watchdog_module, "_QUIET", 1.0)
+    told: list[Incident] = []
+    stalls = []
+
+    async def body() -> None:
+        complete = asyncio.Event()
+
+        def stall() -> None:
+            if not stalls:
+                stalls.append(time.sleep(1.5))
+                console.printed.append(OOPS[-40:].encode())
+
+        def tell(incident: Incident) -> None:
+            told.append(incident)
+            complete.set()
+
+        console = Polled(stall)
+        machine: Any = SimpleNamespace(name="vm", spec=MachineSpec.of(name="vm", memory="64M"))
+        dog = Watchdog(machine, on_incident=tell, stamped=True)
+        reading = asyncio.create_task(dog._read(console))  # type: ignore[arg-type]
+        await asyncio.wait_for(complete.wait(), 60)
+        reading.cancel()
+        await asyncio.wait({reading})
+
+    asyncio.run(body())
+    (incident,) = told
+    assert incident.excerpt == OOPS.strip()
 
 
 def test_what_was_printed_is_seen_before_it_is_settled(
