@@ -33,7 +33,8 @@ class Terminal:
         seen = b""
         deadline = time.monotonic() + seconds
         while wanted.encode() not in seen:
-            ready, _, _ = select.select([self.master], [], [], deadline - time.monotonic())
+            left = max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([self.master], [], [], left)
             assert ready, f"{wanted!r} is not among {seen!r}"
             # A byte at a time: what comes after it is for the next one who waits.
             seen += os.read(self.master, 1)

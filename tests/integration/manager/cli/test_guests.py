@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.e2e.conftest import AMD64, Vmlab
 from tests.e2e.test_terminal import Terminal
@@ -30,10 +31,19 @@ def vmlab() -> Iterator[Vmlab]:
         yield vmlab
         gone = vmlab.run("delete", "--force", "web")
         assert gone.returncode == 0, gone.stderr
-        assert not [each for each in vmlab.processes() if "qemu" in each.name()]
+        assert not [name for name in _programs(vmlab) if "qemu" in name]
     finally:
         vmlab.run("serve", "--stop")
         shutil.rmtree(home)
+
+
+def _programs(vmlab: Vmlab) -> list[str]:
+    """What runs with the home, by name."""
+    names = []
+    for process in vmlab.processes():
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            names.append(process.name())
+    return names
 
 
 def test_a_command_s_streams_and_status_pass_through(vmlab: Vmlab) -> None:
