@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,30 @@ def test_guest_that_is_gone_is_connected_to_anew(guests: Guests, ends: dict[str,
             setattr(first, name, value)
         assert await guests.get("a") is not first
         assert first.closed
+
+    asyncio.run(story())
+
+
+def test_guest_that_does_not_answer_while_all_stands_still_is_kept(
+    guests: Guests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_STOOD_STILL_S", 0.1)
+    asked = []
+
+    async def story() -> None:
+        first: Any = await guests.get("a")
+
+        async def ping() -> None:
+            asked.append(first)
+            if len(asked) == 1:
+                # Nothing runs here, and the answer is not there yet.
+                time.sleep(0.5)  # noqa: ASYNC251  # that is the point
+                await asyncio.Event().wait()
+
+        first.ping = ping
+        assert await guests.get("a") is first
+        assert len(asked) == 2
+        assert not first.closed
 
     asyncio.run(story())
 
