@@ -124,11 +124,14 @@ class StalledConsole(PrintingConsole):
     stalled = False
 
     async def read(self) -> bytes:
-        await asyncio.sleep(0.001)
         if not StalledConsole.stalled:
             StalledConsole.stalled = True
+            await asyncio.sleep(0.1)
             asyncio.get_running_loop().call_soon(time.sleep, 1.5)
             await asyncio.sleep(0.02)
+            # From who looks at the log to who reads.
+            for _ in range(3):
+                await asyncio.sleep(0)
         return await super().read()
 
 
