@@ -63,6 +63,7 @@ _USER_CYCLE: Final = 0xC00
 
 STARTED: Final = 0
 STOPPED: Final = 1
+SUSPENDED: Final = 4
 
 SetupCsr = tuple[int, int]
 SUPERVISOR_SETUP: Final[tuple[SetupCsr, ...]] = (
@@ -121,6 +122,9 @@ class Harts(Protocol):
 
     def suspend(self, hart: int, address: int, opaque: int) -> None:
         """`wait`, after which the hart goes on as one that was started; its interrupts stay."""
+
+    def is_suspended(self, hart: int) -> bool:
+        """Whether a hart sleeps because of `wait` or `suspend`."""
 
     def fence(
         self, harts: list[int], fence: Fence, start: int, size: int, asid: int | None
@@ -328,7 +332,8 @@ class Firmware:
         if function == 2:
             if first >= len(self._harts):
                 return INVALID_PARAM, 0
-            return SUCCESS, status[first]
+            suspended = status[first] == STARTED and self._harts.is_suspended(first)
+            return SUCCESS, SUSPENDED if suspended else status[first]
         if function == 3:
             return self._suspend(hart, first & 0xFFFF_FFFF, address, opaque)
         return NOT_SUPPORTED, 0

@@ -132,6 +132,7 @@ class Seat:
         self.executor = executor
         self.caller = CallingHart(hart)
         self.stopped = True  # by firmware: it executes nothing until it is started
+        self.suspended = False  # by firmware, until it wakes
         self.exits: dict[Reason, int] = dict.fromkeys(Reason, 0)
         self.accesses: dict[int, int] = {}  # of devices, by page of their addresses
         self.calls: dict[tuple[int, int], int] = {}  # of firmware, by extension and function
@@ -320,7 +321,7 @@ class Harts(ABC):
 
     def _prepare(self, seat: Seat, pc: int) -> None:
         hart = seat.hart
-        seat.waiting = False
+        seat.waiting = seat.suspended = False
         offset = hart[layout.TIME_OFFSET]
         hart.reset(pc)
         hart[layout.TIME_OFFSET] = offset
@@ -357,7 +358,9 @@ class Harts(ABC):
 
     def wait(self, hart: int) -> None:
         """The calling hart sleeps until an interrupt is pending that it has enabled."""
-        self._sleep(self._seats[hart])
+        seat = self._seats[hart]
+        seat.suspended = True
+        self._sleep(seat)
 
     def suspend(self, hart: int, address: int, opaque: int) -> None:
         """The calling hart sleeps as in `wait`, and goes on like one that was started.
@@ -370,7 +373,12 @@ class Harts(ABC):
         seat.hart[layout.MSTATUS] &= ~_SIE
         seat.hart.set_x(10, hart)
         seat.hart.set_x(11, opaque)
+        seat.suspended = True
         self._sleep(seat)
+
+    def is_suspended(self, hart: int) -> bool:
+        """Whether a hart sleeps because of `wait` or `suspend`."""
+        return self._seats[hart].suspended
 
     @abstractmethod
     def _sleep(self, seat: Seat) -> None:

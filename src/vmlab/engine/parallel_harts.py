@@ -143,3 +143,4 @@ class ParallelHarts(Harts):
                     continue
             sleeping.wait(hart.asleep_address, _ASLEEP, seconds)
         hart.shared[layout.SHARED_ASLEEP] = 0
+        seat.suspended = False

@@ -180,7 +180,7 @@ class SequentialHarts(Harts):
             pending, _ = self._pending(seat.hart)
             if not pending & seat.hart[layout.MIE]:
                 return False
-        seat.waiting = False
+        seat.waiting = seat.suspended = False
         seat.hart.shared[layout.SHARED_ASLEEP] = 0
         return True
 

@@ -79,6 +79,7 @@ class GdbServer:
         self._control = control
         self._place = place
         self._session: Session | None = None
+        self._number = 0  # of the client that it is with
         self._channel = SocketChannel(reactor, path)
         self._channel.attach(self)
         control.changed.append(self._changed)
@@ -94,22 +95,24 @@ class GdbServer:
 
     def connection_changed(self) -> None:
         """A client has come or gone."""
-        self._place(partial(self._met, self._channel.connected))
+        self._place(partial(self._met, self._channel.connected, self._channel.number))
 
-    # On the owner's thread.
+    # On the owner's thread. By then the client may have gone, and another one have come: a session
+    # reads what its own client has said, and nobody else is sent its answers.
 
-    def _met(self, connected: bool) -> None:
+    def _met(self, connected: bool, number: int) -> None:
         if self._session is not None:
             self._session.end()
             self._session = None
         if connected:
             _stop(self._control)
-            self._session = Session(self._control, self._channel.send)
+            self._number = number
+            self._session = Session(self._control, lambda data: self._channel.send(data, number))
             self._serve()
 
     def _serve(self) -> None:
         session = self._session
-        while session is not None and (data := self._channel.receive(1 << 16)):
+        while session is not None and (data := self._channel.receive(1 << 16, self._number)):
             session.feed(data)
 
     def _changed(self, status: RunState) -> None:

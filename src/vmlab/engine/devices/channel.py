@@ -101,6 +101,7 @@ class SocketChannel:
         self._lock = threading.RLock()
         self._listener: Listener | None = None
         self._client: socket.socket | None = None
+        self._number = 0
         self._client_watch: Watch | None = None
         self._incoming = bytearray()
         self._outgoing = bytearray()
@@ -117,10 +118,19 @@ class SocketChannel:
         """Whether there is a client."""
         return self._client is not None
 
-    def send(self, data: bytes) -> int:
-        """Bytes for the client; how many were taken. Nobody there: all, and they are dropped."""
+    @property
+    def number(self) -> int:
+        """How many clients there have been: the number of the one that is there, or was last."""
+        return self._number
+
+    def send(self, data: bytes, number: int | None = None) -> int:
+        """Bytes for the client; how many were taken. Nobody there: all, and they are dropped.
+
+        With a number they are for that client alone: to another one nobody is there.
+        """
         with self._lock:
-            if self._client is None or self._client_watch is None:
+            gone = number not in (None, self._number)
+            if gone or self._client is None or self._client_watch is None:
                 taken = len(data)
             else:
                 taken = min(len(data), _BUFFER - len(self._outgoing))
@@ -137,9 +147,11 @@ class SocketChannel:
             self._heard(data[:taken])
             return taken
 
-    def receive(self, size: int) -> bytes:
-        """Up to `size` bytes that the client sent."""
+    def receive(self, size: int, number: int | None = None) -> bytes:
+        """Up to `size` bytes that the client sent; with a number, if it is that client's."""
         with self._lock:
+            if number not in (None, self._number):
+                return b""
             data = bytes(self._incoming[:size])
             del self._incoming[: len(data)]
             if self._client_watch is not None and len(self._incoming) < _BUFFER:
@@ -154,6 +166,7 @@ class SocketChannel:
                 return
             client.setblocking(False)
             self._client = client
+            self._number += 1
             self._incoming.clear()
             self._outgoing.clear()
             self._client_watch = self._reactor.watch(client, self._readable, self._writable)

@@ -44,6 +44,7 @@ class NotedHarts:
         self.harts = [NotedHart(n) for n in range(count)]
         self.notes: list[tuple[object, ...]] = []
         self.every = False
+        self.suspended: int | None = None
 
     def __len__(self) -> int:
         return len(self.harts)
@@ -65,6 +66,9 @@ class NotedHarts:
 
     def suspend(self, hart: int, address: int, opaque: int) -> None:
         self.notes.append(("suspend", hart, address, opaque))
+
+    def is_suspended(self, hart: int) -> bool:
+        return hart == self.suspended
 
     def fence(
         self, harts: list[int], fence: sbi.Fence, start: int, size: int, asid: int | None
@@ -261,6 +265,15 @@ def test_a_hart_suspends_and_wakes_where_it_asked_to(machine: Machine) -> None:
     assert machine.call(sbi.HSM, 3, 0x8000_0000, 0, 99)[0] == (1 << 64) + sbi.INVALID_ADDRESS
     assert machine.call(sbi.HSM, 3, 5, 0, 0)[0] == BAD
     assert machine.call(sbi.HSM, 3, 0x1000_0000, 0, 0)[0] == NO
+
+
+def test_a_suspended_hart_is_said_to_be(machine: Machine) -> None:
+    machine.call(sbi.HSM, 0, 2, RAM_BASE, 0)
+    machine.harts.suspended = 2
+    assert machine.call(sbi.HSM, 2, 2) == (SUCCESS, sbi.SUSPENDED)
+    assert machine.call(sbi.HSM, 0, 2, RAM_BASE, 0)[0] == (1 << 64) + sbi.ALREADY_AVAILABLE
+    machine.call(sbi.HSM, 1, hart=2)
+    assert machine.call(sbi.HSM, 2, 2) == (SUCCESS, sbi.STOPPED)
 
 
 def test_the_machine_is_ended(machine: Machine) -> None:

@@ -207,6 +207,36 @@ SUSPENDS = (
 )
 """The hart loses its state until a timer's interrupt, and begins anew (SBI 2.0, 9.4)."""
 
+_SLEEPER = (
+    number(T1, 2)
+    + csr("csrrs", SIE, T1)
+    + call(0x48_534D, 3, 0)
+    + number(T1, 2)
+    + csr("csrrc", SIP, T1)
+    + number(T0, _READY)
+    + word("sw", rs1=T0, rs2=T1)
+    + IDLE
+)
+_STATUS = call(0x48_534D, 2, 1)
+IS_SUSPENDED = (
+    jump(4 + len(_SLEEPER))
+    + _SLEEPER
+    + call(0x48_534D, 0, 1, START + 4, 0)
+    + number(T1, 4)
+    + _STATUS
+    + word("bne", rs1=A1, rs2=T1, imm=-len(_STATUS))
+    + call(0x73_5049, 0, 2, 0)
+    + _until_not_zero(_READY)
+    + number(T2, 500)
+    + _STATUS
+    + word("bne", rs1=A1, rs2=0, imm=12 + len(end(POWEROFF)))
+    + word("addi", rd=T2, rs1=T2, imm=-1)
+    + word("bne", rs1=T2, rs2=0, imm=-8 - len(_STATUS))
+    + end(POWEROFF)
+    + end(FAIL | 1 << 16)
+)
+"""The first hart sees the second one suspended, wakes it, and sees it started, also in a WFI."""
+
 
 # ------------------------------------------------------------------------ for deterministic time
 
