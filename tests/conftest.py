@@ -6,7 +6,9 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -56,6 +58,12 @@ def _own_directories() -> Iterator[None]:
         patch.delenv("NO_COLOR", raising=False)
         patch.delenv("FORCE_COLOR", raising=False)
         yield
+    for _ in range(30):
+        # A process that has been killed may still be on its way out, and what it had with it.
+        with suppress(OSError):
+            shutil.rmtree(base)
+            return
+        time.sleep(1)
     shutil.rmtree(base)
 
 
@@ -84,21 +92,31 @@ def _no_process_left() -> Iterator[None]:
     """A test that leaves a child process behind fails, whatever else it found."""
     before = set(_children())
     yield
-    left = {
-        pid: child
-        for pid, child in _children().items()
-        if pid not in before and not _is_python_s_own(child)
-    }
-    for child in left.values():
-        child.kill()
+    left = _left(before)
+    for child in left:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     if left:
-        psutil.wait_procs(left.values(), timeout=5)
-        pytest.fail(f"the test left processes behind: {sorted(map(str, left.values()))}")
+        psutil.wait_procs(left, timeout=5)
+        pytest.fail(f"the test left processes behind: {sorted(map(str, left))}")
 
 
-def _is_python_s_own(child: psutil.Process) -> bool:
-    """Whether it is multiprocessing's helper, which lives as long as the test process."""
-    try:
-        return any("multiprocessing" in argument for argument in child.cmdline())
-    except psutil.Error:
-        return False  # a zombie has no command line: nobody waited for it
+def _left(before: set[int]) -> list[psutil.Process]:
+    """Children that were not there before; for one that has ended somebody may be about to wait."""
+    deadline = time.monotonic() + 10
+    while True:
+        left, ended = [], False
+        for pid, child in _children().items():
+            if pid not in before:
+                try:
+                    # Python's own helper lives as long as the test process.
+                    if not any("multiprocessing" in word for word in child.cmdline()):
+                        left.append(child)
+                except psutil.ZombieProcess:
+                    left.append(child)
+                    ended = True
+                except psutil.NoSuchProcess:
+                    continue
+        if not ended or time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)

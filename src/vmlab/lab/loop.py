@@ -105,8 +105,9 @@ class LoopThread:
                         "the lab's event loop was closed",
                         hint="a lab that is closed does nothing more",
                     )
-                self._pending.add(future)
+                # From here on it is taken back by the loop, wherever an interruption comes.
                 begun = True
+                self._pending.add(future)
                 self._loop.call_soon_threadsafe(job.begin)
             self._wanted.set()
             return _awaited(future)
