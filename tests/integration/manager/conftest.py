@@ -18,6 +18,7 @@ from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home
 from vmlab.manager.documents import DiskDocument, MachineDocument, OperationDocument
 from vmlab.manager.manager import Manager
+from vmlab.manager.operator import attachments
 from vmlab.manager.settings import HostSetting, Settings
 from vmlab.manager.store import queries
 
@@ -82,6 +83,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def tell(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a story with a manager of two hosts of one hypervisor; nothing of it may be left."""
     monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
+    monkeypatch.setattr(attachments, "_GUEST_ANSWERS_S", PATIENCE)
 
     def run(story: Callable[[Asking], Awaitable[None]], hypervisor: str) -> None:
         hosts = [

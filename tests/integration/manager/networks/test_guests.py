@@ -23,6 +23,7 @@ from vmlab.hypervisors.ownership import Home
 from vmlab.manager.documents import MachineDocument
 from vmlab.manager.manager import Manager
 from vmlab.manager.networks import links, nat
+from vmlab.manager.operator import wiring
 from vmlab.manager.requests import (
     CloneMachine,
     CreateMachine,
@@ -129,6 +130,7 @@ def office(
     """Runs a test with a manager."""
     need("qemu-system-x86_64")
     monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
+    monkeypatch.setattr(wiring, "_GUEST_ANSWERS_S", WAIT)
 
     async def work(test: Callable[[Office], Any]) -> None:
         settings = Settings(home=home, hosts=(HostSetting(name="qemu", hypervisor="qemu"),))

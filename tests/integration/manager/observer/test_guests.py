@@ -26,6 +26,7 @@ from vmlab.hypervisors.ownership import Home
 from vmlab.machine.states import MachineState
 from vmlab.manager.documents import FindingDocument
 from vmlab.manager.observer.observer import Pace
+from vmlab.manager.operator import attachments
 from vmlab.manager.operator.disk_rows import disk_part
 from vmlab.manager.requests import (
     DeleteDisk,
@@ -156,6 +157,7 @@ def homes() -> Iterator[Callable[[], Settings]]:
     """Makes homes, which go when the tests here have ended."""
     with tempfile.TemporaryDirectory(prefix="vmh-") as directory, pytest.MonkeyPatch.context() as p:
         p.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
+        p.setattr(attachments, "_GUEST_ANSWERS_S", PATIENCE)
         hosts = (HostSetting(name="qemu", hypervisor="qemu"),)
 
         def make() -> Settings:

@@ -16,6 +16,7 @@ from tests.store import IMAGE_STORE
 from vmlab.hypervisors.ownership import Home
 from vmlab.manager.documents import OperationDocument
 from vmlab.manager.manager import Manager
+from vmlab.manager.operator import lifecycle
 from vmlab.manager.requests import (
     CreateMachine,
     DeleteMachine,
@@ -39,6 +40,7 @@ IMAGES = {"embedded": "debian-13-riscv64-tiny", "qemu": "debian-12-amd64-tiny"}
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     """A home with a path that is short enough for sockets; nothing is left in it."""
     monkeypatch.setenv("VMLAB_IMAGE_STORE", str(IMAGE_STORE))
+    monkeypatch.setattr(lifecycle, "_TERMINATE_S", PATIENCE)
     directory = Path(tempfile.mkdtemp(prefix="vmlab-m-"))
     yield Home.open(directory)
     shutil.rmtree(directory)
@@ -91,7 +93,9 @@ def test_a_guest_lives_through_its_managers_and_ends_by_the_means_that_it_takes(
             stopped = await do(manager, StopMachine(machine="web", timeout=PATIENCE))
             assert stopped.result == {"how": "ask"}
             await do(manager, StartMachine(machine="web"))
-            # A guest that has no time to obey: its process is told to end, and does.
+            guest = await manager.guests.get(machine_id, timeout=PATIENCE)
+            # A guest that does not obey, in no time: its process is told to end, and does.
+            await guest.succeed("rm /etc/acpi/PWRF/00000080")
             stopped = await do(manager, StopMachine(machine="web", timeout=0.001))
             assert stopped.result == {"how": "terminate"}
             assert await state(manager, "web") == "stopped"

@@ -74,7 +74,9 @@ def test_a_person_works_with_a_real_guest(browser: Browser, qemu_site: Site) -> 
         page.get_by_role("button", name="Attach").click()
         expect(page.locator("#said")).to_contain_text("succeeded disk.attach of ledger")
         _at_the_console(page, console)
-        page.keyboard.type("cat /sys/block/vd?/size; echo sectors")
+        # The guest finds a disk a while after it was given it.
+        sectors = "until grep $((128 * 128)) /sys/block/vd?/size; do sleep 1; done"
+        page.keyboard.type(sectors)
         page.keyboard.press("Enter")
         expect(console).to_contain_text("16384")
 
