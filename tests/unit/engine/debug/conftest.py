@@ -22,7 +22,7 @@ from vmlab.engine.machine import Machine
 from vmlab.engine.qapi import Cause
 
 MEMORY = 8 << 20
-PATIENCE = 60.0
+PATIENCE = 250.0
 
 
 class Client:

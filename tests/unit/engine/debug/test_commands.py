@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.engine.debug.conftest import Debug, Debugged
+from tests.unit.engine.debug.conftest import PATIENCE, Debug, Debugged
 from tests.unit.engine.process import programs
 from tests.unit.engine.process.programs import A0, START, T0, T1, number, word
 
@@ -45,7 +45,7 @@ def ask(machine: Debugged, name: str, **arguments: Any) -> Any:
 
 def run(machine: Debugged) -> None:
     machine.do(machine.control.cont)
-    assert machine.told.get(timeout=60)[0] == "poweroff"
+    assert machine.told.get(timeout=PATIENCE)[0] == "poweroff"
     machine.do(machine.machine.pause)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 import xml.etree.ElementTree as ET
 
 import pytest
-from tests.unit.engine.debug.conftest import Debug
+from tests.unit.engine.debug.conftest import PATIENCE, Debug
 from tests.unit.engine.process import programs
 from tests.unit.engine.process.programs import A0, START, T0, T1, number, word
 
 from vmlab.engine.configuration import Time, TimeMode
 from vmlab.engine.cpu import layout
+from vmlab.engine.debug.packets import packet
 from vmlab.machine.errors import VmlabError
 
 PC = 32
@@ -219,7 +222,7 @@ def test_others_hold_while_one_hart_steps(debug: Debug) -> None:
     assert (client.register(PC), next(iter(machine.machine.harts)).retired) == first
     client.ok(f"z0,{second:x},4")
     client.send("vCont;c")
-    assert machine.told.get(timeout=60)[0] == "poweroff"
+    assert machine.told.get(timeout=PATIENCE)[0] == "poweroff"
 
 
 def test_it_works_where_harts_take_turns(debug: Debug) -> None:
@@ -232,7 +235,7 @@ def test_it_works_where_harts_take_turns(debug: Debug) -> None:
     assert pc_of(client.ask("vCont;s:2;c")) == second + 8
     client.ok(f"z0,{second:x},4")
     client.send("vCont;c")
-    assert machine.told.get(timeout=60)[0] == "poweroff"
+    assert machine.told.get(timeout=PATIENCE)[0] == "poweroff"
 
 
 def test_a_device_is_answered_in_a_step(debug: Debug) -> None:
@@ -260,7 +263,7 @@ def test_detaching_takes_the_points_out_and_lets_the_guest_run(debug: Debug) -> 
     client.ok(f"Z0,{START + 8:x},4")
     client.ask("vCont;c")
     client.ok("D")
-    assert machine.told.get(timeout=60)[0] == "poweroff"
+    assert machine.told.get(timeout=PATIENCE)[0] == "poweroff"
 
 
 def test_hanging_up_leaves_the_guest_standing_without_points(debug: Debug) -> None:
@@ -274,6 +277,36 @@ def test_hanging_up_leaves_the_guest_standing_without_points(debug: Debug) -> No
     again.send("vCont;c")
     again.socket.sendall(b"\3")
     assert stopped(again.receive())[0] == 2
+
+
+def test_what_a_client_says_is_not_taken_for_what_the_one_before_it_said(debug: Debug) -> None:
+    """The owner's thread comes to the first one's packet when the second one is there."""
+    machine = debug(COUNTS)
+    client = machine.connect()
+    channel = machine.server._channel
+    busy, free = threading.Event(), threading.Event()
+
+    def is_busy() -> None:
+        busy.set()
+        free.wait(PATIENCE)
+
+    machine._work.put(is_busy)
+    assert busy.wait(PATIENCE)
+    client.send("qfThreadInfo")
+    while not channel._incoming:
+        threading.Event().wait(0.001)
+    client.close()
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(PATIENCE)
+        raw.connect(str(machine.path))
+        raw.sendall(packet(b"QStartNoAckMode"))
+        while not (channel.number == 2 and channel._incoming):
+            threading.Event().wait(0.001)
+        free.set()
+        answer = b""
+        while len(answer) < len(b"+$OK#9a") and (piece := raw.recv(100)):
+            answer += piece
+        assert answer == b"+$OK#9a"
 
 
 def test_killing_ends_the_machine(debug: Debug) -> None:
@@ -311,10 +344,8 @@ def test_the_monitor_is_asked_by_name(debug: Debug) -> None:
 
 def test_a_broken_packet_is_asked_for_again(debug: Debug) -> None:
     machine = debug(COUNTS)
-    import socket
-
     with socket.socket(socket.AF_UNIX) as raw:
-        raw.settimeout(60)
+        raw.settimeout(PATIENCE)
         raw.connect(str(machine.path))
         raw.sendall(b"$qC#00")
         assert raw.recv(1) == b"-"

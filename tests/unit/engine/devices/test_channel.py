@@ -44,7 +44,7 @@ def reactor() -> Iterator[Reactor]:
 
 def connect(path: Path) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(60)
+    client.settimeout(250)
     client.connect(str(path))
     return client
 
@@ -81,6 +81,27 @@ def test_one_client_at_a_time_talks_with_the_machine(reactor: Reactor, short_pat
     channel.close()
     assert not (short_path / "c").exists()
     assert log.getvalue() == b"nobody hears thisanswer"
+
+
+def test_what_is_for_one_client_is_not_given_to_the_next(
+    reactor: Reactor, short_path: Path
+) -> None:
+    channel = SocketChannel(reactor, short_path / "c")
+    with connect(short_path / "c") as first, connect(short_path / "c") as second:
+        settle(reactor)
+        assert channel.number == 1
+        assert channel.send(b"one", 1) == 3
+        assert first.recv(100) == b"one"
+        first.close()
+        second.sendall(b"mine")
+        settle(reactor)
+        assert channel.number == 2
+        assert channel.receive(100, 1) == b""
+        assert channel.send(b"late", 1) == 4
+        assert channel.send(b"two", 2) == 3
+        assert second.recv(100) == b"two"
+        assert channel.receive(100, 2) == b"mine"
+    channel.close()
 
 
 def test_a_log_that_cannot_be_written_is_given_up_and_the_guest_goes_on(
@@ -198,19 +219,19 @@ def test_the_reactor_serves_from_its_thread_and_stops(short_path: Path) -> None:
     reactor.start()
     theirs.sendall(b"one")
     watch.want(reading=True)
-    assert arrived.wait(60)
+    assert arrived.wait(250)
     arrived.clear()
     reactor.stop()
     theirs.sendall(b"two")
     assert not arrived.is_set()
     reactor.start()
-    assert arrived.wait(60)
+    assert arrived.wait(250)
     arrived.clear()
     theirs.sendall(b"bad")
-    assert arrived.wait(60)
+    assert arrived.wait(250)
     arrived.clear()
     theirs.sendall(b"three")
-    assert arrived.wait(60)
+    assert arrived.wait(250)
     reactor.stop()
     assert got == [b"one", b"two", b"bad", b"three"]
     assert isinstance(failures[0], ValueError)
