@@ -491,7 +491,7 @@ def test_a_hart_that_sleeps_is_woken_by_the_one_that_interrupts_it(
         reason, hart = call(board, 0b11, 0)
         assert reason is Reason.WAIT, "it has gone on to its wfi"
         assert (hart.x(10), hart.x(11)) == (0, 0)
-        sleeper.join(60)
+        sleeper.join(250)
         assert not sleeper.is_alive()
         assert board.executors[1].hart.shared[layout.SHARED_ASLEEP] == 0
         assert asked(board, 1)
@@ -501,7 +501,7 @@ def test_a_hart_that_sleeps_is_woken_from_mswi(board: Board, sleeper: threading.
     board.store(0, 4, 0, CLINT)
     assert board.executors[1].hart.shared[layout.SHARED_ASLEEP] == layout.ASLEEP_WAITS
     board.store(0, 4, 1, CLINT)
-    sleeper.join(60)
+    sleeper.join(250)
     assert not sleeper.is_alive()
     assert board.exits == 0
     assert software(board) == [False, True]

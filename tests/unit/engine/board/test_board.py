@@ -43,7 +43,7 @@ def qemu_tree(folder: Path, machine: str, harts: int) -> Tree:
     subprocess.run(
         ["qemu-system-riscv64", "-M", f"{machine},dumpdtb={file}", "-smp", str(harts),
          "-m", "256M", "-display", "none"],
-        check=True, capture_output=True, timeout=60,
+        check=True, capture_output=True, timeout=250,
     )  # fmt: skip
     return parse(file.read_bytes())
 
@@ -92,7 +92,7 @@ def test_dtc_has_nothing_to_say_about_the_device_tree() -> None:
         ["dtc", "-I", "dtb", "-O", "dts", "-"],
         input=tree,
         capture_output=True,
-        timeout=60,
+        timeout=250,
         check=False,
     )
     assert result.returncode == 0, result.stderr

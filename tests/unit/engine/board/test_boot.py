@@ -157,7 +157,7 @@ def test_a_real_linker_makes_elf_files_that_are_loaded(ram: Ram, tmp_path: Path)
         [tools[0], "-o", "a.o", "a.s"],
         [tools[1], "-Ttext=0x80001000", "-Tdata=0x80003000", "-o", "a", "a.o"],
     ):
-        subprocess.run([str(part) for part in command], cwd=tmp_path, check=True, timeout=60)
+        subprocess.run([str(part) for part in command], cwd=tmp_path, check=True, timeout=250)
     loaded = load_elf(ram, (tmp_path / "a").read_bytes())
     assert loaded.entry == 0x8000_1000
     assert ram.load32(0x8000_1000) & 0xFFFF == 0x0001 or ram.load32(0x8000_1000) == 0x13

@@ -316,7 +316,7 @@ class Driver:
 
     def wait(self, index: int, count: int = 1) -> list[Buffer]:
         """Buffers that come back, once there are `count` of them."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + 250
         done: list[Buffer] = []
         while len(done) < count and time.monotonic() < until:
             done += self.rings[index].poll()

@@ -93,12 +93,12 @@ class Qemu:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         with server:
-            readable, _, _ = select.select([server], [], [], 60)
+            readable, _, _ = select.select([server], [], [], 250)
             if not readable:
                 self.process.kill()
                 raise RuntimeError(f"QEMU does not come: {self.process.communicate()[0]!r}")
             self.connection, _ = server.accept()
-        self.connection.settimeout(60)
+        self.connection.settimeout(250)
         self.buffer = b""
 
     def ask(self, command: str) -> str:
@@ -136,7 +136,7 @@ class Qemu:
         self.connection.close()
         self.process.terminate()
         try:
-            self.process.communicate(timeout=60)
+            self.process.communicate(timeout=250)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()

@@ -52,7 +52,7 @@ def qemu_io(path: Path, *commands: str, options: tuple[str, ...] = ()) -> str:
         ["qemu-io", "-f", "raw", *options, *words, f"nbd+unix:///?socket={path}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=False,
     )
     return done.stdout + done.stderr
@@ -75,7 +75,7 @@ def test_qemu_reads_writes_zeroes_and_flushes(serve: Served, tmp_path: Path) -> 
     )
     assert "1 MiB" in told
     assert "failed" not in told, told
-    assert left.wait(60)
+    assert left.wait(250)
     disk.lose_power()
     content = (tmp_path / "image").read_bytes()
     assert content[512:1024] == b"\xcd" * 512
@@ -87,7 +87,7 @@ def test_a_read_only_disk_is_one_for_its_client(serve: Served) -> None:
     _, path, left = serve(read_only=True)
     told = qemu_io(path, "read -P 0x11 0 512", options=("-r",))
     assert "read 512/512" in told
-    assert left.wait(60)
+    assert left.wait(250)
 
 
 def test_a_request_fails_with_the_errno_of_its_fault(serve: Served) -> None:
@@ -98,7 +98,7 @@ def test_a_request_fails_with_the_errno_of_its_fault(serve: Served) -> None:
     told = qemu_io(path, "write 0 512", "read 0 512", "flush")
     assert "write failed: No space left on device" in told
     assert "read failed: Input/output error" in told
-    assert left.wait(60)
+    assert left.wait(250)
 
 
 class Client:
@@ -106,7 +106,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(60)
+        self.socket.settimeout(250)
         self.socket.connect(str(path))
 
     def receive(self, size: int) -> bytes:
@@ -172,7 +172,7 @@ def test_what_is_not_known_is_refused_and_the_rest_goes_on(serve: Served, connec
     assert client.request(9) == errno.EINVAL
     assert client.request(1, 0, 512, b"x" * 512) == 0
     client.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 2, 0, 0, 0))
-    assert left.wait(60)
+    assert left.wait(250)
 
 
 def test_an_old_client_names_an_export(serve: Served, connect: Connect) -> None:
@@ -184,7 +184,7 @@ def test_an_old_client_names_an_export(serve: Served, connect: Connect) -> None:
     assert client.receive(124) == bytes(124)
     assert client.request(3) == 0
     client.socket.close()
-    assert left.wait(60)
+    assert left.wait(250)
 
 
 def test_one_that_only_looks_is_let_go(serve: Served, connect: Connect) -> None:
@@ -192,7 +192,7 @@ def test_one_that_only_looks_is_let_go(serve: Served, connect: Connect) -> None:
     client = connect(path)
     client.greet()
     assert client.option(2) == [(1, b"")]
-    assert left.wait(60)
+    assert left.wait(250)
 
 
 def test_nobody_answers_without_power(serve: Served, connect: Connect) -> None:
@@ -204,7 +204,7 @@ def test_nobody_answers_without_power(serve: Served, connect: Connect) -> None:
     disk.lose_power()
     client.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 7, 0, 512))
     client.socket.shutdown(socket.SHUT_WR)
-    assert left.wait(60)
+    assert left.wait(250)
     assert client.socket.recv(1) == b""
 
 
@@ -221,5 +221,5 @@ def test_nonsense_ends_the_conversation_and_nothing_else(
             client.option(7, struct.pack(">IH", 0, 0))
         client.socket.sendall(said)
         client.socket.shutdown(socket.SHUT_WR)
-    assert left.wait(60)
+    assert left.wait(250)
     client.socket.close()

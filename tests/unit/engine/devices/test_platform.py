@@ -230,7 +230,7 @@ def test_the_clock_chip_tells_and_keeps_the_time(machine: Engine | Qemu) -> None
     machine.write(RTC, 4, moment & 0xFFFF_FFFF)
     low = machine.read(RTC, 4)
     now = machine.read(RTC + 4, 4) << 32 | low
-    assert 0 <= now - moment < 60 * SECOND
+    assert 0 <= now - moment < 3600 * SECOND
     machine.write(RTC + 0x10, 4, 1)
     assert machine.read(RTC + 0x10, 4) == 1
     machine.write(RTC + 0xC, 4, (now + 3600 * SECOND) >> 32)

@@ -29,7 +29,7 @@ def qemu_img(*arguments: object) -> str:
         ["qemu-img", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=False,
     )
     assert result.returncode == 0, result.stderr + result.stdout

@@ -13,7 +13,7 @@ class Wire:
 
     def __init__(self, path: Path, *, negotiate: bool = True) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(60)
+        self.socket.settimeout(300)
         try:
             self.socket.connect(str(path))
         except OSError:

@@ -28,7 +28,7 @@ class Built:
         self.reactor.start()
 
     def outcome(self) -> tuple[Happening, str]:
-        return self.told.get(timeout=60)
+        return self.told.get(timeout=250)
 
     def close(self) -> None:
         self.machine.close()

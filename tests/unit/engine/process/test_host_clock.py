@@ -28,6 +28,7 @@ def test_time_passes_only_while_it_runs() -> None:
 
 
 def test_calls_are_made_in_order_and_not_while_it_stands() -> None:
+    others = set(threading.enumerate())  # a clock that was halted by its own thread ends later
     clock = HostClock()
     called: list[str] = []
     done = threading.Event()
@@ -39,13 +40,13 @@ def test_calls_are_made_in_order_and_not_while_it_stands() -> None:
     assert called == []
     clock.run()
     clock.call_at(3_000_000, done.set)
-    assert done.wait(60)
+    assert done.wait(250)
     assert called == ["first", "second"]
     late = threading.Event()
     clock.call_at(0, late.set)
-    assert late.wait(60), "what is due already is called at once"
+    assert late.wait(250), "what is due already is called at once"
     clock.halt()
-    assert not any(thread.name == "vmlab-clock" for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= others
 
 
 def test_a_call_may_halt_the_clock() -> None:
@@ -58,7 +59,7 @@ def test_a_call_may_halt_the_clock() -> None:
 
     clock.call_at(0, halt)
     clock.run()
-    assert halted.wait(60)
+    assert halted.wait(250)
 
 
 def test_real_time_is_the_host_s() -> None:

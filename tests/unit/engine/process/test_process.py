@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.unit.engine.monitor.wire import Wire
 from tests.unit.engine.process import programs
 
 MIB = 1 << 20
+PATIENCE = 250.0
 
 
 class Running:
@@ -40,7 +42,7 @@ class Running:
                 return self.wires[-1]
 
     def ended(self) -> tuple[int, str]:
-        _, said = self.process.communicate(timeout=60)
+        _, said = self.process.communicate(timeout=PATIENCE)
         assert not self.socket.exists()
         return self.process.returncode, said
 
@@ -391,7 +393,7 @@ def test_without_a_file_it_says_what_it_takes(tmp_path: Path) -> None:
     assert "hint: check the path" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_qmp_shell_drives_it(run: Run) -> None:
+def test_qmp_shell_drives_it(run: Run, tmp_path: Path) -> None:
     """QEMU's own shell, whose commands are words."""
     running = run(programs.IDLE)
     running.connect()  # the socket is there
@@ -402,7 +404,8 @@ def test_qmp_shell_drives_it(run: Run) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
+        env={**os.environ, "HOME": str(tmp_path)},  # it keeps a history
     )
     assert '"status": "prelaunch"' in done.stdout, done.stderr
     assert "Device 'none' not found" in done.stdout
@@ -412,7 +415,7 @@ def test_qmp_shell_drives_it(run: Run) -> None:
 def test_a_socket_that_is_taken_is_not_taken_away(run: Run, tmp_path: Path) -> None:
     (tmp_path / "q.sock").write_text("mine")
     running = run(programs.IDLE)
-    _, said = running.process.communicate(timeout=60)
+    _, said = running.process.communicate(timeout=PATIENCE)
     assert running.process.returncode == 2
     assert "q.sock" in said
     assert "Traceback" not in said

@@ -71,7 +71,7 @@ def said(folder: Path, text: str) -> str:
     """What the process says to a file; it ends with 2, without a traceback."""
     (folder / "m.toml").write_text(text)
     command = [sys.executable, "-m", "vmlab.engine", folder / "m.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "q.sock").exists()
@@ -98,7 +98,7 @@ def test_the_fields_that_are_told_are_those_that_there_are() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=250,
     )
     lines = done.stdout.splitlines()
     assert "\n".join(lines) == fields_text()

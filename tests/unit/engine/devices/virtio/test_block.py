@@ -165,7 +165,7 @@ class Faulty:
     def _maybe(self) -> None:
         if self.gate is not None:
             self.entered.set()
-            assert self.gate.wait(60)
+            assert self.gate.wait(250)
         if self.failing:
             raise OSError(5, "Input/output error")
 
@@ -256,7 +256,7 @@ class Threads:
             self.driver.queue(index)
         self.driver.go()
         # A driver that is up has each of its queues looked at once, by a thread.
-        assert self.workers.drain(60) == []
+        assert self.workers.drain(250) == []
         self.workers.resume()
 
 
@@ -267,7 +267,7 @@ def test_the_doorbell_does_not_wait_for_the_disk(engine: Engine, image: Path) ->
     driver = threads.driver
     slow = driver.rings[0].add([struct.pack("<IIQ", 0, 0, 1)], [512, 1])
     driver.kick(0)
-    assert disk.entered.wait(60)
+    assert disk.entered.wait(250)
     assert driver.rings[0].poll() == []
     # Draining says what is stuck and starts nothing new.
     assert threads.workers.drain(0) == ["disk.0"]
@@ -276,7 +276,7 @@ def test_the_doorbell_does_not_wait_for_the_disk(engine: Engine, image: Path) ->
     flying = threads.device.state.queues[0].in_flight
     assert [chain.writable for chain in flying.values()] == [slow.writable]
     disk.gate.set()
-    assert threads.workers.drain(60) == []
+    assert threads.workers.drain(250) == []
     assert driver.rings[0].poll() == [slow]
     assert driver.rings[1].poll() == []
     disk.gate = None
@@ -294,11 +294,11 @@ def test_a_reset_does_not_wait_for_a_disk_that_hangs(engine: Engine, image: Path
     buffer = driver.rings[0].add([struct.pack("<IIQ", 0, 0, 1)], [512, 1])
     before = driver.machine.peek(*buffer.writable[0])
     driver.kick(0)
-    assert disk.entered.wait(60)
+    assert disk.entered.wait(250)
     driver.write(0x070, 0)
     assert driver.status == 0
     disk.gate.set()
-    assert threads.workers.drain(60) == []
+    assert threads.workers.drain(250) == []
     assert driver.machine.peek(*buffer.writable[0]) == before
     assert driver.read(0x060) == 0
     threads.workers.close()
@@ -316,7 +316,7 @@ def test_a_request_in_flight_is_issued_again_from_a_saved_state(
     driver = threads.driver
     buffer = driver.rings[0].add([struct.pack("<IIQ", 0, 0, 1)], [512, 1])
     driver.kick(0)
-    assert disk.entered.wait(60)
+    assert disk.entered.wait(250)
     saved = copy.deepcopy(threads.device.state)
     memory = engine.ram.read(engine.ram.base, engine.ram.size)
     disk.gate.set()

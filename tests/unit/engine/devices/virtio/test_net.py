@@ -198,7 +198,7 @@ def settle(engine: Engine) -> None:
 
 def joined(engine: Engine, path: Path) -> StreamSegment:
     """QEMU binds its socket early and listens late."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 250
     while True:
         try:
             return StreamSegment.connect(engine.reactor, path)
@@ -322,7 +322,7 @@ def test_a_peer_that_does_not_read_makes_the_guest_wait(engine: Engine, short_pa
     driver = up(Driver(engine, 0, memory))
     frame = bytes(60_000)
     with socket.socket(socket.AF_UNIX) as peer:
-        peer.settimeout(60)
+        peer.settimeout(250)
         peer.connect(str(path))
         settle(engine)
         start, sent = memory.next, 0
