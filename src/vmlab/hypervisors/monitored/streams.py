@@ -25,17 +25,14 @@ from vmlab.machine.errors import ChannelClosed
 from vmlab.machine.spec import Console as ConsoleSpec
 
 _CHUNK: Final = 65536
-_LOG_LAG: Final = 1.0
-"""Seconds that the log may lag behind what was sent."""
+_LOG_LAG: Final = 10.0
+"""Seconds that the log may lag behind what was sent: the host may be busy."""
 _TAIL: Final = 256
 """Bytes of what was sent last that are looked for in the log."""
 _WINDOW: Final = 65536
 """Bytes at the log's end that they are looked for in."""
 _HANDED_ON: Final = 4
 """Turns of the event loop in which what was read from a socket comes to who waits for it."""
-_STILL: Final = 0.002
-_TRIES: Final = 10
-"""Seconds that log and socket have to stand still to be compared; how often that is waited for."""
 _SOONEST: Final = 0.001
 _LATEST: Final = 0.03
 """Seconds between two looks at a log: while it grows, and while it does not."""
@@ -194,6 +191,8 @@ class ConsoleLine:
         self._pump: asyncio.Task[None] | None = None
         self._typing = asyncio.Lock()
         self._tail = b""
+        # How long the log was when the process got its client.
+        self._served_from = 0
 
     async def connect(self, path: Path) -> None:
         """A process has just been started or found again; it listens at `path`."""
@@ -240,14 +239,14 @@ class ConsoleLine:
         finally:
             self._follower = None
 
-    def _advance(self) -> bool:
-        """Give readers what is new in the log; whether there was anything."""
+    def _advance(self, end: int | None = None) -> bool:
+        """Give readers what is new in the log, up to a place in it; whether there was anything."""
         if self._path is None or self.by_socket or self._size() <= self._offset:
             return False
         with self._log.open("rb") as log:
             log.seek(self._offset)
             # Where nobody has read for long, there is much.
-            while data := log.read(_CHUNK):
+            while data := log.read(_CHUNK if end is None else max(0, end - self._offset)):
                 self._offset += len(data)
                 self._give(data)
         return True
@@ -262,6 +261,7 @@ class ConsoleLine:
         """
         try:
             if self._socket is None and self._path is not None:
+                self._served_from = self._size()
                 self._socket = connect_socket(self._path)
                 self._pump = asyncio.create_task(self._run(self._socket))
             client, pump = self._socket, self._pump
@@ -294,24 +294,45 @@ class ConsoleLine:
                 self._tail = (self._tail + data)[-_TAIL:]
                 self._give(data)
             else:
-                await self._change_over(client)
+                await self._change_over(client, data)
 
-    async def _change_over(self, client: socket.socket) -> None:
+    async def _change_over(self, client: socket.socket, data: bytes) -> None:
         """The process serves this client: from now on the socket counts.
 
-        What it has sent until now is in the log as well. The two are compared while both stand
-        still, or after a while if they do not: then a character may be lost or come twice.
+        What it has sent until now is, or will be in a moment, in the log as well, from which
+        readers have it until then. Where that never comes a character may be lost or come twice.
+
+        Args:
+            client: The socket.
+            data: The first that it has sent.
         """
-        for _ in range(_TRIES):
-            before = self._size(), _unread(client)
-            await asyncio.sleep(_STILL)
-            if before == (self._size(), _unread(client)):
-                break
-        self._advance()
+        now = asyncio.get_running_loop().time
+        deadline = now() + _LOG_LAG
+        sent, count = data, len(data)
+        while (end := self._logged_until(sent, count)) is None and now() < deadline:
+            await asyncio.sleep(_SOONEST)
+            while known := _unread(client):
+                more = client.recv(known)
+                sent, count = (sent + more)[-_TAIL:], count + len(more)
+        self._advance(end)
+        # What is in the log already beyond what was sent until now was sent too.
         known = _unread(client)
-        if known:
-            client.recv(known)
+        if twice := known if end is None else min(known, self._offset - end):
+            client.recv(twice)
         self.by_socket = True
+
+    def _logged_until(self, sent: bytes, count: int) -> int | None:
+        """Where the log has the end of what was sent to the client; None if it has not yet.
+
+        Args:
+            sent: The last of it.
+            count: How much it was in all.
+        """
+        sent = sent[-_TAIL:]
+        first = max(self._served_from, self._size() - _WINDOW)
+        earliest = self._served_from + count - len(sent) - first
+        found = self._read(first, None).find(sent, max(0, earliest))
+        return first + found + len(sent) if found >= 0 else None
 
     async def panicked(self) -> str:
         """What the kernel said of a panic before it began anew just now; empty if it did not."""

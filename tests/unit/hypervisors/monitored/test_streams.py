@@ -38,6 +38,11 @@ class Process:
         assert self._client is not None
         self._client.sendall(text)
 
+    async def pours(self, text: bytes) -> None:
+        """The same, with a client that may be slow."""
+        assert self._client is not None
+        await asyncio.get_running_loop().sock_sendall(self._client, text)
+
     def logs(self, text: bytes) -> None:
         """The log alone."""
         with self.log.open("ab") as log:
@@ -172,6 +177,44 @@ def test_nothing_is_lost_or_comes_twice_when_somebody_begins_to_type(tmp_path: P
     with_process(tmp_path, test)
 
 
+def test_what_is_logged_long_after_it_was_sent_is_not_lost_when_somebody_begins_to_type(
+    tmp_path: Path,
+) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        process.prints(b"# \r")
+        await process.is_typed_at(reader, b"\n")
+        for part in (b"\r", b"\n", b"#"):
+            process.sends(part)
+            # The host has no time for the process: log and socket stand still.
+            await asyncio.sleep(0.1)
+            assert not process.line.by_socket
+        process.logs(b"\r\n#")
+        await process.counts()
+        process.prints(b" ")
+        await exactly(reader, b"# \r\r\n# ")
+
+    with_process(tmp_path, test)
+
+
+def test_what_the_log_never_has_does_not_hold_up_who_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_LOG_LAG", 0.01)
+
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        await process.is_typed_at(reader, b"x")
+        process.sends(b"nowhere")
+        await process.counts()
+        process.prints(b"here")
+        await exactly(reader, b"here")
+
+    with_process(tmp_path, test)
+
+
 def test_a_key_that_is_not_answered_changes_nothing(tmp_path: Path) -> None:
     async def test(process: Process) -> None:
         await process.line.connect(process.path)
@@ -219,31 +262,26 @@ def test_who_types_to_a_guest_that_takes_nothing_learns_that_it_is_off(tmp_path:
     with_process(tmp_path, test)
 
 
-def test_a_guest_that_goes_on_printing_is_changed_over_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streams, "_TRIES", 3)
-    monkeypatch.setattr(streams, "_STILL", 0)
-
+@pytest.mark.parametrize("lags", [False, True], ids=["at once", "the log lags"])
+def test_a_guest_that_goes_on_printing_is_changed_over_too(tmp_path: Path, lags: bool) -> None:
     async def test(process: Process) -> None:
         await process.line.connect(process.path)
         reader = process.line.reader()
         await process.is_typed_at(reader, b"x")
-        printed = b""
+        lines = [b"%d\n" % number for number in range(2000)]
 
         async def floods() -> None:
-            nonlocal printed
-            for number in range(2000):
-                line = b"%d\n" % number
-                printed += line
-                process.prints(line)
+            for line in lines:
+                await process.pours(line)
+                if lags:
+                    await asyncio.sleep(0)
+                process.logs(line)
                 await asyncio.sleep(0)
 
         flooding = asyncio.create_task(floods())
-        got = b""
-        while not flooding.done() or len(got) < len(printed):
-            got += await reader.read()
-        assert got == printed
+        await exactly(reader, b"".join(lines))
+        await flooding
+        assert process.line.by_socket
 
     with_process(tmp_path, test)
 
