@@ -72,7 +72,7 @@ def simulate(folder: Path, profile: Path) -> Iterator[Path]:
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            assert server.stdout.readline(), "it begins"
+            assert server.stdout.readline(), f"it did not begin, and ended with {server.wait(60)}"
             yield socket
         finally:
             server.terminate()
@@ -111,7 +111,13 @@ class Restless:
         """What it says until it says one of these, which is the last."""
         said = []
         while True:
-            line = self._lines.get(timeout=WAIT)
+            try:
+                line = self._lines.get(timeout=WAIT)
+            except queue.Empty:
+                raise AssertionError(
+                    f"it said {said[-20:]} and then, within {WAIT:g} s, none of {words}: "
+                    + self.errors.read_text("utf-8")[-4000:]
+                ) from None
             if line is None:
                 raise AssertionError(f"it ended: {self.errors.read_text('utf-8')[-4000:]}")
             said.append(line)
@@ -186,6 +192,7 @@ def story(folder: Path, options: dict[str, str], points: int, seed: int) -> Stor
     return told
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("where", ["in its own process", "in the manager's"])
 def test_a_manager_that_is_killed_loses_doubles_and_leaks_nothing(folder: Path, where: str) -> None:
     profile = folder / "profile.toml"
