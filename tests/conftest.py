@@ -14,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import xdist
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Slow machines are no failures; a failing example is printed so that anybody can run it again.
-settings.register_profile("vmlab", deadline=None, print_blob=True)
+settings.register_profile(
+    "vmlab", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("vmlab")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
