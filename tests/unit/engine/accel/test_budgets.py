@@ -94,7 +94,9 @@ BUDGETS = st.lists(st.integers(1, 3000), min_size=1, max_size=6)
 SEEDS = st.integers(0, 1 << 32)
 TICKS = st.integers(20, 500)
 ONCE = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 

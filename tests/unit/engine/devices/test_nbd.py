@@ -208,7 +208,9 @@ def test_nobody_answers_without_power(serve: Served, connect: Connect) -> None:
     assert client.socket.recv(1) == b""
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(st.binary(max_size=80), st.booleans())
 def test_nonsense_ends_the_conversation_and_nothing_else(
     serve: Served, said: bytes, begun: bool

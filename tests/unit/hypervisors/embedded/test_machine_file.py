@@ -136,7 +136,10 @@ _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 _PATH = _TEXT.map(lambda text: "/x" + text.replace("/", ""))
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(
     name=_TEXT, cmdline=_TEXT, path=_PATH, seed=st.none() | st.integers(0, (1 << 64) - 1),
     flags=st.tuples(*[st.booleans()] * 3), count=st.integers(0, 2),

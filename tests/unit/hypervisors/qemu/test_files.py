@@ -146,7 +146,10 @@ def test_image_without_a_state_is_refused(tmp_path: Path) -> None:
         vmstate.extract(tmp_path / "short", output, "state")
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(changes=st.dictionaries(st.integers(0, 400), st.integers(0, 255), max_size=12))
 def test_damaged_image_is_an_error_or_some_bytes_and_never_a_hang(
     changes: dict[int, int], tmp_path: Path
