@@ -79,7 +79,7 @@ class Live:
         listener.bind(where)
         listener.listen(64)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=30, server_header=False)
+            uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=60, server_header=False)
         )
         server.capture_signals = _nothing
         task = self.loop.create_task(server.serve(sockets=[listener]))

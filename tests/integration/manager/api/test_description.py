@@ -73,7 +73,7 @@ def _remove_networks(url: str) -> None:
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
         for kind in ("machines", "networks"):
             for item in client.get(f"/v1/{kind}", params={"limit": 1000}).json()["items"]:
-                query = {"wait": 60, **({"force": True} if kind == "machines" else {})}
+                query = {"wait": 100, **({"force": True} if kind == "machines" else {})}
                 client.delete(f"/v1/{kind}/{item['id']}", params=query)
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 SPEC = {"memory": "32M"}
-WAIT = {"wait": 120}
+WAIT = {"wait": 100}
 
 
 def digest(content: bytes) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 SPEC = {"memory": "64M"}
-WAIT = {"wait": 60}
+WAIT = {"wait": 100}
 
 
 def at_once(*calls: Any) -> list[httpx.Response]:
@@ -25,7 +25,8 @@ def at_once(*calls: Any) -> list[httpx.Response]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(240)
+        assert not thread.is_alive(), "nobody answers"
     return answers
 
 

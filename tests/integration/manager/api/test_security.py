@@ -62,7 +62,9 @@ def test_nobody_without_a_token_learns_anything(guarded: str) -> None:
         assert nobody.get("/health").status_code in {200, 503}
         assert nobody.get("/openapi.json").status_code == 200
     with pytest.raises(InvalidStatus) as refused:
-        connect(f"ws{guarded.removeprefix('http')}/v1/machines/x/exec", proxy=None)
+        connect(
+            f"ws{guarded.removeprefix('http')}/v1/machines/x/exec", proxy=None, open_timeout=120
+        )
     assert refused.value.response.status_code == 401
 
 
@@ -121,14 +123,14 @@ def test_the_store_has_no_token_but_its_hash(live: Any, guarded: str) -> None:
 
 
 def test_who_asks_too_fast_is_told_to_wait(living_with: Any) -> None:
-    with living_with(rate_limit=2) as live:
+    # So slow a rate that no host is slower: how it grows again is a unit test's business.
+    with living_with(rate_limit=0.001) as live:
         url = live.serve(authenticate=False)
         with client(url) as fast:
-            answers = [fast.get("/v1/machines/x") for _ in range(40)]
-        late = [answer for answer in answers if answer.status_code == 429]
-        assert late
-        assert int(late[0].headers["Retry-After"]) >= 1
-        assert late[0].json()["kind"] == "TooFast"
+            first, late = [fast.get("/v1/machines/x") for _ in range(2)]
+        assert (first.status_code, late.status_code) == (404, 429)
+        assert int(late.headers["Retry-After"]) >= 1
+        assert late.json()["kind"] == "TooFast"
 
 
 def test_wrong_tokens_of_one_address_are_counted(live: Any) -> None:
@@ -149,6 +151,7 @@ def test_pages_of_other_sites_change_nothing(url: str, live: Any) -> None:
             f"ws{url.removeprefix('http')}/v1/machines/x/console",
             origin="https://evil.example",
             proxy=None,
+            open_timeout=120,
         )
     assert refused.value.response.status_code == 403
 
@@ -193,7 +196,7 @@ def test_the_log_has_ids_and_no_secrets(living_with: Any, tmp_path: Path) -> Non
                 }
                 answer = admin.post(
                     "/v1/machines",
-                    params={"wait": 60},
+                    params={"wait": 100},
                     json=machine,
                     headers={"X-Request-Id": "asked-1"},
                 )

@@ -15,7 +15,10 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect, unix_connect
 
 SPEC = {"memory": "64M"}
-WAIT = {"wait": 60}
+WAIT = {"wait": 100}
+"""Less than a client's own patience."""
+OPEN = 120.0
+"""Seconds until a WebSocket is open."""
 
 
 def name() -> str:
@@ -328,7 +331,7 @@ def test_a_console_is_read_and_typed_on(http: httpx.Client, url: str, machine: s
     tail = http.get(f"/v1/machines/{machine}/console", params={"tail": 5})
     assert tail.content == log.content[-5:] or len(tail.content) == 5
     where = f"ws{url.removeprefix('http')}/v1/machines/{machine}/console?history=20"
-    with connect(where, proxy=None) as console:
+    with connect(where, proxy=None, open_timeout=OPEN, ping_interval=None) as console:
         assert console.recv(timeout=120)
         console.send(b"hello\n")
         done(http.post(f"/v1/machines/{machine}/actions/restart", params=WAIT))
@@ -344,7 +347,7 @@ def test_what_is_not_there_is_told_before_a_websocket_is_accepted(url: str, mach
         (f"{machine}/console?history=x", 403),
     ):
         with pytest.raises(InvalidStatus) as refused:
-            connect(f"{base}/{path}", proxy=None)
+            connect(f"{base}/{path}", proxy=None, open_timeout=OPEN)
         assert refused.value.response.status_code == status, path
 
 
@@ -364,7 +367,8 @@ def test_a_unix_socket_answers_too(live: Any) -> None:
     transport = httpx.HTTPTransport(uds=path)
     with httpx.Client(transport=transport, base_url="http://manager", timeout=120) as client:
         assert client.get("/v1/machines").status_code == 200
-    with pytest.raises(InvalidStatus), unix_connect(path, "ws://manager/v1/machines/x/console"):
+    where = "ws://manager/v1/machines/x/console"
+    with pytest.raises(InvalidStatus), unix_connect(path, where, open_timeout=OPEN):
         raise AssertionError("there is no such machine")
 
 
