@@ -193,6 +193,8 @@ class ConsoleLine:
         self._tail = b""
         # How long the log was when the process got its client.
         self._served_from = 0
+        # Bytes that will come from the socket, and that readers had from the log.
+        self._known = 0
 
     async def connect(self, path: Path) -> None:
         """A process has just been started or found again; it listens at `path`."""
@@ -291,8 +293,11 @@ class ConsoleLine:
             if not data:
                 return
             if self.by_socket:
-                self._tail = (self._tail + data)[-_TAIL:]
-                self._give(data)
+                known = min(self._known, len(data))
+                self._known -= known
+                if data := data[known:]:
+                    self._tail = (self._tail + data)[-_TAIL:]
+                    self._give(data)
             else:
                 await self._change_over(client, data)
 
@@ -315,10 +320,8 @@ class ConsoleLine:
                 more = client.recv(known)
                 sent, count = (sent + more)[-_TAIL:], count + len(more)
         self._advance(end)
-        # What is in the log already beyond what was sent until now was sent too.
-        known = _unread(client)
-        if twice := known if end is None else min(known, self._offset - end):
-            client.recv(twice)
+        # What readers have from the log beyond that comes yet.
+        self._known = _unread(client) if end is None else self._offset - end
         self.by_socket = True
 
     def _logged_until(self, sent: bytes, count: int) -> int | None:

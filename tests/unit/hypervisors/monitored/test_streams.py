@@ -198,6 +198,24 @@ def test_what_is_logged_long_after_it_was_sent_is_not_lost_when_somebody_begins_
     with_process(tmp_path, test)
 
 
+def test_what_is_logged_before_it_is_sent_does_not_come_twice(tmp_path: Path) -> None:
+    async def test(process: Process) -> None:
+        await process.line.connect(process.path)
+        reader = process.line.reader()
+        await process.is_typed_at(reader, b"x")
+        # As by an engine whose socket takes no more for a while.
+        process.sends(b"one ")
+        process.logs(b"one two three ")
+        await exactly(reader, b"one two three ")
+        await process.counts()
+        for text in (b"two th", b"ree fo", b"ur"):
+            process.sends(text)
+            await asyncio.sleep(0.01)
+        await exactly(reader, b"four")
+
+    with_process(tmp_path, test)
+
+
 def test_what_the_log_never_has_does_not_hold_up_who_types(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
