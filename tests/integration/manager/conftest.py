@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.integration.manager.wires import own_namespace
+from tests.patience import patient
 from tests.store import IMAGE_STORE
 
 from vmlab.hypervisors import processes
@@ -59,6 +60,12 @@ class Asking:
         """What a command in a machine's guest prints."""
         guest = await self.manager.guests.get((await self.machine(name)).id, timeout=PATIENCE)
         return (await guest.succeed(command, timeout=PATIENCE)).stdout.strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patient() -> Iterator[None]:
+    with patient():
+        yield
 
 
 @pytest.fixture

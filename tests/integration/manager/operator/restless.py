@@ -88,14 +88,14 @@ async def problems(manager: Manager, acknowledged: list[str]) -> list[str]:
         machine = there.get(machine_name(row["id"]))
         if machine is None:
             continue
-        state = (await machine.status()).state
+        state = (await machine.status(timeout=WAIT)).state
         failed_but_at_rest = row["state"] == "failed" and not state.is_live
         if row["state"] != state and not failed_but_at_rest:
             wrong.append(f"{row['name']} is {state}, and {row['state']} in the store")
         has = {disk.name for disk in machine.spec.disks if disk.file is not None}
         if has != set(row["disks"]):
             wrong.append(f"{row['name']} has {sorted(has)}, and {row['disks']} in the store")
-        kept = sorted(snapshot.name for snapshot in await machine.snapshots())
+        kept = sorted(snapshot.name for snapshot in await machine.snapshots(timeout=WAIT))
         if kept != sorted(row["snapshots"]):
             wrong.append(f"{row['name']} keeps {kept}, and {row['snapshots']} in the store")
     files = {found.disk for found in (await manager.storage.usage()).files}
