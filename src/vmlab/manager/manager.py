@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 from vmlab.hypervisors.base import Machine
-from vmlab.hypervisors.locks import FileLock
+from vmlab.hypervisors.locks import POLL_S, FileLock
 from vmlab.machine.errors import VmlabError
 from vmlab.manager.guests import Guests
 from vmlab.manager.networks.networks import Networks
@@ -32,6 +34,7 @@ __all__ = ["Manager"]
 
 _LOG: Final = logging.getLogger(__name__)
 _ADOPT_SECONDS: Final = 30.0
+_LET_GO_S: Final = 2.0
 assert _handlers.__all__
 
 
@@ -86,7 +89,7 @@ class Manager:
         """
         path = settings.directory / "manager.lock"
         try:
-            lock = FileLock.take(path)
+            lock = await _lock(path)
         except OSError as error:
             raise VmlabError(
                 f"{path} cannot be opened: {error.strerror}",
@@ -176,3 +179,12 @@ class Manager:
     def forget_machine(self, machine_id: str) -> None:
         """Let go of a machine that is gone, or is elsewhere now."""
         self._machines.pop(machine_id, None)
+
+
+async def _lock(path: Path) -> FileLock | None:
+    """The lock of a home, of which a manager that was killed may have it for a moment still."""
+    deadline = time.monotonic() + _LET_GO_S
+    while (lock := FileLock.take(path)) is None and time.monotonic() < deadline:  # noqa: ASYNC110
+        # What it was about to start has the file open until it is another program: nobody tells.
+        await asyncio.sleep(POLL_S)
+    return lock

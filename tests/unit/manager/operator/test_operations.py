@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from vmlab.machine.errors import HypervisorUnavailable, OperationFailed, ResourceNotFound
+from vmlab.manager.manager import Manager
 from vmlab.manager.operator import handler as module
 from vmlab.manager.operator import worker
 from vmlab.manager.operator.handler import Handler, PlannedStep, Target, key
@@ -608,6 +609,17 @@ def test_one_home_has_one_manager_at_a_time(place: Any) -> None:
                     pass
         async with place.manager():
             pass
+
+    asyncio.run(story())
+
+
+def test_a_home_is_taken_from_a_manager_that_is_about_to_be_gone(place: Any) -> None:
+    async def story() -> None:
+        before = await Manager.open(place.make())
+        closing = asyncio.get_running_loop().call_later(0.1, before._lock.release)
+        async with place.manager():
+            assert closing.when() <= asyncio.get_running_loop().time()
+        before.database.close()
 
     asyncio.run(story())
 
