@@ -75,7 +75,8 @@ class Client:
             stdout=subprocess.PIPE,
         )
         assert self._process.stdout is not None
-        assert self._process.stdout.readline() == b"there\n"
+        said = self._process.stdout.readline()
+        assert said == b"there\n", f"{said!r}: it ended with {self._process.poll()}"
         pid = str(self._process.pid)
         peer = f"peer{self.number}"
         run("ip", "link", "add", self.port, "type", "veth", "peer", "name", peer)
@@ -97,7 +98,7 @@ class Client:
         """Put it on a bridge."""
         run("ip", "link", "set", self.port, "master", bridge)
 
-    def ask(self, *, tries: int = 60, mine: bool = True) -> dict[str, str]:
+    def ask(self, *, tries: int = 120, mine: bool = True) -> dict[str, str]:
         """What a DHCP server tells it, and nothing if nobody does; takes the address if `mine`."""
         with tempfile.TemporaryDirectory(prefix="vmlab-dhcp-") as directory:
             told = Path(directory, "told")

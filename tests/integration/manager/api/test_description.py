@@ -34,7 +34,7 @@ _CHECKS = CHECKS.get_by_names(_ASKED)
 
 def _contradictions(url: str, examples: int) -> list[str]:
     """What was answered otherwise than it is described, operation by operation."""
-    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", timeout=120)
     found = []
     for result in schema.get_all_operations():
         operation = result.ok()

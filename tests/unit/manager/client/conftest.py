@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -24,7 +25,11 @@ Story = Callable[[AsyncClient], Awaitable[None]]
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    """A home of the test's own, whose manager has nothing but the simulator and looks when told."""
+    hosts = [{"name": "simulated", "hypervisor": "simulated"}]
+    monkeypatch.setenv("VMLAB_HOSTS", json.dumps(hosts))
+    monkeypatch.setenv("VMLAB_SWEEP_SECONDS", "86400")
     return Home.open(tmp_path / "home")
 
 
