@@ -47,7 +47,13 @@ from vmlab.manager.store.tables import AddressRow, NetworkRow
 pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
 
 WAIT = 600.0
-ADDRESS = "ip -4 -o addr show dev {} | awk '{{print $4}}'"
+# The guest asks for ten seconds when it boots, and a host may stand still for longer.
+ADDRESS = """
+until ip -4 -o addr show dev {0} | grep -q inet; do
+    udhcpc -q -n -t 10 -T 1 -s /etc/udhcpc/default.script -i {0} >/dev/null 2>&1
+done
+ip -4 -o addr show dev {0} | awk '{{print $4}}'
+"""
 PING = "(for try in $(seq {1}); do ping -c 1 -W 2 {0} && exit; done; exit 1)"
 
 
@@ -108,7 +114,7 @@ class Office:
 
 async def address_of(guest: Guest, interface: str) -> str:
     """The address that a guest has, which asks by DHCP when it boots."""
-    return (await guest.succeed(ADDRESS.format(interface))).stdout.strip()
+    return (await guest.succeed(ADDRESS.format(interface), timeout=WAIT)).stdout.strip()
 
 
 async def global_addresses(guest: Guest, interface: str) -> set[str]:
@@ -334,6 +340,9 @@ def test_guests_with_systemd_get_addresses_of_both_versions_of_ip_and_so_do_thei
         interfaces = sorted(each for each in found if each != "lo")
         await told(office, "one", *interfaces)
         # By the advertisements of the router on the bridge; on the segment there is none.
+        await guest.succeed(
+            "until ip -6 route show default | grep -q default; do sleep 0.2; done", timeout=WAIT
+        )
         routes = (await guest.succeed("ip -6 route show default")).stdout
         assert routes.count("default") == 1
         assert interfaces[0] in routes
