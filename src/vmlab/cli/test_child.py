@@ -55,10 +55,15 @@ class PytestChild:
         self._on_output = on_output
         self._on_turn = on_turn
         self._asked = 0
+        self._early = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
         """Run it to its end; its exit status, negative for a signal."""
+        with self._signals():
+            return self._run()
+
+    def _run(self) -> int:
         listening, telling = os.pipe()
         try:
             # In a session of its own: Ctrl-C reaches this process alone, which passes it on once.
@@ -74,7 +79,9 @@ class PytestChild:
             )
         finally:
             os.close(telling)
-        with os.fdopen(listening, "rb", buffering=0) as events, process, self._signals():
+        if self._early:
+            process.send_signal(signal.SIGINT)
+        with os.fdopen(listening, "rb", buffering=0) as events, process:
             assert process.stdout is not None
             assert process.stderr is not None
             self._attend(process, events, {"stdout": process.stdout, "stderr": process.stderr})
@@ -122,7 +129,10 @@ class PytestChild:
         process = self._process
         self.interrupted = self.interrupted or number
         self._asked += 1
-        if process is not None and process.poll() is None:
+        if process is None:
+            # It is just being started, and is told then.
+            self._early = True
+        elif process.poll() is None:
             process.send_signal(signal.SIGKILL if self._asked >= _PATIENCE else signal.SIGINT)
 
 
@@ -133,21 +143,31 @@ def run_in_foreground(arguments: Sequence[str]) -> tuple[int, int | None]:
         Its exit status, and the signal that this process was told to end by, if it was.
     """
     got: list[int] = []
-    process = subprocess.Popen(
-        command(arguments),
-        env=_environment(),
-        preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509  # no thread yet
-    )
+    process: subprocess.Popen[bytes] | None = None
+    early = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal early
         got.append(number)
         # Ctrl-C at a terminal has reached it already.
-        if number != signal.SIGINT or not sys.stdin.isatty():
+        if number == signal.SIGINT and sys.stdin.isatty():
+            return
+        if process is None:
+            # It is just being started, and is told then.
+            early = True
+        else:
             process.send_signal(signal.SIGINT)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
+        process = subprocess.Popen(
+            command(arguments),
+            env=_environment(),
+            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509  # no thread yet
+        )
+        if early:
+            process.send_signal(signal.SIGINT)
         return process.wait(), got[0] if got else None
     finally:
         for number, handler in before.items():

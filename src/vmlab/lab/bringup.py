@@ -16,6 +16,7 @@ from vmlab.hypervisors.base import Machine
 from vmlab.lab.boot import Bootable
 from vmlab.lab.console_scanner import ConsoleScanner, Finding
 from vmlab.lab.incident import IncidentKind
+from vmlab.lab.patience import wait_for_any
 from vmlab.lab.timeline import Timeline
 from vmlab.lab.ways import channel_into
 from vmlab.machine.errors import MachineCrashed, VmlabError
@@ -26,9 +27,6 @@ PATIENCE: Final = 30 * 86400.0
 
 _REST_OF_PANIC: Final = 2.0
 """Seconds for the lines between; a kernel that restarts at once prints no last line."""
-_PIECES: Final = 10
-"""In how many pieces that is waited for: however long the host lets this process stand still, it
-has waited for one of them at the most, and reads on before the next one is over."""
 
 
 @asynccontextmanager
@@ -111,14 +109,7 @@ async def _answers(machine: Machine, guest: Guest, timeout: float) -> None:
         answered = connecting.done() and connecting.exception() is None
         if not answered:
             # Its machine may have ended by the panic; its console says so a moment later.
-            for _ in range(_PIECES):
-                over, _ = await asyncio.wait(
-                    {panicking, seeing},
-                    timeout=_REST_OF_PANIC / _PIECES,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if over:
-                    break
+            await wait_for_any({panicking, seeing}, _REST_OF_PANIC)
             if seen.is_set():
                 # However late it began, the rest of it has its time.
                 await asyncio.wait({panicking})

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.base import Machine
 from vmlab.lab.console_scanner import ConsoleScanner
+from vmlab.lab.patience import wait_for_any
 from vmlab.machine.capabilities import Capability
 from vmlab.machine.errors import VmlabError
 from vmlab.machine.states import MachineState
@@ -174,7 +175,7 @@ class _Collection:
         """Collect something, or tell why it cannot be had; returns whether it was."""
         task = asyncio.create_task(collect(), name=f"evidence: {what} of {self.machine.name}")
         try:
-            done, _ = await asyncio.wait({task}, timeout=seconds)
+            done = await wait_for_any({task}, seconds)
         finally:
             task.cancel()
         if not done:

@@ -19,6 +19,7 @@ from vmlab.lab.console_rules import DEFAULT, Rules
 from vmlab.lab.console_scanner import ConsoleScanner, Finding
 from vmlab.lab.heartbeat import Heartbeat, Pulse
 from vmlab.lab.incident import FATAL, STALLS, Incident, IncidentKind, stall_that_explains
+from vmlab.lab.patience import PIECES
 from vmlab.machine.errors import ResourceNotFound, UnsupportedOperation
 from vmlab.machine.events import Event, EventType
 from vmlab.machine.states import MachineState
@@ -29,9 +30,6 @@ _QUIET: Final = 2.0
 """Seconds without a line after which a report that nothing marks the end of is over."""
 _QUIET_INSIDE: Final = 10.0
 """The same of a report whose last line is yet to come; a kernel that hangs prints none."""
-_PIECES: Final = 10
-"""In how many pieces a quiet console is waited for: however long the host lets this process stand
-still, it has waited for one of them at the most, and reads on before the next one is over."""
 _CATCH_UP: Final = 0.02
 """Seconds that the loop is given to hand over what has arrived already."""
 
@@ -229,15 +227,15 @@ class Watchdog:
     # The console.
 
     async def _read(self, console: Console) -> None:
-        pieces = 0
+        pieces = 0  # as in `patience`
         while True:
             quiet = _QUIET_INSIDE if self._scanner.awaits_end else _QUIET
             try:
-                async with asyncio.timeout(quiet / _PIECES if self._scanner.busy else None):
+                async with asyncio.timeout(quiet / PIECES if self._scanner.busy else None):
                     data = await console.read()
             except TimeoutError:
                 pieces += 1
-                if pieces >= _PIECES:
+                if pieces >= PIECES:
                     pieces = 0
                     self._found(self._scanner.settle())
                 continue

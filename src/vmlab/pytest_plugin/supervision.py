@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _COMMON: Final = frozenset({"id", "kind", "machine"})
 """Fields of a fault that a report has beside its own."""
-_SECONDS: Final = 5.0
-"""Seconds that a machine has to say what it used."""
+_SECONDS: Final = 30.0
+"""Seconds that a machine on a busy host has to say what it used."""
 
 
 class Supervision:

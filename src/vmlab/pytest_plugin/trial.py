@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from vmlab.lab.patience import wait_for_event
 from vmlab.machine.errors import ChannelClosed, MachineCrashed, VmlabError
 from vmlab.pytest_plugin.deaths import MachineDied, OutOfTime, TestEnded
 from vmlab.report import AttemptRecorder, Direction, Outcome, Severity
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _LAST_WORDS: Final = 10.0
 """Seconds in which it is told why a machine is gone, once it has been found to be."""
+_STATUS: Final = 60.0
+"""Seconds that a hypervisor on a busy host has to say whether a machine is gone."""
 
 
 class Trial:
@@ -163,12 +166,12 @@ class Trial:
         gone = False
         for vm in machines:
             with suppress(VmlabError):
-                status = vm.run(vm.machine.status(), timeout=_LAST_WORDS)
+                status = vm.run(vm.machine.status(), timeout=_STATUS)
                 # Whoever ends it on purpose lets go of its guest; a fault says that it was one.
                 gone |= not status.state.is_live and "fault" not in (status.reason or "")
         self._settle(machines)
         if gone or suspected:
-            self._died.wait(_LAST_WORDS)
+            wait_for_event(self._died, _LAST_WORDS)
 
     def _raise_if_ended(self) -> None:
         if self._death is not None and not self._told:

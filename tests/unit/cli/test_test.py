@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ from rich.live import Live
 from vmlab.cli import test_display
 from vmlab.cli.exit_codes import ExitCode
 from vmlab.cli.main import main
+from vmlab.cli.test_child import PytestChild, run_in_foreground
 from vmlab.cli.test_display import LivePicture, PlainLines
 from vmlab.cli.test_story import Follower, News, Story, outcome_of
 from vmlab.report import read_run
@@ -203,6 +205,25 @@ def test_what_is_killed_takes_pytest_with_it(project: Path) -> None:
     process.communicate(timeout=280)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
+
+
+def test_a_signal_that_comes_while_pytest_is_just_being_started_is_passed_on(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "test_hangs.py").write_text(HANGS)
+    start = subprocess.Popen
+
+    def interrupted(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = start(*words, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    heard: list[object] = []
+    child = PytestChild([], on_event=heard.append, on_output=lambda *_: None, on_turn=lambda: None)
+    assert child.run() != 0
+    assert child.interrupted == signal.SIGINT
+    assert run_in_foreground(["-q"])[1] == signal.SIGINT
 
 
 def test_pytest_that_is_killed_is_no_success(project: Path, capfd: Captured) -> None:

@@ -195,8 +195,8 @@ def test_python_in_the_docs_runs(page: Path, code: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path,
-        # A manager that it begins leaves soon.
-        env={**os.environ, "VMLAB_LINGER_SECONDS": "1"},
+        # A manager that it begins leaves soon, and not before the next line.
+        env={**os.environ, "VMLAB_LINGER_SECONDS": "15"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -53,7 +53,7 @@ def this_host(directory: Path) -> Iterator[Host]:
     try:
         host = Host(agent, loop)
         assert host.guest is not None
-        host.run(host.guest.connect(timeout=60))
+        host.run(host.guest.connect(timeout=280))
         yield host
         loop.run(host.guest.close() if host.guest is not None else asyncio.sleep(0))
     finally:
