@@ -58,7 +58,7 @@ class Bench:
         self.lease = Run.begin(home, reap=False)
         self.qemu: QemuHypervisor = provider.open(self.lease.owner, options)
 
-    def run(self, work: Coroutine[Any, Any, T], timeout: float = 200) -> T:
+    def run(self, work: Coroutine[Any, Any, T], timeout: float = 290) -> T:
         return self.runner.run(asyncio.wait_for(work, timeout))
 
     def close(self) -> None:
@@ -76,33 +76,39 @@ class Shell:
     def __init__(self, machine: Any) -> None:
         self.machine = machine
 
-    async def run(self, command: str, timeout: float = 90) -> str:
+    async def run(self, command: str, timeout: float = 150) -> str:
         """Run a command; what it printed. Its status has to be 0."""
         tag = secrets.token_hex(4)
         begin, end = f"<{tag}".encode(), f"{tag}>".encode()
         # The marks are not in the line itself, which the shell echoes.
         line = f"echo '<''{tag}'; ( {command} ) 2>&1; echo '{tag}''>' $?\n"
-        async with asyncio.timeout(timeout), await self.machine.console() as console:
-            out = b""
-            await console.write(line.encode())
-            while end not in out or b"\n" not in out.split(end, 1)[1]:
-                out += await console.read()
+        out = b""
+        try:
+            async with asyncio.timeout(timeout), await self.machine.console() as console:
+                await console.write(line.encode())
+                while end not in out or b"\n" not in out.split(end, 1)[1]:
+                    out += await console.read()
+        except TimeoutError:
+            pytest.fail(f"{command}: no answer within {timeout:g} s, but {out!r}")
         text = out.replace(b"\r", b"").split(begin + b"\n", 1)[1].decode(errors="replace")
         answer, _, status = text.partition(end.decode())
         assert status.split()[0] == "0", f"{command}: {answer} {status}"
         return answer
 
 
-async def until_booted(machine: Any, timeout: float = 150) -> Shell:
+async def until_booted(machine: Any, timeout: float = 280) -> Shell:
     """Wait for the shell on the console, and begin it."""
     console = await machine.console()
-    async with asyncio.timeout(timeout), console:
-        while b"Please press Enter" not in await console.log():
-            await console.read()
-        await console.write(b"\n")
-        seen = b""
-        while b"# " not in seen:
-            seen += await console.read()
+    try:
+        async with asyncio.timeout(timeout), console:
+            while b"Please press Enter" not in await console.log():
+                await console.read()
+            await console.write(b"\n")
+            seen = b""
+            while b"# " not in seen:
+                seen += await console.read()
+    except TimeoutError:
+        pytest.fail(f"not booted within {timeout:g} s: ...{(await console.log())[-2000:]!r}")
     return Shell(machine)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -48,29 +49,53 @@ PANIC = r"printf '\001' | dd of=/dev/port bs=1 count=1 seek=1285"
 HEARTBEAT = "(while :; do read t _ < /proc/uptime; echo $t >> /tmp/beat; usleep 50000; done) &"
 
 
-async def state_becomes(machine: Any, state: MachineState, timeout: float = 10) -> None:
-    await until(lambda: machine.state is state, timeout)
+async def state_becomes(machine: Any, state: MachineState) -> None:
+    await until(lambda: machine.state is state, lambda: machine.state)
 
 
-async def until(is_so: Callable[[], bool], timeout: float = 20) -> None:
-    deadline = asyncio.get_running_loop().time() + timeout
+async def until(is_so: Callable[[], bool], seen: Callable[[], Any]) -> None:
+    deadline = asyncio.get_running_loop().time() + 100
     while not is_so():
-        assert asyncio.get_running_loop().time() < deadline
+        assert asyncio.get_running_loop().time() < deadline, seen()
         await asyncio.sleep(0.01)
 
 
 async def balloon_becomes(machine: Any, size: int) -> None:
-    deadline = asyncio.get_running_loop().time() + 20
-    while (await machine.metrics()).memory.balloon_bytes != size:
-        assert asyncio.get_running_loop().time() < deadline
+    deadline = asyncio.get_running_loop().time() + 100
+    while (seen := (await machine.metrics()).memory.balloon_bytes) != size:
+        assert asyncio.get_running_loop().time() < deadline, seen
         await asyncio.sleep(0.05)
 
 
-async def largest_gap(shell: Any) -> float:
-    """The longest time between two heartbeats, on the guest's clock."""
-    beats = [float(line) for line in (await shell.run("cat /tmp/beat")).split()]
-    assert len(beats) > 5
-    return max(later - earlier for earlier, later in pairwise(beats))
+class Heartbeat:
+    """A guest that writes down its own clock again and again.
+
+    How long it stood still is no measure: the host may have let it stand.
+    """
+
+    def __init__(self, shell: Any) -> None:
+        self.shell = shell
+        self.first = 0.0
+        self.began = 0.0
+
+    async def begin(self) -> None:
+        self.began = time.monotonic()
+        await self.shell.run(HEARTBEAT)
+        self.first = (await self.beats(1))[0]
+
+    async def beats(self, number: int) -> list[float]:
+        """All that were written down, once there are so many more."""
+        count = "$(wc -l < /tmp/beat)"
+        await self.shell.run(
+            f"n={count}; until [ {count} -ge $((n + {number})) ]; do usleep 20000; done"
+        )
+        return [float(line) for line in (await self.shell.run("cat /tmp/beat")).split()]
+
+    async def goes_on(self) -> None:
+        """It beats on, and its clock has not run ahead of the host's."""
+        beats = await self.beats(5)
+        assert all(earlier <= later for earlier, later in pairwise(beats)), beats
+        assert beats[-1] - self.first <= 1.1 * (time.monotonic() - self.began) + 0.5
 
 
 def test_info_is_read_back_and_agrees_with_the_guest(booted: Any) -> None:
@@ -120,8 +145,9 @@ def test_paused_guest_stands_still_and_goes_on_where_it_was(booted: Any) -> None
         resumed = time.monotonic()
         await machine.resume()
         after = float((await shell.run("cut -d' ' -f1 /proc/uptime")).strip())
-        # However long all of it took, of the pause nothing passed.
-        assert after - before < time.monotonic() - began - (resumed - paused) + 0.1
+        # However long all of it took, of the pause nothing passed. Clocks differ a little.
+        ran = time.monotonic() - began - (resumed - paused)
+        assert after - before < 1.1 * ran + 0.1
 
     booted.run(test())
 
@@ -181,7 +207,7 @@ def test_what_a_guest_does_to_itself_is_noticed(
         await shell.run("true")
         console = await machine.console()
         await console.write(f"{command}\n".encode())
-        await state_becomes(machine, state, 20)
+        await state_becomes(machine, state)
         kinds = [found.type for found in await booted.qemu.events() if found.machine == machine.id]
         assert event in kinds
         assert (await machine.info()).pid is None
@@ -253,7 +279,8 @@ def test_channel_carries_any_bytes_both_ways(booted: Any) -> None:
 def test_disk_comes_and_goes_while_the_guest_runs_on(booted: Any, tmp_path: Path) -> None:
     async def test() -> None:
         machine, shell = await booted.machine()
-        await shell.run(HEARTBEAT)
+        heartbeat = Heartbeat(shell)
+        await heartbeat.begin()
         source = tmp_path / "source.raw"
         source.write_bytes(b"from the source".ljust(MIB, b"\0"))
         plugged = await machine.plug_disk(Disk(name="hot", source=source, serial="S1"))
@@ -274,11 +301,15 @@ def test_disk_comes_and_goes_while_the_guest_runs_on(booted: Any, tmp_path: Path
             await machine.resize_disk("ro", 2 * MIB)
         for name in ("hot", "ro"):
             await machine.unplug_disk(name)
-        await shell.run("[ ! -b /dev/vdb ] && [ ! -b /dev/sdb ]")
+        await shell.run("[ ! -b /dev/vdb ]")
+        # QEMU does not wait for the guest to let go of a disk on a SCSI bus.
+        await shell.run("while [ -b /dev/sdb ]; do usleep 20000; done")
         assert [disk.name for disk in (await machine.info()).disks] == ["data", "slow"]
         assert source.read_bytes().startswith(b"from the source")
         assert not plugged.path.exists()
-        assert await largest_gap(shell) < 1.5
+        await heartbeat.goes_on()
+        events = [event for event in await booted.qemu.events() if event.machine == machine.id]
+        assert "paused" not in {event.data.get("to") for event in events}
 
     booted.run(test())
 
@@ -288,7 +319,7 @@ def test_disk_that_was_there_from_the_start_can_be_unplugged(booted: Any) -> Non
         machine, shell = await booted.machine()
         await machine.unplug_disk("data")
         await machine.unplug_disk("slow")
-        await shell.run("[ ! -b /dev/vda ] && [ ! -b /dev/sda ]")
+        await shell.run("[ ! -b /dev/vda ]; while [ -b /dev/sda ]; do usleep 20000; done")
 
     booted.run(test())
 
@@ -323,7 +354,10 @@ def test_nic_comes_and_goes_and_segments_connect_machines(booted: Any) -> None:
             assert plugged.mac in await shell.run("cat /sys/class/net/eth2/address")
             await shell.run(f"ip addr add 10.9.0.{number}/24 dev eth2; ip link set eth2 up")
         before = (await one.metrics()).nics[-1]
-        await shell_one.run("ping -c 2 -W 5 -s 1000 10.9.0.2")
+        # A frame may be lost, as on a real segment.
+        await shell_one.run(
+            "n=0; until [ $n = 2 ]; do ping -c 1 -W 5 -s 1000 10.9.0.2 && n=$((n + 1)); done"
+        )
         after = (await one.metrics()).nics[-1]
         assert after.name == "hot"
         assert after.sent_packets - before.sent_packets >= 2
@@ -334,7 +368,7 @@ def test_nic_comes_and_goes_and_segments_connect_machines(booted: Any) -> None:
         await shell_one.run("! ping -c 1 -W 1 10.9.0.2")
         await one.clear_fault(fault)
         await one.clear_fault(fault)
-        await shell_one.run("ping -c 1 -W 5 10.9.0.2 || ping -c 2 -W 5 10.9.0.2")
+        await shell_one.run("until ping -c 1 -W 5 10.9.0.2; do :; done")
         await one.unplug_nic("hot")
         await shell_one.run("[ ! -e /sys/class/net/eth2 ]")
         await one.plug_nic(Nic(name="dead", network="none"))
@@ -372,9 +406,11 @@ def test_faults_in_time_begin_and_end_by_themselves(booted: Any) -> None:
         fault = await machine.inject(PauseFault(when=At(seconds=0.1), duration=0.3))
         await state_becomes(machine, MachineState.PAUSED)
         await state_becomes(machine, MachineState.RUNNING)
-        cleared = [e for e in await booted.qemu.events() if e.type is EventType.FAULT_CLEARED]
-        assert cleared[-1].data == {"fault": fault}
-        never = await machine.inject(KillFault(when=At(seconds=60)))
+        async with asyncio.timeout(100):
+            async for event in booted.qemu.subscribe(0):
+                if event.type is EventType.FAULT_CLEARED and event.data == {"fault": fault}:
+                    break
+        never = await machine.inject(KillFault(when=At(seconds=600)))
         await machine.clear_fault(never)
         await shell.run("modprobe virtio_balloon; true")
         await machine.inject(MemoryPressure(leave=128 * MIB, id="squeeze"))
@@ -507,7 +543,8 @@ def test_live_migration_takes_everything_along_with_progress(booted: Any, new_be
     async def test() -> None:
         machine, shell = await booted.machine()
         await shell.run("echo moved > /tmp/f; echo moved | dd of=/dev/vda conv=fsync 2>/dev/null")
-        await shell.run(HEARTBEAT)
+        heartbeat = Heartbeat(shell)
+        await heartbeat.begin()
         await machine.snapshot("one")
         told: list[tuple[int, int]] = []
         moved = await machine.migrate(there.qemu, progress=lambda *amounts: told.append(amounts))
@@ -518,7 +555,8 @@ def test_live_migration_takes_everything_along_with_progress(booted: Any, new_be
         assert (await arrived.run("cat /tmp/f; head -c 20 /dev/vda | head -1")).split() == [
             "moved"
         ] * 2
-        assert await largest_gap(arrived) < 2
+        heartbeat.shell = arrived
+        await heartbeat.goes_on()
         assert told[-1][0] > MIB
         assert [kept.name for kept in await moved.snapshots()] == ["one"]
         assert len(await (await moved.console()).log()) > 0
@@ -536,7 +574,7 @@ def test_live_migration_copies_disks_where_they_cannot_be_shared(
     shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     if shared is None or shared.stat().st_dev == Path(booted.bench.lease.directory).stat().st_dev:
         pytest.skip("needs /dev/shm, on another file system than the temporary directory")
-    elsewhere = Home.open(shared / f"vmlab-{os.getpid()}")
+    elsewhere = Home.open(Path(tempfile.mkdtemp(prefix="vmlab-", dir=shared)))
     there = new_bench(elsewhere)
 
     async def test() -> None:
