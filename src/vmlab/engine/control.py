@@ -270,6 +270,13 @@ class Control:
             if self.late:
                 self.trapped(self.late.pop(0))
 
+    def stand(self) -> None:
+        """Bring the machine to stand for what happened in it: a device at work is only told of."""
+        try:
+            self.machine.pause()
+        except VmlabError as error:
+            print(f"{error}; {error.hint}", file=sys.stderr, flush=True)
+
     def trapped(self, stop: Stop) -> None:
         """A hart has met what a debugger waits for, and all of them stand or are about to."""
         if self.status is not RunState.RUNNING:
@@ -278,10 +285,7 @@ class Control:
                 self.late.append(stop)
             return
         self.reason = stop
-        try:
-            self.machine.pause()
-        except VmlabError as error:
-            print(f"{error}; {error.hint}", file=sys.stderr, flush=True)
+        self.stand()
         self.status = RunState.DEBUG
         self.emit("STOP", None)
 

@@ -138,7 +138,7 @@ class Process:
         if what is Happening.REBOOT and not self._no_reboot:
             control.reset(Shutdown(guest=True, reason=Cause.GUEST_RESET))
             return
-        self._machine.pause()
+        control.stand()
         if what is Happening.FAILED:
             control.status = RunState.INTERNAL_ERROR
             self._status = EXIT_FAILED

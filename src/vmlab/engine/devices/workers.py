@@ -17,6 +17,9 @@ from typing import Final, Protocol
 from vmlab.engine.devices.clock import Clock
 
 Run = Callable[[], None]
+_PIECE: Final = 0.25
+"""Seconds that are waited for at once."""
+
 _IDLE: Final = 0
 _QUEUED: Final = 1
 _RUNNING: Final = 2
@@ -238,13 +241,17 @@ class WorkerThreads:
 
         When nothing is left running, the threads are gone as well, so that the process may fork.
         """
-        until = time.monotonic() + seconds
+        left = seconds
         with self._changed:
             self._drained = True
             while self._running:
-                left = until - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+                if left <= 0:
                     return sorted(work.name for work in self._running)
+                # Piece by piece: while the host stood still, what runs had no time either.
+                piece = min(left, _PIECE)
+                begun = time.monotonic()
+                self._changed.wait(piece)
+                left -= min(time.monotonic() - begun, piece)
             self._stopping = True
             self._changed.notify_all()
             threads, self._threads = self._threads, []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from vmlab.engine.devices import workers as workers_module
 from vmlab.engine.devices.clock import ManualClock
 from vmlab.engine.devices.workers import InlineWorkers, TimedWorkers, WorkerThreads
 
@@ -75,6 +77,32 @@ def test_a_drained_process_has_one_thread_and_may_fork() -> None:
     workers.resume()
     assert done.wait(250)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    workers.close()
+
+
+def test_what_runs_is_given_its_time_although_the_host_stood_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = WorkerThreads(1, none_fails)
+    begun, gate = threading.Event(), threading.Event()
+    looks = 0
+
+    def monotonic() -> float:
+        """The host stands still for a hundred seconds after the first look at the clock."""
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            threading.Timer(0.01, gate.set).start()
+        return 0.0 if looks == 1 else 100.0
+
+    def run() -> None:
+        begun.set()
+        gate.wait(250)
+
+    workers.work("one", run).kick()
+    assert begun.wait(250)
+    monkeypatch.setattr(workers_module, "time", SimpleNamespace(monotonic=monotonic))
+    assert workers.drain(10) == []
     workers.close()
 
 

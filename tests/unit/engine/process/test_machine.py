@@ -141,6 +141,22 @@ def test_a_machine_begins_anew(build: Build, execution: Execution) -> None:
     assert machine.running
 
 
+def test_a_machine_begins_anew_although_a_device_is_still_at_work(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = build(programs.SPIN).machine
+    machine.resume()
+    monkeypatch.setattr(machine.workers, "drain", lambda seconds: ["disk.0"])
+    with pytest.raises(VmlabError, match=r"disk\.0 are still at work"):
+        machine.pause()
+    machine.resume()
+    before = machine.retired
+    machine.reset()
+    assert machine.running
+    while machine.retired == before:
+        threading.Event().wait(0.001)
+
+
 def test_a_guest_that_sleeps_is_woken_by_a_byte(build: Build, tmp_path: Path) -> None:
     serial = SocketPort(str(tmp_path / "s.sock"), log=str(tmp_path / "s.log"))
     built = build(programs.ECHO, serial=serial)

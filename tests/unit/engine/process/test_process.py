@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 from tests.unit.engine.monitor.wire import Wire
 from tests.unit.engine.process import programs
+
+from vmlab.engine.configuration import Boot, Configuration
+from vmlab.engine.process import Process
+from vmlab.engine.qapi import Cause
 
 MIB = 1 << 20
 PATIENCE = 250.0
@@ -164,6 +169,39 @@ def test_a_restart_that_is_not_wanted_ends_the_process(run: Run) -> None:
     wire.socket.sendall(b'{"execute": "cont"}')
     assert until(wire, "SHUTDOWN") == {"guest": True, "reason": "guest-reset"}
     assert running.ended()[0] == 0
+
+
+@pytest.mark.parametrize("end", [programs.POWEROFF, programs.FAIL, programs.REBOOT])
+def test_an_end_is_told_although_a_device_is_still_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int
+) -> None:
+    (tmp_path / "kernel").write_bytes(programs.end(end))
+    boot = Boot(str(tmp_path / "kernel"))
+    process = Process(Configuration("vm", 8 * MIB, str(tmp_path / "q.sock"), boot=boot))
+    told: list[str] = []
+    emit = process._monitor.emit
+
+    def tell(name: str, data: object | None = None) -> None:
+        told.append(name)
+        emit(name, data)
+        if name in ("GUEST_PANICKED", "RESET"):
+            process._quit(Cause.HOST_QMP_QUIT)
+
+    monkeypatch.setattr(process._control, "emit", tell)
+    monkeypatch.setattr(process._machine.workers, "drain", lambda seconds: ["disk.0"])
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        status = process.run()
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        gc.unfreeze()
+    expected = {
+        programs.POWEROFF: (0, ["RESUME"]),
+        programs.FAIL: (1, ["RESUME", "GUEST_PANICKED", "STOP"]),
+        programs.REBOOT: (0, ["RESUME", "RESET"]),
+    }
+    assert (status, told) == expected[end]
 
 
 def test_it_is_stopped_and_goes_on_and_begins_anew(run: Run) -> None:
