@@ -53,7 +53,7 @@ _OWN_PROCESS = re.compile(r"\$(\$|\{\$|PPID|\{PPID)")
 
 _KILL_AFTER: Final = 5.0
 _GIVE_UP_AFTER: Final = 30.0
-"""Seconds that a guest has to read the rest of a piece of input that is on its way."""
+"""Seconds that a guest has to read what is on its way: the rest of a piece of input, or a call."""
 
 _GREETING: Final = b"\x01hello 1 "
 _HELLO = re.compile(rb"\x01hello 1 [0-9]+\n\Z")
@@ -526,6 +526,9 @@ class _Run:
                 if done:
                     return
             await self._agent.control("reset", str(self._slot.number))
+            # It takes one call after the other: the answer means that nothing of it runs any more.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._agent.ping(), _GIVE_UP_AFTER)
         finally:
             work.cancel()
             await asyncio.wait({work})
