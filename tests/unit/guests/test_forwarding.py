@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -154,13 +155,14 @@ def test_a_port_that_nobody_listens_on_in_the_guest_ends_the_connection_and_is_t
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        async with echo() as port:
-            """A port that was free a moment ago."""
-        async with await relay(guest(tmp_path, "busybox"), port) as forward:
-            reader, writer = await asyncio.open_connection(forward.host, forward.port)
-            assert await reader.read() == b""
-            writer.close()
-            await writer.wait_closed()
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))  # nobody else listens there meanwhile
+            port = deaf.getsockname()[1]
+            async with await relay(guest(tmp_path, "busybox"), port) as forward:
+                reader, writer = await asyncio.open_connection(forward.host, forward.port)
+                assert await reader.read() == b""
+                writer.close()
+                await writer.wait_closed()
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(main())

@@ -14,6 +14,7 @@ from typing import Any
 import asyncssh
 import pytest
 
+from vmlab.guests import ssh as ssh_module
 from vmlab.guests.command import Command
 from vmlab.guests.ssh import SshChannel
 from vmlab.guests.ssh_keys import MachineKeys, authorize
@@ -414,12 +415,31 @@ def test_a_guest_that_dies_ends_its_commands() -> None:
     with_server(body)
 
 
-def test_nobody_there_is_a_deadline_that_names_what_came_last() -> None:
+class TimeIsUpAfterOne:
+    """asyncio, but that the time for something is up when it is about to be tried again."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        self._limit = asyncio.timeout(seconds)
+        return self._limit
+
+    async def sleep(self, seconds: float) -> None:
+        self._limit.reschedule(asyncio.get_running_loop().time())
+        await asyncio.Event().wait()
+
+
+def test_nobody_there_is_a_deadline_that_names_what_came_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def body(channel: SshChannel, server: Any) -> None:
         server.close()
         await server.wait_closed()
         with pytest.raises(DeadlineExceeded, match=r"last: .*127\.0\.0\.1"):
-            await channel.connect(timeout=2)
+            await channel.connect(timeout=TIMEOUT)
+
+    monkeypatch.setattr(ssh_module, "asyncio", TimeIsUpAfterOne())
 
     with_server(body)
 
