@@ -268,7 +268,7 @@ class MirrorHandler(http.server.BaseHTTPRequestHandler):
         behaviour.requests.append((self.path, wanted))
         for end in behaviour.silent:
             if self.path.endswith(end):
-                self.server.closing.wait(30)
+                self.server.closing.wait()
                 return
         for end, statuses in behaviour.replies.items():
             if self.path.endswith(end) and statuses:
@@ -343,7 +343,7 @@ def make_store(
             "debian_mirror": mirror.url,
             "debian_keyring": keyring,
             "retry_seconds": 0,
-            "timeout_seconds": 5,
+            "timeout_seconds": 300,
             **settings,
         }
         return ImageStore(
@@ -377,7 +377,7 @@ def forms() -> dict[str, Callable[..., bytes]]:
 
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    def wait(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    def wait(condition: Callable[[], bool], seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "it did not happen in time"

@@ -52,7 +52,7 @@ def url(server: Server, path: str = "/file", user: str = "") -> str:
 
 def downloader(**settings: str) -> Downloader:
     return Downloader(
-        apt=lambda: AptConfiguration(settings), timeout_seconds=5, attempts=2, pause_seconds=0
+        apt=lambda: AptConfiguration(settings), timeout_seconds=300, attempts=2, pause_seconds=0
     )
 
 

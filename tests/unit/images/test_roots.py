@@ -255,6 +255,14 @@ def test_failing_tool_is_reported_with_its_last_words(tmp_path: Path) -> None:
                   log=tmp_path / "log")  # fmt: skip
 
 
+def ended(process: int) -> bool:
+    """Whether a process runs no more; it may not have been waited for yet."""
+    try:
+        return not Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
 @pytest.mark.skipif(tools.find("setpriv") is None, reason="needs the Debian package util-linux")
 def test_tool_dies_with_whoever_runs_it(
     tmp_path: Path, wait_until: Callable[[Callable[[], bool]], None]
@@ -262,7 +270,7 @@ def test_tool_dies_with_whoever_runs_it(
     pid_file = tmp_path / "pid"
     script = (
         "from pathlib import Path\nfrom vmlab.images.roots import tools\n"
-        f"tools.run(['/bin/sh', '-c', 'echo $$ >{pid_file}; exec sleep 60'], what='x', "
+        f"tools.run(['/bin/sh', '-c', 'echo $$ >{pid_file}; exec sleep 1000'], what='x', "
         f"log=Path({str(tmp_path / 'log')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", script])
@@ -272,8 +280,7 @@ def test_tool_dies_with_whoever_runs_it(
     finally:
         process.kill()
         process.wait()
-    wait_until(lambda: not Path(f"/proc/{child}/cmdline").exists()
-               or not Path(f"/proc/{child}/cmdline").read_bytes())  # fmt: skip
+    wait_until(lambda: ended(child))
 
 
 def test_interrupted_tool_is_ended_with_what_it_started(
@@ -286,11 +293,10 @@ def test_interrupted_tool_is_ended_with_what_it_started(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tools.run(["/bin/sh", "-c", f"sleep 60 & echo $! >{pid_file}; wait"], what="x",
+        tools.run(["/bin/sh", "-c", f"sleep 1000 & echo $! >{pid_file}; wait"], what="x",
                   log=tmp_path / "log", admit=interrupt)  # fmt: skip
     child = int(pid_file.read_text())
-    wait_until(lambda: not Path(f"/proc/{child}/cmdline").exists()
-               or not Path(f"/proc/{child}/cmdline").read_bytes())  # fmt: skip
+    wait_until(lambda: ended(child))
 
 
 def foreign() -> Architecture:
@@ -427,7 +433,7 @@ def test_killed_installation_leaves_no_process_and_no_mount(
     finally:
         process.kill()
         process.wait()
-    held.acquire(timeout=60)  # the kernel lets go of the lock when the process has ended
+    held.acquire(timeout=300)  # the kernel lets go of the lock when the process has ended
     held.release()
 
 
@@ -448,7 +454,7 @@ def test_local_mirror_serves_the_snapshot_and_nothing_else(
         assert (only.suite, only.components) == ("trixie", ("main",))
 
         def get(path: str) -> bytes:
-            with urllib.request.urlopen(f"{only.url}/{path}", timeout=10) as answer:
+            with urllib.request.urlopen(f"{only.url}/{path}", timeout=300) as answer:
                 data: bytes = answer.read()
                 return data
 

@@ -409,10 +409,8 @@ def test_silent_mirror_ends_in_an_error_not_in_a_hang(
     make_store: MakeStore, recipe_file: Path, behaviour: object
 ) -> None:
     behaviour.silent.add("InRelease")
-    started = time.monotonic()
     with pytest.raises(MirrorError, match="silent for too long"):
         make_store(timeout_seconds=0.2).ensure(recipe_file)
-    assert time.monotonic() - started < 5
 
 
 def test_mirror_without_by_hash_is_read(
