@@ -60,8 +60,9 @@ class FileLock:
     def write(self, text: str) -> None:
         """Say in the file who holds it."""
         assert self._descriptor is not None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text.encode(), 0)
+        # At once, with blanks for what was longer: who reads meanwhile reads the one or the other.
+        size = os.fstat(self._descriptor).st_size
+        os.pwrite(self._descriptor, text.encode().ljust(size), 0)
 
     @property
     def held(self) -> bool:

@@ -127,6 +127,32 @@ def test_letting_go_counts_for_a_child_that_still_shares_the_file(tmp_path: Path
     again.release()
 
 
+def test_who_reads_while_it_is_written_reads_the_old_text_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = FileLock.take(tmp_path / "lock")
+    assert lock is not None
+    lock.write("a long text")
+    seen = []
+
+    def looked_at(call: str) -> None:
+        real = getattr(os, call)
+
+        def looking(*arguments: object) -> object:
+            seen.append(lock.path.read_text().rstrip())
+            done = real(*arguments)
+            seen.append(lock.path.read_text().rstrip())
+            return done
+
+        monkeypatch.setattr(locks.os, call, looking)
+
+    for call in ("ftruncate", "pwrite"):
+        looked_at(call)
+    lock.write("short")
+    assert set(seen) == {"a long text", "short"}
+    lock.release()
+
+
 def test_waiting_for_a_lock_that_is_let_go(tmp_path: Path) -> None:
     lock = FileLock.take(tmp_path / "lock")
     assert lock is not None
