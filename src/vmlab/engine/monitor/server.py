@@ -169,6 +169,11 @@ class Client:
                     self._socket.setblocking(True)
                     self._socket.settimeout(1)
                     self._socket.sendall(self._unsent)
+                    # What is left unread would be a connection reset to the client, and no end.
+                    self._socket.setblocking(False)
+                    for _ in range(_WAITING):
+                        if not self._socket.recv(_PIECE):
+                            break
             self._socket.close()
         self._monitor.forget(self)
 

@@ -273,6 +273,17 @@ def test_closing_sends_what_was_answered(tmp_path: Path) -> None:
     served.reactor.close()
 
 
+def test_closing_is_the_end_of_the_stream_to_a_client_that_asks_meanwhile(tmp_path: Path) -> None:
+    served = Served(tmp_path / "q.sock")
+    wire = Wire(served.path)
+    served.reactor.stop()  # nobody reads it any more
+    wire.socket.sendall(b'{"execute": "query-commands"}')
+    served.monitor.close()
+    assert wire.lines.readline() == b""
+    wire.close()
+    served.reactor.close()
+
+
 def test_a_path_that_is_taken_is_an_error(served: Served) -> None:
     with pytest.raises(VmlabError, match="in use"):
         Monitor(served.path, served.reactor, Commands(), (0, 0, 0))
