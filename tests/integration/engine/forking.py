@@ -18,7 +18,7 @@ from vmlab.engine.configuration import Boot, Configuration
 from vmlab.engine.devices.reactor import Reactor
 from vmlab.engine.machine import Machine
 
-PATIENCE = 300
+PATIENCE = 900
 LONG_COMMAND = "seq 40000 | md5sum"
 
 
@@ -92,7 +92,8 @@ def begin(console: Console) -> None:
     """Wait until the guest is up, and log in."""
     console.until(b"Please press Enter")
     console.type("")
-    console.run("stty cols 1000")
+    # The kernel may find a slow host remarkable, in the middle of an answer.
+    console.run("stty cols 1000; dmesg -n 1")
 
 
 def main() -> None:

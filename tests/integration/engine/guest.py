@@ -22,7 +22,7 @@ from vmlab.machine.errors import ChannelClosed
 T = TypeVar("T")
 
 TINY = "debian-13-riscv64-tiny"
-PATIENCE = 300
+PATIENCE = 900
 
 
 class Guest:
@@ -71,8 +71,8 @@ class Guest:
     def close(self) -> None:
         try:
             self.do(self.agent.close())
-            # An engine that has ended has said so already.
-            with suppress(EOFError):
+            # An engine that has ended has said so already; it may have left an order unread.
+            with suppress(EOFError, ConnectionError):
                 self.do(self.qmp.disconnect())
         finally:
             self.runner.close()

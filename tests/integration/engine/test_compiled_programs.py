@@ -26,7 +26,7 @@ OPTIONS += ["-ffp-contract=off", "-Wl,--build-id=none"]
 
 pytestmark = [
     pytest.mark.boots,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(3000),
     pytest.mark.skipif(
         COMPILER is None or QEMU is None,
         reason="needs Debian's gcc-riscv64-linux-gnu and qemu-user-static",

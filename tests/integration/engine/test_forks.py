@@ -13,7 +13,7 @@ from tests.store import IMAGE_STORE
 
 from vmlab.images import ImageStore
 
-pytestmark = [pytest.mark.boots, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.boots, pytest.mark.timeout(3600)]
 
 
 def test_a_machine_is_forked_at_any_moment_and_both_go_on() -> None:

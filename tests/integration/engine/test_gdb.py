@@ -9,17 +9,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tests.store import IMAGE_STORE
+from tests.unit.engine.monitor.wire import Wire
 
 from vmlab.images import ImageStore
 
-pytestmark = [pytest.mark.boots, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.boots, pytest.mark.timeout(2000)]
 
 IMAGE = "debian-13-riscv64-tiny"
-_PATIENCE = 300
+_PATIENCE = 900
 KERNEL_START = 0x8020_0000
 
 
@@ -41,8 +43,12 @@ def socket(tmp_path: Path) -> Iterator[Path]:
     """)
     process = subprocess.Popen([sys.executable, "-m", "vmlab.engine", tmp_path / "m.toml"])
     try:
-        while not (tmp_path / "gdb.sock").exists():
+        # Its monitor answers when all of its sockets are listened at.
+        while True:
             assert process.poll() is None, "the engine has ended"
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                Wire(tmp_path / "q.sock").close()
+                break
             threading.Event().wait(0.02)
         yield tmp_path / "gdb.sock"
     finally:
@@ -55,13 +61,20 @@ def gdb(socket: Path, *commands: str) -> str:
     program = shutil.which("gdb-multiarch")
     assert program is not None, "needs Debian's gdb-multiarch"
     words = [program, "-nx", "-q", "-batch", "-ex", "set pagination off"]
-    words += ["-ex", "set confirm off", "-ex", f"target remote {socket}"]
+    # An answer may be late on a slow host: GDB waits two seconds for one.
+    words += ["-ex", "set confirm off", "-ex", f"set remotetimeout {_PATIENCE}"]
+    words += ["-ex", f"target remote {socket}"]
     for command in commands:
         words += ["-ex", f"echo == {command}\\n", "-ex", command]
-    done = subprocess.run(
-        words, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE
-    )
-    return done.stdout.decode(errors="replace")
+    try:
+        done = subprocess.run(
+            words, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"GDB does not end: {(late.stdout or b'').decode(errors='replace')}")
+    output = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, output
+    return output
 
 
 def parts(output: str) -> list[str]:

@@ -17,6 +17,7 @@ from vmlab.guests.agent import CHANNELS, AgentChannel
 from vmlab.guests.guest import Guest
 from vmlab.hypervisors.accelerators import QEMU_BINARIES
 from vmlab.hypervisors.base import Machine
+from vmlab.hypervisors.operation import DEFAULT_TIMEOUTS
 from vmlab.hypervisors.ownership import Home, Run
 from vmlab.hypervisors.qemu import QemuHypervisor, provider
 from vmlab.images import ImageStore
@@ -24,6 +25,9 @@ from vmlab.machine.architecture import Architecture
 from vmlab.machine.spec import MachineSpec
 
 T = TypeVar("T")
+
+PATIENCE = 900.0
+"""Seconds: whatever hangs is ended; what is slow is not."""
 
 IMAGES = {
     Architecture.X86_64: "debian-12-amd64-tiny",
@@ -51,14 +55,14 @@ class Lab:
         )
         self.machine = self.runner.run(self._boot("vm"))
         self.guest = Guest(self.machine, AgentChannel(self.machine.channel))
-        self.do(lambda guest: guest.connect(timeout=100))
+        self.do(lambda guest: guest.connect(timeout=PATIENCE))
 
     async def _boot(self, name: str) -> Machine:
         machine = await self.hypervisor.create(self.spec.with_changes(name=name))
         await machine.start()
         return machine
 
-    def do(self, body: Callable[[Guest], Awaitable[T]], *, seconds: float = 100) -> T:
+    def do(self, body: Callable[[Guest], Awaitable[T]], *, seconds: float = PATIENCE) -> T:
         """Run a coroutine function with the guest."""
 
         async def main() -> T:
@@ -76,6 +80,15 @@ class Lab:
         self.runner.close()
         self.run.close()
         shutil.rmtree(self.directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patient() -> Iterator[None]:
+    """What a hypervisor is asked for without a timeout is not given up on a slow host."""
+    with pytest.MonkeyPatch.context() as patch:
+        for operation, seconds in list(DEFAULT_TIMEOUTS.items()):
+            patch.setitem(DEFAULT_TIMEOUTS, operation, max(seconds, PATIENCE))
+        yield
 
 
 @pytest.fixture(scope="module", params=IMAGES, ids=lambda architecture: architecture.value)

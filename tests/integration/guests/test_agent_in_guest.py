@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.integration.guests.conftest import Lab
+from tests.integration.guests.conftest import PATIENCE, Lab
 
 from vmlab.guests.agent import AgentChannel, command_line
 from vmlab.guests.command import AgentRestarted
 from vmlab.guests.guest import CommandFailed, Guest
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded, VmlabError
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 MIB = 1 << 20
 
@@ -119,13 +119,13 @@ def test_killing_the_agent_ends_the_command_with_an_error_and_the_next_one_works
 ) -> None:
     async def body(guest: Guest) -> None:
         with pytest.raises(AgentRestarted):
-            await guest.execute("kill -9 $PPID; sleep 1", timeout=60)
-        assert (await guest.execute("echo back", timeout=60)).stdout == "back\n"
+            await guest.execute("kill -9 $PPID; sleep 1", timeout=PATIENCE)
+        assert (await guest.execute("echo back", timeout=PATIENCE)).stdout == "back\n"
         # kill(2): a process does not kill itself by -1, so the command goes on to its end.
         with pytest.raises(AgentRestarted):
-            await guest.execute("kill -9 -1; sleep 1", timeout=60)
-        await guest.connect(timeout=60)
-        assert (await guest.execute("echo back", timeout=60)).stdout == "back\n"
+            await guest.execute("kill -9 -1; sleep 1", timeout=PATIENCE)
+        await guest.connect(timeout=PATIENCE)
+        assert (await guest.execute("echo back", timeout=PATIENCE)).stdout == "back\n"
 
     lab.do(body)
 
@@ -135,7 +135,7 @@ def test_a_host_that_dies_in_the_middle_of_a_command_is_followed_by_another(lab:
         await guest.close()
         for input_too in (False, True):
             first = AgentChannel(lab.machine.channel)
-            await first.connect(timeout=60)
+            await first.connect(timeout=PATIENCE)
             (out,) = [slot.out for slot in first._all if slot.number == 0]
             assert out is not None
             if input_too:
@@ -144,24 +144,24 @@ def test_a_host_that_dies_in_the_middle_of_a_command_is_followed_by_another(lab:
                 await out.send(command_line("run", "00", "echo noise; sleep 4321"))
             await asyncio.sleep(0.2)
             await first.close()
-            await guest.connect(timeout=60)
+            await guest.connect(timeout=PATIENCE)
             assert (await guest.execute("echo clean")).stdout == "clean\n"
             assert (await guest.execute("ps | grep '[s]leep 4321'")).stdout == ""
             await guest.close()
-        await guest.connect(timeout=60)
+        await guest.connect(timeout=PATIENCE)
 
     lab.do(body)
 
 
 def test_waits_see_files_and_ports_of_the_guest(lab: Lab) -> None:
     async def body(guest: Guest) -> None:
-        waiting = asyncio.ensure_future(guest.wait_for_open_port(4242, timeout=60))
-        await guest.wait_for_closed_port(4242, address="127.0.0.1", timeout=60)
+        waiting = asyncio.ensure_future(guest.wait_for_open_port(4242, timeout=PATIENCE))
+        await guest.wait_for_closed_port(4242, address="127.0.0.1", timeout=PATIENCE)
         await guest.succeed("(nc -ll -p 4242 -e cat >/dev/null 2>&1 &) ; touch /tmp/up")
         await waiting
-        await guest.wait_for_open_port(4242, address="127.0.0.1", timeout=60)
-        await guest.wait_for_file("/tmp/up", timeout=60)
-        await guest.wait_for_console_text("activate this console", timeout=60)
+        await guest.wait_for_open_port(4242, address="127.0.0.1", timeout=PATIENCE)
+        await guest.wait_for_file("/tmp/up", timeout=PATIENCE)
+        await guest.wait_for_console_text("activate this console", timeout=PATIENCE)
 
     lab.do(body)
 
@@ -173,7 +173,7 @@ def test_a_guest_that_panics_in_the_middle_ends_the_command_with_an_error(
         machine = await original.machine.fork("panics")
         try:
             guest = Guest(machine, AgentChannel(machine.channel))
-            await guest.connect(timeout=200)
+            await guest.connect(timeout=PATIENCE)
             seen = bytearray()
             begun = asyncio.Event()
 
@@ -182,7 +182,7 @@ def test_a_guest_that_panics_in_the_middle_ends_the_command_with_an_error(
                 begun.set()
 
             running = asyncio.ensure_future(
-                guest.execute("echo begun; sleep 4321", stdout=take, timeout=250)
+                guest.execute("echo begun; sleep 4321", stdout=take, timeout=PATIENCE)
             )
             await begun.wait()
             await guest.crash()
@@ -197,17 +197,17 @@ def test_a_guest_that_panics_in_the_middle_ends_the_command_with_an_error(
         finally:
             await machine.delete(force=True)
 
-    lab.do(body, seconds=280)
+    lab.do(body)
 
 
 def test_a_reboot_brings_the_guest_back_and_a_shutdown_ends_it(lab: Lab) -> None:
     async def body(guest: Guest) -> None:
         before = await guest.boot_id()
-        await guest.reboot(timeout=90)
+        await guest.reboot(timeout=PATIENCE)
         assert await guest.boot_id() != before
-        await guest.shutdown(timeout=60)
+        await guest.shutdown(timeout=PATIENCE)
         assert (await lab.machine.status()).state == "stopped"
         with pytest.raises(VmlabError):
             await guest.execute("true", timeout=5)
 
-    lab.do(body, seconds=280)
+    lab.do(body)

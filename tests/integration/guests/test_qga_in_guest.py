@@ -22,10 +22,10 @@ from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import ChannelClosed, DeadlineExceeded
 from vmlab.machine.spec import MachineSpec
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(2000)]
 
 MIB = 1 << 20
-LONG = 400.0
+LONG = 900.0
 """Seconds that anything may take on a host with much else to do."""
 
 Do = Callable[[Callable[[Guest], Awaitable[None]]], None]
@@ -54,7 +54,7 @@ def do(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Do]:
             return guest
 
         guest = runner.run(boot())
-        yield lambda body: runner.run(asyncio.wait_for(body(guest), 800))
+        yield lambda body: runner.run(asyncio.wait_for(body(guest), LONG))
         runner.run(guest.close())
         runner.run(hypervisor.close())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 import pytest
-from tests.integration.guests.conftest import Lab
+from tests.integration.guests.conftest import PATIENCE, Lab
 
 from vmlab.guests.agent import AgentChannel
 from vmlab.guests.guest import CommandFailed, Guest
 from vmlab.hypervisors.base import Machine
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 OLD = "02:00:00:00:00:01"
 LONG_AGO = 1_000_000_000
@@ -39,12 +39,12 @@ def test_two_forks_draw_different_first_random_numbers_and_know_time_and_name(la
             for number, machine in enumerate(clones):
                 await machine.resume()
                 guest = Guest(machine, AgentChannel(machine.channel))
-                await guest.connect(timeout=200)
+                await guest.connect(timeout=PATIENCE)
                 await guest.refresh(
                     hostname=f"clone-{number}",
                     machine_id=f"{number:032x}",
                     macs={OLD: f"02:00:00:00:00:f{number}"},
-                    timeout=200,
+                    timeout=PATIENCE,
                 )
                 drawn.add(await _draw(guest))
                 ids.add((await guest.read("/etc/machine-id")).decode().strip())
@@ -62,7 +62,7 @@ def test_two_forks_draw_different_first_random_numbers_and_know_time_and_name(la
         # The one that they are copies of is as it was.
         assert int((await original.succeed("date +%s")).stdout) < LONG_AGO + HOUR
 
-    lab.do(body, seconds=550)
+    lab.do(body)
 
 
 def test_a_restored_guest_is_refreshed_and_draws_what_it_has_not_drawn_before(lab: Lab) -> None:
@@ -70,27 +70,27 @@ def test_a_restored_guest_is_refreshed_and_draws_what_it_has_not_drawn_before(la
         machine = await original.machine.fork("restored")
         try:
             guest = Guest(machine, AgentChannel(machine.channel))
-            await guest.connect(timeout=200)
+            await guest.connect(timeout=PATIENCE)
             await guest.succeed(f"date -s @{LONG_AGO}")
             await machine.snapshot("drawn")
             before = await _draw(guest)
             await machine.restore("drawn")
-            await guest.connect(timeout=200)
-            await guest.refresh(timeout=200)
+            await guest.connect(timeout=PATIENCE)
+            await guest.refresh(timeout=PATIENCE)
             assert await _draw(guest) != before
             assert abs(int((await guest.succeed("date +%s")).stdout) - time.time()) < HOUR
             await guest.close()
         finally:
             await machine.delete(force=True)
 
-    lab.do(body, seconds=550)
+    lab.do(body)
 
 
 def test_an_address_that_no_interface_has_is_told(lab: Lab) -> None:
     async def body(guest: Guest) -> None:
         with pytest.raises(CommandFailed, match="no network interface has the address"):
-            await guest.refresh(macs={"02:00:00:00:00:99": "02:00:00:00:00:98"}, timeout=200)
+            await guest.refresh(macs={"02:00:00:00:00:99": "02:00:00:00:00:98"}, timeout=PATIENCE)
         # What has its new one already needs no old one: here it is the loopback interface.
-        await guest.refresh(macs={"02:00:00:00:00:99": "00:00:00:00:00:00"}, timeout=200)
+        await guest.refresh(macs={"02:00:00:00:00:99": "00:00:00:00:00:00"}, timeout=PATIENCE)
 
-    lab.do(body, seconds=550)
+    lab.do(body)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.integration.guests.conftest import IMAGES
+from tests.integration.guests.conftest import IMAGES, PATIENCE
 from tests.integration.ordinary_user import NOBODY, as_nobody
 from tests.needs import need
 from tests.store import IMAGE_STORE
@@ -29,7 +29,7 @@ from vmlab.machine.architecture import Architecture
 from vmlab.machine.errors import OperationFailed
 from vmlab.machine.spec import MachineSpec, Share, ShareKind
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE)]
 
 ANY_BYTES = bytes(range(256)) * 5000
 
@@ -102,7 +102,7 @@ async def booted(hypervisor: QemuHypervisor, *shares: Share) -> Guest:
     machine = await hypervisor.create(spec_with(*shares))
     await machine.start()
     guest = Guest(machine, AgentChannel(machine.channel))
-    await guest.connect(timeout=300)
+    await guest.connect(timeout=PATIENCE)
     return guest
 
 
@@ -112,7 +112,7 @@ def do(shares: tuple[Share, ...], tmp_path_factory: pytest.TempPathFactory) -> I
     with Run.begin(Home.open(tmp_path_factory.mktemp("home"))) as run, asyncio.Runner() as runner:
         hypervisor = provider.open(run.owner)
         guest = runner.run(booted(hypervisor, *shares))
-        yield lambda body: runner.run(asyncio.wait_for(body(guest), 500))
+        yield lambda body: runner.run(asyncio.wait_for(body(guest), PATIENCE))
         runner.run(guest.close())
         runner.run(hypervisor.close())
 
@@ -137,7 +137,7 @@ def test_a_read_only_share_is_seen_with_every_byte_and_cannot_be_written(
         assert not (source / "new").exists()
         # What the host writes later is there as well: it is the directory and not a copy.
         (source / "later").write_text("later")
-        await guest.wait_for_file(f"{fixed.target}/later", timeout=300)
+        await guest.wait_for_file(f"{fixed.target}/later", timeout=PATIENCE)
         assert await guest.read(f"{fixed.target}/later") == b"later"
         (source / "later").unlink()
         await unmount_shares(guest, [fixed])
@@ -164,7 +164,7 @@ def test_what_the_guest_writes_to_a_writable_share_is_on_the_host(
         with pytest.raises(OperationFailed, match=f"cannot unmount share '{work.tag}'"):
             await unmount_shares(guest, [work])
         await guest.succeed("kill $(cat /tmp/held)")
-        await guest.wait_until_succeeds(f"umount '{work.target}'", timeout=300)
+        await guest.wait_until_succeeds(f"umount '{work.target}'", timeout=PATIENCE)
 
     do(body)
 
@@ -208,12 +208,12 @@ def test_what_is_built_in_a_share_is_ordinary_files_of_the_host(
         assert (await guest.succeed(f"'{work.target}/made/back'")).stdout == "hosted\n"
         (made / "host").chmod(0o644)
         await guest.wait_until_succeeds(
-            f"test $(stat -c %a '{work.target}/made/host') = 644", timeout=300
+            f"test $(stat -c %a '{work.target}/made/host') = 644", timeout=PATIENCE
         )
         if os.geteuid() == 0:
             os.chown(made / "host", 1234, 2345)
             await guest.wait_until_succeeds(
-                f"test $(stat -c %u:%g '{work.target}/made/host') = 1234:2345", timeout=300
+                f"test $(stat -c %u:%g '{work.target}/made/host') = 1234:2345", timeout=PATIENCE
             )
             await guest.succeed(f"chown 77:88 '{work.target}/made/plain'")
             status = (made / "plain").stat()
@@ -284,14 +284,14 @@ def test_shares_can_be_mounted_again_when_the_machine_was_reset(
             for resets in (False, True):
                 if resets:
                     await guest.machine.restart(graceful=False)
-                    await guest.connect(timeout=300)
+                    await guest.connect(timeout=PATIENCE)
                 ways = await mount_shares(guest, shares)
                 assert ways == {"own": WAYS[-1]} | {one.tag: one.kind for one in shares[1:]}
                 for share in shares:
                     assert await guest.read(f"{share.target}/deep/bytes") == ANY_BYTES
             await guest.close()
 
-        runner.run(asyncio.wait_for(body(), 500))
+        runner.run(asyncio.wait_for(body(), PATIENCE))
         runner.run(hypervisor.close())
 
 
@@ -313,13 +313,13 @@ def test_a_machine_is_forked_when_its_9p_shares_are_unmounted(
             await unmount_shares(guest, [share])
             fork = await guest.machine.fork("fork")
             other = Guest(fork, AgentChannel(fork.channel))
-            await other.connect(timeout=300)
+            await other.connect(timeout=PATIENCE)
             assert await mount_shares(other, [share]) == {"src": ShareKind.P9}
             assert await other.read("/src/deep/bytes") == ANY_BYTES
             await other.close()
             await guest.close()
 
-        runner.run(asyncio.wait_for(body(), 500))
+        runner.run(asyncio.wait_for(body(), PATIENCE))
         runner.run(hypervisor.close())
 
 
@@ -345,7 +345,7 @@ AS_ORDINARY_USER = """
                           "cmdline": cmdline}, shares=[share]))
                 await machine.start()
                 guest = Guest(machine, AgentChannel(machine.channel))
-                await guest.connect(timeout=300)
+                await guest.connect(timeout=900)
                 print((await mount_shares(guest, [share]))["work"].value)
                 await guest.succeed(made)
                 print((await guest.succeed("/shared/host; stat -c %u /shared/host")).stdout)

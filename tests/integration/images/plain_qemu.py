@@ -14,7 +14,7 @@ from vmlab.images import Image
 from vmlab.images.roots import tools
 from vmlab.machine.architecture import Architecture
 
-SECONDS = 300  # for what takes five on a machine that has nothing else to do
+SECONDS = 900  # for what takes five on a machine that has nothing else to do
 
 MACHINES = {
     Architecture.X86_64: ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg", "-cpu", "max"],

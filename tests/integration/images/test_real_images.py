@@ -309,6 +309,7 @@ def cloud_layout(disk: Path) -> None:
         gpt.place(disk, part.start, os.urandom(part.size))
 
 
+@pytest.mark.timeout(2 * SECONDS)
 @pytest.mark.parametrize("form", ["raw", "raw.xz", "qcow2"])
 def test_disk_that_was_imported_boots_by_its_own_boot_loader(
     own_store: ImageStore, booted: list[Guest], tmp_path: Path, form: str
