@@ -46,16 +46,16 @@ DEFAULT_TIMEOUTS: Mapping[str, float] = {
     "pin": 30,
     "inject": 30,
     "clear_fault": 30,
-    "status": 10,
-    "info": 10,
-    "metrics": 10,
-    "console": 10,
+    "status": 30,
+    "info": 30,
+    "metrics": 30,
+    "console": 30,
     "channel": 30,
     "screenshot": 30,
     "send_keys": 60,
-    "snapshots": 10,
+    "snapshots": 30,
 }
-"""Seconds that an operation has when its caller names no timeout."""
+"""Seconds that an operation has when its caller names no timeout; a host may stand still for 10."""
 
 UNDO_TIMEOUT: Final = 30.0
 """Seconds that undoing has before the machine is given up as `unknown`."""
