@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from tests.unit.manager.operator.conftest import Place
@@ -89,6 +90,7 @@ def restored_by_itself(file: Path, settings: Settings) -> int:
         database.close()
 
 
+@pytest.mark.timeout(900)
 def test_manager_goes_on_from_a_backup_that_was_taken_while_it_worked(tmp_path: Path) -> None:
     place = Place(tmp_path)
     # Operations take a while, so that some are under way whenever one looks.
@@ -99,7 +101,7 @@ def test_manager_goes_on_from_a_backup_that_was_taken_while_it_worked(tmp_path: 
     async def at_work() -> None:
         async with await Manager.open(settings) as manager:
             events = manager.database.events.subscribe()
-            async with asyncio.timeout(240), asyncio.TaskGroup() as group:
+            async with asyncio.timeout(800), asyncio.TaskGroup() as group:
                 working = group.create_task(work(manager))
                 for file in files:
                     ended = 0
