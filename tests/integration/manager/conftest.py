@@ -41,7 +41,7 @@ class Asking:
     async def do(self, request: Any) -> dict[str, Any]:
         """Have something done that works."""
         operation = await self.ask(request)
-        assert operation.state == "succeeded", operation.error
+        assert operation.state == "succeeded", operation.error or operation
         return operation.result or {}
 
     async def machine(self, name: str) -> MachineDocument:

@@ -66,7 +66,7 @@ class Office:
     async def did(self, request: Any) -> dict[str, Any]:
         operation = await self.manager.operator.submit(request)
         operation = await self.manager.operator.wait(operation.id, WAIT)
-        assert operation.state == "succeeded", operation.error
+        assert operation.state == "succeeded", operation.error or operation
         if isinstance(request, CloneMachine | RestoreMachine):
             # Nothing of it was tried in vain.
             assert {step.state for step in operation.steps} == {"done"}, operation.steps

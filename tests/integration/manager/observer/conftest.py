@@ -69,7 +69,7 @@ class Watched:
     async def did(self, request: Any, **options: Any) -> OperationDocument:
         """Have something done that has to work."""
         operation = await self.do(request, **options)
-        assert operation.state == "succeeded", operation.error
+        assert operation.state == "succeeded", operation.error or operation
         return operation
 
     async def machine_of(self, name: str, **fields: Any) -> MachineDocument:

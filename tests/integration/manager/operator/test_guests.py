@@ -50,7 +50,7 @@ async def do(manager: Manager, request: Any) -> OperationDocument:
     """Have something done that has to work."""
     operation = await manager.operator.submit(request)
     operation = await manager.operator.wait(operation.id, PATIENCE)
-    assert operation.state == "succeeded", operation.error
+    assert operation.state == "succeeded", operation.error or operation
     return operation
 
 

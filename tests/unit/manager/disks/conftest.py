@@ -34,7 +34,7 @@ class Asking:
     async def do(self, request: Any, **more: Any) -> dict[str, Any]:
         """Have something done that works."""
         operation = await self.ask(request, **more)
-        assert operation.state == "succeeded", operation.error
+        assert operation.state == "succeeded", operation.error or operation
         return operation.result or {}
 
     async def fail(self, request: Any, **more: Any) -> str:

@@ -81,7 +81,7 @@ async def do(manager: Manager, request: Any, **options: Any) -> OperationDocumen
 async def did(manager: Manager, request: Any, **options: Any) -> OperationDocument:
     """Have something done that has to work."""
     operation = await do(manager, request, **options)
-    assert operation.state == "succeeded", operation.error
+    assert operation.state == "succeeded", operation.error or operation
     return operation
 
 
