@@ -42,7 +42,7 @@ from vmlab.machine.sizes import MIB
 from vmlab.machine.spec import Disk, Nic
 from vmlab.machine.states import MachineState
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
 
 # What the pvpanic driver does when the kernel panics (docs/specs/pvpanic.txt: bit 0 of port 0x505).
 PANIC = r"printf '\001' | dd of=/dev/port bs=1 count=1 seek=1285"

@@ -30,6 +30,7 @@ def kilobytes(meminfo: str) -> int:
 
 @pytest.mark.boots
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_guest_uses_what_came_while_it_ran_and_so_do_its_copies(
     bench: Any, images: Any, make_image_spec: Any, shell_of: Any
 ) -> None:
@@ -70,7 +71,7 @@ def test_guest_uses_what_came_while_it_ran_and_so_do_its_copies(
         assert await (await shell_of(again)).run("nproc") == "3\n"
         assert (await again.info()).memory == 448 * MIB
 
-    bench.run(test(), timeout=600)
+    bench.run(test(), timeout=900)
 
 
 def test_growth_that_cannot_be_is_refused_and_changes_nothing(bench: Any, make_spec: Any) -> None:

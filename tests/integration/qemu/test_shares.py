@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,26 @@ def daemons_of(source: Path) -> list[psutil.Process]:
     return found
 
 
+def parents(daemons: list[psutil.Process]) -> set[int]:
+    """The pids of their parents; each may end just now."""
+    found = set()
+    for daemon in daemons:
+        with suppress(psutil.NoSuchProcess):
+            found.add(daemon.ppid())
+    return found
+
+
 async def becomes(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(150):
         while not is_so():  # noqa: ASYNC110 (nobody tells)
             await asyncio.sleep(0.01)
+
+
+def dead(pid: int) -> bool:
+    """Whether a process that is nobody's child here has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def left_in_run() -> set[str]:
@@ -77,7 +94,7 @@ def test_each_share_has_a_daemon_that_lives_as_long_as_its_machine_runs(
         assert daemons_of(tmp_path) == []
         for _ in range(2):
             await machine.start()
-            served = {process.ppid() for process in daemons_of(tmp_path)}
+            served = parents(daemons_of(tmp_path))
             assert len(served & {process.pid for process in machine.need().daemons.processes}) == 2
             await machine.restart(graceful=False)
             await machine.pause()
@@ -119,7 +136,7 @@ def test_what_cannot_be_saved_is_refused_by_name_and_the_rest_works(
         await machine.kill()
         await machine.restore("disks")
         await machine.start()
-        assert len({process.ppid() for process in daemons_of(tmp_path)}) >= 2
+        assert len(parents(daemons_of(tmp_path))) >= 2
 
     bench.run(test())
     bench.run(bench.qemu.close())
@@ -243,6 +260,7 @@ def test_a_stores_daemons_are_found_again_and_one_that_is_gone_is_noticed(place:
     os.kill(pids[1], signal.SIGKILL)
 
     async def test() -> None:
+        await becomes(lambda: dead(pids[1]))
         async with provider.open(Store.open(Home.open(place / "home")).owner) as qemu:
             machines = {machine.name: machine for machine in await qemu.list()}
             assert machines["on"].state is MachineState.RUNNING
@@ -255,7 +273,7 @@ def test_a_stores_daemons_are_found_again_and_one_that_is_gone_is_noticed(place:
             for machine in machines.values():
                 await machine.delete(force=True)
 
-    asyncio.run(asyncio.wait_for(test(), 100))
+    asyncio.run(asyncio.wait_for(test(), 250))
 
 
 def test_a_share_that_finds_its_own_way_has_9p_only_where_virtiofs_is_not(

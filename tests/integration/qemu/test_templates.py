@@ -78,6 +78,7 @@ def test_fork_of_a_fork_with_a_display_is_taken_as_a_whole(bench: Any, make_spec
 
 @pytest.mark.boots
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_each_generation_of_copies_has_what_its_origin_wrote_and_no_more(booted: Any) -> None:
     async def test() -> None:
         first, shell = await booted.machine()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,11 +47,18 @@ def test_a_process_is_itself(child: subprocess.Popen[bytes]) -> None:
 
 
 @needs_proc
-def test_its_start_is_the_kernel_s(child: subprocess.Popen[bytes]) -> None:
-    since_boot = identity(child).start / os.sysconf("SC_CLK_TCK")
-    assert psutil.boot_time() + since_boot == pytest.approx(
-        psutil.Process(child.pid).create_time(), abs=1.1
-    )
+def test_its_start_is_the_kernel_s() -> None:
+    began = time.clock_gettime(time.CLOCK_BOOTTIME)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            start = identity(child).start
+            # In clock ticks (proc_pid_stat(5), field 22); no blank is in its name.
+            assert start == int(Path(f"/proc/{child.pid}/stat").read_text().split()[21])
+        finally:
+            child.kill()
+    # The host's clock may be set meanwhile; what is counted since the boot goes on.
+    since_boot = start / os.sysconf("SC_CLK_TCK")
+    assert began - 1 <= since_boot <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @needs_proc
@@ -88,7 +96,7 @@ def test_a_signal_reaches_the_process_and_no_other_with_its_number(
     assert not send_signal(another_before, signal.SIGKILL)
     assert child.poll() is None, "a process that got the number later was killed"
     assert send_signal(who, signal.SIGTERM)
-    assert child.wait(5) == -signal.SIGTERM
+    assert child.wait(60) == -signal.SIGTERM
 
 
 def test_a_process_that_is_gone_gets_no_signal() -> None:
@@ -110,7 +118,7 @@ def test_without_pidfds_the_start_time_still_protects(
     assert not send_signal(replace(who, start=who.start - 1), signal.SIGKILL)
     assert child.poll() is None
     assert send_signal(who, signal.SIGTERM)
-    assert child.wait(5) == -signal.SIGTERM
+    assert child.wait(60) == -signal.SIGTERM
 
 
 def test_a_pidfd_that_cannot_be_had_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -408,7 +408,7 @@ def test_socket_that_nobody_listens_on_leaves_no_descriptor(tmp_path: Path) -> N
     for _ in range(5):
         with pytest.raises(FileNotFoundError):
             connect_socket(tmp_path / "none.sock")
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 # ------------------------------------------------------------------- fuzz

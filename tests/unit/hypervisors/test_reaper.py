@@ -7,6 +7,7 @@ import ctypes
 import errno
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -33,7 +34,8 @@ from vmlab.hypervisors.process_identity import ProcessIdentity, boot_id
 from vmlab.hypervisors.processes import adopt, collect, start
 from vmlab.hypervisors.reaper import reap_dead_runs
 
-DEAD = "0123456789ab"
+# Whose processes are looked for on the whole host, where this may run beside itself.
+DEAD = secrets.token_hex(6)
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_a_dead_run_goes_and_a_live_one_stays(home: Home, dead: Path) -> None:
 def test_a_dry_run_changes_nothing(home: Home, dead: Path) -> None:
     (dead / "file").touch()
     with socket.socket(socket.AF_UNIX) as listener:
-        runtime = Path(tempfile.mkdtemp()) / "vmlab-0123456789ab"
+        runtime = Path(tempfile.mkdtemp()) / f"vmlab-{DEAD}"
         runtime.mkdir()
         (dead / "run.json").write_text(json.dumps({"runtime": str(runtime)}))
         listener.bind(str(runtime / "qmp.sock"))
@@ -344,7 +346,7 @@ def test_killing_one_machine_spares_the_others(home: Home) -> None:
         assert len(items) >= 2
         assert not first.running
         assert second.running
-        store = Store.open(home, "lab")
+        store = Store.open(home, f"lab-{DEAD}")
         third = start(["sleep", "60"], owner=store.owner, machine="m2")
         assert [item.pid for item in kill_machine(store.owner, "m2")] == [third.pid]
         assert second.running
@@ -528,7 +530,7 @@ def test_no_mounts_are_known_elsewhere_than_on_linux(
         '{"runtime": null}',
         '{"runtime": "TMP/precious"}',
         '{"runtime": "TMP/vmlab-ba9876543210"}',
-        '{"runtime": "TMP/vmlab-0123456789ab"}',
+        '{"runtime": "TMP/vmlab-DEAD"}',
     ],
 )
 def test_a_directory_of_sockets_that_is_none_is_not_believed(
@@ -538,7 +540,7 @@ def test_a_directory_of_sockets_that_is_none_is_not_believed(
     others = [tmp_path / "precious", tmp_path / "vmlab-ba9876543210"]
     for directory in others:
         directory.mkdir()
-    (dead / "run.json").write_text(said.replace("TMP", str(tmp_path)))
+    (dead / "run.json").write_text(said.replace("TMP", str(tmp_path)).replace("DEAD", DEAD))
     assert [item.subject for item in clear_run(dead)] == [str(dead)]
     assert all(directory.exists() for directory in others)
 
@@ -548,8 +550,8 @@ def test_a_link_in_place_of_the_directory_of_sockets_is_not_followed(
 ) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
-    (tmp_path / "vmlab-0123456789ab").symlink_to(victim)
-    (dead / "run.json").write_text(json.dumps({"runtime": str(tmp_path / "vmlab-0123456789ab")}))
+    (tmp_path / f"vmlab-{DEAD}").symlink_to(victim)
+    (dead / "run.json").write_text(json.dumps({"runtime": str(tmp_path / f"vmlab-{DEAD}")}))
     assert [item.subject for item in clear_run(dead)] == [str(dead)]
     assert victim.exists()
 
@@ -578,7 +580,7 @@ def test_directories_without_permissions_go_too(dead: Path) -> None:
 def test_what_cannot_be_removed_is_reported_with_its_name(
     home: Home, dead: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = Path(tempfile.mkdtemp()) / "vmlab-0123456789ab"
+    runtime = Path(tempfile.mkdtemp()) / f"vmlab-{DEAD}"
     runtime.mkdir()
     (dead / "run.json").write_text(json.dumps({"runtime": str(runtime)}))
     (dead / "disks").mkdir()

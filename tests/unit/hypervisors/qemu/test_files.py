@@ -77,7 +77,7 @@ def test_memory_that_cannot_be_read_leaves_no_descriptor(tmp_path: Path) -> None
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(FileNotFoundError):
         asyncio.run(memory.copied([tmp_path / "none"], seal=True))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def test_template_that_is_given_up_leaves_no_descriptor(
@@ -99,7 +99,7 @@ def test_template_that_is_given_up_leaves_no_descriptor(
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(memory.freeze(process, tmp_path, None, Architecture.X86_64))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
     assert not stream.exists()
 
 
