@@ -41,7 +41,7 @@ router = APIRouter(prefix="/v1")
 _STDIN, _STDOUT, _STDERR = range(3)
 _ANSWER_SECONDS: Final = 60.0
 """Seconds that a guest that nobody has spoken to yet has to answer."""
-_LAST_OUTPUT_SECONDS: Final = 5.0
+_LAST_OUTPUT_SECONDS: Final = 30.0
 """Seconds that a terminal's last output has to arrive after its command has ended."""
 _RESIZE_SECONDS: Final = 10.0
 _HELD: Final = 16
