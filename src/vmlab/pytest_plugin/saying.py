@@ -102,20 +102,25 @@ class Listener:
         # Open for writing as well, it never ends while workers come and go.
         self._descriptor = os.open(pipe, os.O_RDWR)
         self._heard = heard
-        self._closing = False
         self._thread = threading.Thread(target=self._listen, name="vmlab-said", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
         held = b""
-        while not self._closing:
+        while True:
             *lines, held = (held + os.read(self._descriptor, _READ)).split(b"\n")
-            for line in filter(None, lines):
-                self._heard(json.loads(line))
+            for line in lines:
+                if not line:
+                    return
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    continue  # its writer was killed in the midst of it
+                self._heard(message)
 
     def close(self) -> None:
         """Hear what was told until now, and no more."""
-        self._closing = True
-        os.write(self._descriptor, b"\n")
+        # An empty line, also after one that is not whole: what was told before it is read first.
+        os.write(self._descriptor, b"\n\n")
         self._thread.join()
         os.close(self._descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -83,3 +84,26 @@ def test_a_pipe_that_nobody_listens_to_holds_nobody_up(tmp_path: Path) -> None:
     listener.close()
     _write(tmp_path / "said", {"text": "too late"})
     assert json.dumps(heard) == '[{"text": "now"}]'
+
+
+def test_what_was_said_before_the_end_is_heard_by_who_is_late(tmp_path: Path) -> None:
+    heard: list[object] = []
+    began, late = threading.Event(), threading.Event()
+
+    def hear(message: object) -> None:
+        heard.append(message)
+        began.set()
+        assert late.wait(60)
+
+    listener = Listener(tmp_path / "said", hear)
+    _write(tmp_path / "said", {"text": "one"})
+    assert began.wait(60)
+    _write(tmp_path / "said", {"text": "two"})
+    descriptor = os.open(tmp_path / "said", os.O_WRONLY)
+    os.write(descriptor, b'{"text": "of one who was kil')
+    os.close(descriptor)
+    timer = threading.Timer(0.3, late.set)
+    timer.start()
+    listener.close()
+    timer.join()
+    assert json.dumps(heard) == '[{"text": "one"}, {"text": "two"}]'
