@@ -160,6 +160,8 @@ def test_scheduled_snapshots_are_taken_at_their_time_and_the_newest_are_kept(tel
         await asking.create("two")
         await asking.do(SnapshotMachine(machine="one", name="mine"))
         schedules, operator = asking.manager.schedules, asking.manager.operator
+        # It looks at what is due by itself, too, and would remove what is too much here.
+        await schedules.close()
         begun = (await asking.machine("one")).created
         assert await schedules.tick(begun) == begun + timedelta(hours=1)
 
