@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import coverage_data
 import pytest
@@ -120,7 +122,8 @@ def test_a_process_that_is_writing_is_waited_for(
         written(base.with_name("other"), 1).rename(finished)
         path.unlink()
 
-    monkeypatch.setattr(coverage_data.time, "sleep", finish)
+    clock = SimpleNamespace(sleep=finish, monotonic=time.monotonic)
+    monkeypatch.setattr(coverage_data, "time", clock)
     said: list[str] = []
     coverage_data.take_out_unfinished(base, said.append)
     assert len(waits) == 1 and said == []
