@@ -16,7 +16,7 @@ from markupsafe import Markup
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from vmlab.machine.errors import VmlabError
+from vmlab.machine.errors import OperationFailed, VmlabError
 from vmlab.machine.metrics import MachineMetrics
 from vmlab.machine.sizes import rounded_size
 from vmlab.manager.web.charts import Line, line_chart
@@ -78,6 +78,9 @@ def routes(pages: Pages) -> list[BaseRoute]:
         except VmlabError as error:
             # It may just have stopped; the next look tells.
             return visit.part("metrics", error=error, charts=[], uptime=0.0)
+        except TimeoutError:
+            silent = OperationFailed("its hypervisor does not answer", hint="it is asked again")
+            return visit.part("metrics", error=silent, charts=[], uptime=0.0)
         return visit.part(
             "metrics",
             error=None,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -23,6 +26,7 @@ from vmlab.manager.documents import (
     StepDocument,
 )
 from vmlab.manager.requests import MachinePolicy, Metadata
+from vmlab.manager.web import readings
 from vmlab.manager.web.boot import booting
 from vmlab.manager.web.charts import Line, line_chart
 from vmlab.manager.web.readings import Readings, charts_of
@@ -170,14 +174,40 @@ def test_a_line_goes_through_its_values_from_zero_up() -> None:
 
 
 def test_readings_are_kept_for_who_looks_and_begin_anew_with_the_machine() -> None:
-    readings = Readings()
-    assert len(readings.add("a", reading(1, 1))) == 1
-    assert len(readings.add("a", reading(1.1, 1))) == 1, "somebody else looked just now"
-    assert len(readings.add("a", reading(3, 2))) == 2
-    assert len(readings.add("a", reading(2, 0))) == 1, "it was started again"
+    kept_of = Readings()
+    assert len(kept_of.add("a", reading(1, 1))) == 1
+    assert len(kept_of.add("a", reading(1.1, 1))) == 1, "somebody else looked just now"
+    assert len(kept_of.add("a", reading(3, 2))) == 2
+    assert len(kept_of.add("a", reading(2, 0))) == 1, "it was started again"
     for number in range(64):
-        readings.add(f"m{number}", reading(1, 1))
-    assert len(readings.add("a", reading(9, 1))) == 1, "forgotten: nobody looked"
+        kept_of.add(f"m{number}", reading(1, 1))
+    assert len(kept_of.add("a", reading(9, 1))) == 1, "forgotten: nobody looked"
     for second in range(400):
-        kept = readings.add("b", reading(second, second))
+        kept = kept_of.add("b", reading(second, second))
     assert len(kept) == 180
+
+
+def test_a_hypervisor_that_does_not_answer_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readings, "_ASK_SECONDS", 0.001)
+
+    async def machine(key: str) -> Any:
+        async def metrics(*, timeout: float) -> None:
+            await asyncio.Event().wait()
+
+        return SimpleNamespace(metrics=metrics)
+
+    async def machine_id(key: str) -> str:
+        return key
+
+    service = SimpleNamespace(machine=machine, machine_id=machine_id)
+    state = SimpleNamespace(service=service)
+    visit: Any = SimpleNamespace(
+        path=lambda name: "web",
+        request=SimpleNamespace(app=SimpleNamespace(state=state)),
+        part=lambda name, **told: told,
+    )
+    pages: Any = SimpleNamespace(get=lambda path, handler: handler)
+    (charts,) = readings.routes(pages)
+    told = asyncio.run(charts(visit))
+    assert "does not answer" in told["error"].message
+    assert told["charts"] == []
