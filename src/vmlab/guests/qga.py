@@ -55,7 +55,7 @@ _PIECES_AHEAD: Final = 8
 _SHORT_OUTPUT: Final = 65536
 """Bytes of output up to which a command's end brings it along."""
 
-_END_WITHIN: Final = 30.0
+_END_WITHIN: Final = 60.0
 _FIRST_PAUSE: Final = 0.004
 _LONGEST_PAUSE: Final = 0.1
 
@@ -95,6 +95,18 @@ if [ "$(wc -c <"$d/out")" -le SHORT ] && [ "$(wc -c <"$d/err")" -le SHORT ]; the
 fi
 exit "$s"
 """.replace("SHORT", str(_SHORT_OUTPUT))
+
+# Waits until none of some processes runs, for five seconds at most for each.
+_GONE: Final = """gone() {
+    for p; do
+        n=0
+        while [ $n -lt 50 ] && read -r s 2>/dev/null <"/proc/$p/stat"; do
+            case ${s##*) } in Z*) break ;; esac
+            sleep 0.1
+            n=$((n + 1))
+        done
+    done
+}"""
 
 _FIND_ROOM: Final = """for d in /tmp /var/tmp /run /dev/shm; do
     if [ -d "$d" ] && [ -w "$d" ]; then
@@ -243,11 +255,8 @@ class QgaChannel(CommandChannel):
             async with asyncio.timeout(_END_WITHIN):
                 pid = await beginning
                 await self._capture(
-                    f"{_signal()}\nsignal 15 $1; n=0\n"
-                    'while [ -e "/proc/$1/stat" ] && [ $n -lt 50 ]; do\n'
-                    '    read -r s <"/proc/$1/stat"; s=${s##*) }\n'
-                    "    case $s in Z*) break ;; esac; sleep 0.1; n=$((n + 1))\n"
-                    'done\nsignal 9 "$1"; rm -rf "$2"',
+                    f"{_signal()}\n{_GONE}\n"
+                    'signal 15 "$1"; gone "$1"; signal 9 "$1"; gone $MEMBERS; rm -rf "$2"',
                     str(pid),
                     directory,
                 )
