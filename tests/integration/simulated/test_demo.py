@@ -14,7 +14,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vmlab", "demo", "--simulated", "--hours", "3"]
     command += ["--machines", "8"]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=100, check=False
+        [*command, *arguments], capture_output=True, text=True, timeout=250, check=False
     )
 
 
@@ -49,11 +49,11 @@ def test_what_belongs_to_the_other_kind_of_demo_is_refused_by_name():
     done = demo("--image", "debian-12-amd64-tiny")
     assert done.returncode == 2 and "--image: leave it out" in done.stderr
     command = [sys.executable, "-m", "vmlab", "demo", "--seed", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 2 and "--seed = 7: needs --simulated" in done.stderr
 
 
 def test_examples_that_are_not_there_are_told_before_anything_boots():
     command = [sys.executable, "-m", "vmlab", "demo", "--examples", "/nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 3 and "/nowhere" in done.stderr and "hint:" in done.stderr

@@ -50,7 +50,7 @@ def simulate(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str,
         finally:
             if server.poll() is None:
                 server.terminate()
-                server.wait(60)
+                server.wait(120)
 
 
 def client(path: Path, kind="run", owner="r"):
@@ -175,16 +175,12 @@ def test_a_client_that_is_killed_leaves_a_stores_machines_and_no_runs(folder, ki
                 assert (await hv.get("left")).state is MachineState.RUNNING
             else:
                 again = client(path, "run", "x")
-                names = None
-                for _ in range(100):
+                async with asyncio.timeout(100):
                     # The server learns of the death by the end of the connection.
-                    names = [machine.name for machine in await again.list()]
-                    if names == []:
-                        break
-                    await again.close()
-                    again = client(path, "run", "x")
-                    await asyncio.sleep(0.05)
-                assert names == []
+                    while await again.list():
+                        await again.close()
+                        again = client(path, "run", "x")
+                        await asyncio.sleep(0.05)
                 await again.close()
             await hv.close()
 
@@ -200,7 +196,7 @@ def test_it_ends_cleanly_and_takes_its_own_directory_along(number, status):
         assert path.exists()
         assert (said["seed"], said["profile"], said["clock"]) == (5, "performance", "virtual")
         server.send_signal(number)
-        assert server.wait(60) == status
+        assert server.wait(120) == status
         assert not path.parent.exists()
 
 
@@ -209,7 +205,7 @@ def test_two_servers_do_not_share_a_socket_or_a_store(folder):
     with simulate("--socket", str(path), "--store", str(folder / "st")):
         done = subprocess.run(
             [sys.executable, "-m", "vmlab", "simulate", "--socket", str(path)],
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 4
         assert "another process listens" in done.stderr and "hint:" in done.stderr
@@ -238,7 +234,7 @@ def test_two_servers_do_not_share_a_socket_or_a_store(folder):
 def test_a_users_mistake_is_told_without_a_traceback(arguments, status, told):
     done = subprocess.run(
         [sys.executable, "-m", "vmlab", "simulate", *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == status
     assert told in done.stderr
@@ -278,11 +274,13 @@ with asyncio.Runner(loop_factory=hv.loop_factory()) as runner:
 def test_two_fresh_processes_give_the_same_trace_byte_for_byte():
     outputs = []
     for hash_seed, owner in (("1", "one"), ("2", "another")):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        # Unbuffered, Python drops the rest of what a pipe takes in part, interrupted by the host.
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONUNBUFFERED": ""}
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(RUN), owner],
-            capture_output=True, env=environment, timeout=60, check=True,
+            capture_output=True, env=environment, timeout=200, check=False,
         )  # fmt: skip
+        assert done.returncode == 0, done.stderr
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1]
     assert b"seed 12" in outputs[0], "a failure tells the seed"

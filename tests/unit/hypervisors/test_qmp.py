@@ -320,7 +320,7 @@ def test_what_does_not_greet_as_qmp_is_refused(greeting: bytes) -> None:
     async def test() -> None:
         async with ScriptedServer(greeting=greeting).running() as path:
             with pytest.raises(QmpLost, match="no QMP conversation came about"):
-                await QmpConnection.open(path, timeout=5)
+                await QmpConnection.open(path, timeout=60)
 
     run(test())
 

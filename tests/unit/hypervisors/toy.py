@@ -29,6 +29,7 @@ from vmlab.hypervisors.operated_machine import OperatedMachine
 from vmlab.hypervisors.operation import Operation
 from vmlab.hypervisors.ownership import Owner
 from vmlab.hypervisors.picture import Picture
+from vmlab.hypervisors.simulated.clock import VirtualClockLoop
 from vmlab.machine.architecture import Architecture
 from vmlab.machine.capabilities import Capabilities, Capability, Limits
 from vmlab.machine.errors import CorruptSnapshot, OperationFailed, ResourceNotFound
@@ -45,11 +46,12 @@ Step = Callable[["ToyMachine"], Awaitable[None]]
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an asynchronous test in an event loop of its own."""
+    """Run an asynchronous test in an event loop of its own, whose time no busy host can hold up."""
 
     @functools.wraps(test)
     def run(*arguments: Any, **named: Any) -> None:
-        asyncio.run(test(*arguments, **named))
+        with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+            runner.run(test(*arguments, **named))
 
     return run
 
