@@ -138,6 +138,11 @@ class Known:
         return {(machine.host, machine.at): machine for machine in self.machines}
 
     @cached_property
+    def named(self) -> dict[str, KnownMachine]:
+        """The machines by their name at their hypervisor."""
+        return {machine.at: machine for machine in self.machines}
+
+    @cached_property
     def disk_at(self) -> dict[Path, KnownDisk]:
         """The disks by the path of their file."""
         return {disk.path: disk for disk in self.disks}

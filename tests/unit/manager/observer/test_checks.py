@@ -122,6 +122,13 @@ def test_orphan_machine_is_one_that_the_store_does_not_know(known, seen):
     assert list(differences(known, moving)) == []
 
 
+def test_a_machine_that_an_operation_moves_to_another_host_is_no_orphan_there(known, seen):
+    there = replace(seen.machines[0], host="other", id="e" * 32)
+    seen = replace(seen, machines=(*seen.machines, there))
+    assert only(known, seen, "orphan-machine").subject == f"other/{'e' * 32}"
+    assert list(differences(replace(known, busy=frozenset({"one"})), seen)) == []
+
+
 def test_an_orphan_machine_of_another_name_than_the_managers_cannot_be_adopted(known, seen):
     stranger = SeenMachine("qemu", "e" * 32, "somebodys", S.STOPPED)
     found = only(known, replace(seen, machines=(*seen.machines, stranger)), "orphan-machine")

@@ -91,6 +91,8 @@ def orphan_machine(known: Known, seen: Seen) -> Iterator[Difference]:
     for found in seen.machines:
         if (found.host, found.at) in known.placed or not found.state.is_stable:
             continue
+        # One of the store's that is on its way to another host is what its operation is about.
+        elsewhere = known.named.get(found.at)
         # A machine of the store's is found by its name, which is made of its id.
         ours = _NAME.fullmatch(found.at) is not None
         actions: tuple[Policy, ...] = ("quarantine", "reconcile")
@@ -110,7 +112,7 @@ def orphan_machine(known: Known, seen: Seen) -> Iterator[Difference]:
                 "at": found.at,
                 "seen": found.state.value,
             },
-            touches=frozenset({found.at}),
+            touches=frozenset({found.at} | ({elsewhere.id} if elsewhere is not None else set())),
             actions=("adopt", *actions) if ours else actions,
         )
 
