@@ -44,7 +44,7 @@ from vmlab.manager.settings import HostSetting, Settings
 from vmlab.manager.store.queries import find_machine, list_addresses, machine_document
 from vmlab.manager.store.tables import AddressRow, NetworkRow
 
-pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.boots, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 WAIT = 600.0
 # The guest asks for ten seconds when it boots, and a host may stand still for longer.
