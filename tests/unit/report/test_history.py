@@ -111,8 +111,9 @@ WRITER = """
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from vmlab.report import Attempt, Metric, Run, Suite, Test
+from vmlab.report import Attempt, Metric, Run, Suite, Test, history
 from vmlab.report.history import History
+history._PATIENCE_S = 500.0  # SQLite is not fair to who waits, and a disk may be slow
 path, writer = Path(sys.argv[1]), sys.argv[2]
 print("ready", flush=True)
 sys.stdin.readline()
