@@ -149,12 +149,16 @@ def test_backup_under_load_restores_to_a_consistent_store(
     async def story() -> list[Path]:
         writer = asyncio.ensure_future(asyncio.to_thread(load))
         try:
-            await asyncio.to_thread(running.wait, 240)
+            assert await asyncio.to_thread(running.wait, 240), f"{written} steps"
             files = [tmp_path / f"b{number}" for number in range(3)]
             for file in files:
                 await asyncio.to_thread(backup.save, settings, file)
-                more.clear()  # the load goes on
-                assert await asyncio.to_thread(more.wait, 240)
+                # The load goes on: what comes next may be in this backup, and not be told yet.
+                wanted = written + 2
+                while written < wanted:
+                    more.clear()
+                    if written < wanted:
+                        assert await asyncio.to_thread(more.wait, 240), f"{written} steps"
         finally:
             enough.set()
             await writer
