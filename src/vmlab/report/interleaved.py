@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -127,26 +130,45 @@ def _quoted(word: str) -> str:
 
 
 def _run(words: Sequence[str], variables: Mapping[str, str], log: Path) -> int:
+    process: subprocess.Popen[bytes] | None = None
     with log.open("wb") as file:
         try:
-            process = subprocess.Popen(
-                words, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
-            )
+            with _interruption_afterwards():
+                process = subprocess.Popen(
+                    words, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                )
+            return process.wait()
         except OSError as error:
             raise VmlabError(
                 f"cannot run {words[0]!r}: {error.strerror or error}",
                 hint="name a program that is installed, and its arguments, after --",
             ) from error
-        try:
-            return process.wait()
         except BaseException:
-            process.terminate()
-            try:
-                process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process is not None:
+                process.terminate()
+                try:
+                    process.wait(_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
             raise
+
+
+@contextmanager
+def _interruption_afterwards() -> Iterator[None]:
+    """Ctrl-C that comes while a process is being started comes when it is known."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _report_in(reports: Path) -> Path | None:

@@ -123,3 +123,21 @@ def test_an_interrupt_ends_the_command_that_runs(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_an_interrupt_while_the_command_is_just_being_started_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = subprocess.Popen, list[subprocess.Popen[bytes]]()
+
+    class Interrupted(start):  # type: ignore[type-arg,valid-type,misc]  # the class of before
+        def __init__(self, *words: object, **options: object) -> None:
+            super().__init__(*words, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(KeyboardInterrupt):
+        interleave((command, command), 1, directory=tmp_path, seed=0)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
