@@ -24,6 +24,7 @@ from vmlab.manager.documents import (
 )
 from vmlab.manager.manager import Manager
 from vmlab.manager.observer.checks import Thresholds
+from vmlab.manager.observer.findings import documents
 from vmlab.manager.observer.observer import Observer, Pace
 from vmlab.manager.operator.hosts import machine_name
 from vmlab.manager.requests import AttachDisk, CreateDisk, CreateMachine, Policy, RepairFinding
@@ -239,11 +240,14 @@ def run(settings: Settings) -> Callable[..., None]:
         }
 
         async def whole() -> None:
-            async with (
-                asyncio.timeout(WAIT),
-                watched(settings.model_copy(update=options), **made) as manager,
-            ):
-                await test(manager)
+            async with watched(settings.model_copy(update=options), **made) as manager:
+                try:
+                    async with asyncio.timeout(WAIT):
+                        await test(manager)
+                except TimeoutError as error:
+                    found = await manager.manager.database.read(documents)
+                    done = [(each.kind, each.state) for each in await manager.operations()]
+                    raise AssertionError(f"it waits; findings: {found}; done: {done}") from error
 
         asyncio.run(whole())
 
