@@ -121,13 +121,13 @@ async def test_a_deadline_within_an_operation_is_kept_apart_from_its_own() -> No
             await forever()
 
     with pytest.raises(OperationFailed, match="start failed: TimeoutError"):
-        await run(Operation("start", 1, 5), inner)
+        await run(Operation("start", 1, 3600), inner)
 
     async def nested() -> None:
         await run(Operation("info", 2, 0.01), forever)
 
     with pytest.raises(DeadlineExceeded, match="info did not finish"):
-        await run(Operation("start", 1, 5), nested)
+        await run(Operation("start", 1, 3600), nested)
 
 
 @in_loop
@@ -140,7 +140,7 @@ async def test_a_deadline_around_an_operation_is_the_caller_s() -> None:
 
     with pytest.raises(TimeoutError) as caught:
         async with asyncio.timeout(0.01):
-            await run(Operation("start", 1, 5), forever, recover)
+            await run(Operation("start", 1, 3600), forever, recover)
     assert not isinstance(caught.value, VmlabError)
     assert len(undone) == 1
     task = asyncio.current_task()
@@ -186,7 +186,7 @@ async def test_more_time_can_be_allowed_but_not_once_it_is_over() -> None:
 
 @in_loop
 async def test_an_aborted_operation_fails_with_what_it_was_given() -> None:
-    operation, error = Operation("start", 1, 5), OperationAborted("killed")
+    operation, error = Operation("start", 1, 3600), OperationAborted("killed")
     task = asyncio.create_task(run(operation, forever))
     await asyncio.sleep(0)
     operation.abort(error)
@@ -198,7 +198,7 @@ async def test_an_aborted_operation_fails_with_what_it_was_given() -> None:
 
 @in_loop
 async def test_what_fails_because_it_was_aborted_fails_with_what_it_was_given() -> None:
-    operation, error = Operation("start", 1, 5), OperationAborted("killed")
+    operation, error = Operation("start", 1, 3600), OperationAborted("killed")
 
     async def action() -> None:
         operation.abort(error)
@@ -212,7 +212,7 @@ async def test_what_fails_because_it_was_aborted_fails_with_what_it_was_given() 
 
 @in_loop
 async def test_an_abort_comes_too_late_for_what_is_being_undone() -> None:
-    operation = Operation("start", 1, 5)
+    operation = Operation("start", 1, 3600)
     gate = asyncio.Event()
 
     async def action() -> None:
@@ -232,7 +232,7 @@ async def test_an_abort_comes_too_late_for_what_is_being_undone() -> None:
 
 @in_loop
 async def test_a_cancellation_is_not_hidden_by_an_abort() -> None:
-    operation = Operation("start", 1, 5)
+    operation = Operation("start", 1, 3600)
     task = asyncio.create_task(run(operation, forever))
     await asyncio.sleep(0)
     operation.abort(OperationAborted("killed"))
@@ -251,7 +251,7 @@ async def test_an_error_of_the_host_fails_the_operation(error: Exception) -> Non
         raise error
 
     with pytest.raises(OperationFailed, match=f"start failed: {type(error).__name__}") as caught:
-        await run(Operation("start", 1, 5), action)
+        await run(Operation("start", 1, 3600), action)
     assert caught.value.__cause__ is error
     assert (caught.value.machine, caught.value.operation) == ("m", "start")
 
@@ -268,14 +268,14 @@ async def test_mistakes_and_vmlab_s_own_errors_come_out_as_they_are(error: Excep
         recovered.append(found)
 
     with pytest.raises(type(error)) as caught:
-        await run(Operation("start", 1, 5), action, recover)
+        await run(Operation("start", 1, 3600), action, recover)
     assert caught.value is error
     assert recovered == [error]
 
 
 @in_loop
 async def test_a_mistake_is_not_hidden_by_an_abort() -> None:
-    operation = Operation("start", 1, 5)
+    operation = Operation("start", 1, 3600)
 
     async def action() -> None:
         operation.abort(OperationAborted("killed"))
@@ -305,7 +305,7 @@ async def test_what_is_committed_is_neither_aborted_nor_late() -> None:
 
 @in_loop
 async def test_what_was_aborted_cannot_be_committed() -> None:
-    operation, error = Operation("start", 1, 5), OperationAborted("killed")
+    operation, error = Operation("start", 1, 3600), OperationAborted("killed")
     ran: list[str] = []
 
     async def last() -> None:
@@ -322,7 +322,7 @@ async def test_what_was_aborted_cannot_be_committed() -> None:
 
 @in_loop
 async def test_the_conclusion_is_not_cancelled() -> None:
-    operation = Operation("delete", 1, 5)
+    operation = Operation("delete", 1, 3600)
     ran: list[str] = []
     begun = asyncio.Event()
 
@@ -351,7 +351,7 @@ async def test_the_deadline_ends_the_conclusion_but_for_its_grace() -> None:
         return "done"
 
     patient = Operation("migrate", 1, 0.01)
-    assert await run(patient, lambda: patient.conclude(slow(), grace=5)) == "done"
+    assert await run(patient, lambda: patient.conclude(slow(), grace=3600)) == "done"
     endless = Operation("migrate", 1, math.inf)
     assert await run(endless, lambda: endless.conclude(slow())) == "done"
 
@@ -360,7 +360,7 @@ async def test_the_deadline_ends_the_conclusion_but_for_its_grace() -> None:
 async def test_a_timeout_in_the_conclusion_that_is_not_its_deadline_is_an_error_of_the_host() -> (
     None
 ):
-    operation = Operation("delete", 1, 5)
+    operation = Operation("delete", 1, 3600)
 
     async def last() -> None:
         raise TimeoutError("the socket's")
@@ -505,7 +505,7 @@ def test_the_end_of_the_program_in_an_operation_still_recovers() -> None:
         recovered.append(error)
 
     async def main() -> None:
-        await run(Operation("start", 1, 5), action, recover)
+        await run(Operation("start", 1, 3600), action, recover)
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())

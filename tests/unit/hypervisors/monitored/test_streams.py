@@ -95,7 +95,7 @@ def with_process(tmp_path: Path, test: Callable[[Process], Awaitable[None]]) -> 
         finally:
             await process.close()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 250))
 
 
 async def exactly(reader: MachineConsole, expected: bytes) -> None:

@@ -196,7 +196,7 @@ def talk(machine: EmbeddedMachine) -> Talk:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, 250))
 
 
 async def until(machine: EmbeddedMachine, state: MachineState) -> None:

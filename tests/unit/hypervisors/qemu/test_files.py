@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,10 @@ def test_template_that_is_given_up_leaves_no_descriptor(
 
 
 def test_cancelled_thread_has_ended_when_the_call_returns() -> None:
-    ended: list[bool] = []
+    begun, ended = threading.Event(), list[bool]()
 
     def work(check: object) -> None:
+        begun.set()
         try:
             while True:
                 check()
@@ -115,7 +117,7 @@ def test_cancelled_thread_has_ended_when_the_call_returns() -> None:
 
     async def test() -> None:
         working = asyncio.create_task(threads.in_thread(work))
-        await asyncio.sleep(0.05)
+        assert await asyncio.to_thread(begun.wait, 60)
         working.cancel()
         with pytest.raises(asyncio.CancelledError):
             await working
@@ -269,7 +271,7 @@ def test_channel_to_nobody_is_closed(tmp_path: Path) -> None:
         await channel.close()
         server.close()
 
-    asyncio.run(asyncio.wait_for(test(), 10))
+    asyncio.run(asyncio.wait_for(test(), 100))
 
 
 def test_channel_is_closed_although_nobody_takes_what_was_written(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def served(profile):
 
                 client.path, client.server, client.serving = path, server, serving
                 try:
-                    async with asyncio.timeout(20):
+                    async with asyncio.timeout(250):
                         await body(client)
                 finally:
                     for hv in opened:
@@ -178,7 +178,7 @@ def test_errors_arrive_as_they_were_raised(served, spec):
         with pytest.raises(TimeoutError):
             await machine.start(timeout=0)
 
-    served(body, start=5.0)
+    served(body, start=3600.0)
 
 
 def test_consoles_and_channels_stream(served, spec, probe):
@@ -208,8 +208,9 @@ def test_consoles_and_channels_stream(served, spec, probe):
         assert await ask.channel.read() == b""
         with pytest.raises(ChannelClosed):
             await ask.channel.write(b"x")
-        await asyncio.sleep(0.05)
-        assert machine.state is MachineState.FAILED, "told without being asked"
+        # It is told without being asked.
+        while machine.state is not MachineState.FAILED:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.001)
 
     served(body)
 
@@ -240,8 +241,8 @@ def test_a_cancellation_is_passed_on_and_waited_for(served, spec):
         hv = client()
         machine = await hv.create(spec())
         starting = asyncio.ensure_future(machine.start())
-        await asyncio.sleep(0.05)
-        assert machine.state is MachineState.STARTING or (await machine.status()).operation
+        while not (await machine.status()).operation:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.001)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
@@ -255,7 +256,7 @@ def test_a_cancellation_is_passed_on_and_waited_for(served, spec):
                 await task
         assert (await machine.status()).state is MachineState.CREATED
 
-    served(body, start=5.0)
+    served(body, start=3600.0)
 
 
 def test_a_machine_that_was_made_before_the_cancellation_came_is_deleted(served, spec):
@@ -318,7 +319,8 @@ def test_a_connection_that_breaks_off_takes_its_runs_machines(served, spec):
         starting = asyncio.ensure_future(machine.start())
         reading = await machine.console()
         events = hv.subscribe()
-        await asyncio.sleep(0.05)
+        while not (await machine.status()).operation:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.001)
         next(
             iter(next(iter(client.server._tenants.values())).sessions)
         )._line._writer.transport.abort()
@@ -334,7 +336,7 @@ def test_a_connection_that_breaks_off_takes_its_runs_machines(served, spec):
         with pytest.raises(MachineNotFound):
             await hv.get("vm")
 
-    served(body, start=5.0)
+    served(body, start=3600.0)
 
 
 def test_a_crash_of_the_simulated_hypervisor_is_seen_by_its_clients(served, spec):
@@ -545,8 +547,8 @@ def test_what_was_opened_on_a_lost_connection_has_ended(served, spec):
         following = hv.subscribe()
         opened = await link.call("console", {"machine": machine.id}, {"name": "serial"})
         await link._line.close()
-        await asyncio.sleep(0.05)
-        assert link.lost is not None
+        while link.lost is None:  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.001)
         assert await RemoteConsole(link, opened).read() == b""
         with pytest.raises(HypervisorUnavailable):
             await anext(following)
