@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -106,8 +107,10 @@ def test_trees_are_copied_both_ways(vmlab: Vmlab, tmp_path: Path) -> None:
 
 
 def test_its_console(vmlab: Vmlab) -> None:
-    log = vmlab.run("console", "--log", "web")
-    assert b"activate this console" in log.stdout
+    # Its agent may answer before its console is there.
+    deadline = time.monotonic() + 240
+    while b"activate this console" not in (log := vmlab.run("console", "--log", "web")).stdout:
+        assert time.monotonic() < deadline, log
     terminal = Terminal(24, 80)
     attached = vmlab.start(
         "console", "web", stdin=terminal.slave, stdout=terminal.slave, stderr=terminal.slave,
