@@ -30,6 +30,7 @@ class EventLog:
         self._now = now
         self._events: deque[Event] = deque(maxlen=keep)
         self._last = 0
+        self._time = float("-inf")
         self._waiting: set[asyncio.Future[None]] = set()
         self._closed = False
 
@@ -49,11 +50,13 @@ class EventLog:
     ) -> Event:
         """Record an event and wake those who follow."""
         self._last += 1
+        # The host's clock may be set back meanwhile.
+        self._time = max(self._time, self._now())
         # Not validated: this is the busiest line of a simulation, and its values are vmlab's own.
         event = Event.model_construct(
             _ALL_FIELDS,
             sequence=self._last,
-            time=self._now(),
+            time=self._time,
             type=type_,
             hypervisor=self._hypervisor,
             machine=machine,

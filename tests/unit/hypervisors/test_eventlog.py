@@ -39,6 +39,12 @@ def test_an_event_has_number_time_and_data_and_is_a_valid_one() -> None:
     assert Event.model_validate(event.model_dump()) == event
 
 
+def test_no_event_is_older_than_the_one_before_when_the_clock_is_set_back() -> None:
+    clock = iter([10.0, 7.5, 10.5])
+    made = EventLog("h", lambda: next(clock))
+    assert [made.emit(EventType.STATE).time for _ in range(3)] == [10.0, 10.0, 10.5]
+
+
 @given(st.integers(0, 30), st.integers(1, 30), st.integers(-5, 40))
 def test_events_since_a_number_are_all_of_them_or_a_refusal(
     events: int, keep: int, since: int
