@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from vmlab.machine.errors import MachineNotFound
 from vmlab.manager.requests import (
     CreateDisk,
+    DeleteDisk,
     PauseMachine,
     ResumeMachine,
     StartMachine,
@@ -230,3 +231,4 @@ def test_a_form_that_cannot_work_says_why_beside_its_fields(reader: Reader, site
     site.do(CreateDisk(name="spare", size="1M"))
     page.reload()
     expect(page.get_by_label("Disks")).to_contain_text("spare")
+    site.do(DeleteDisk(disk="spare"))  # other tests count the disks that are free
