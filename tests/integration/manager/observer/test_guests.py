@@ -25,6 +25,7 @@ from vmlab.hypervisors import processes
 from vmlab.hypervisors.ownership import Home
 from vmlab.machine.states import MachineState
 from vmlab.manager.documents import FindingDocument
+from vmlab.manager.observer.checks import Thresholds
 from vmlab.manager.observer.observer import Pace
 from vmlab.manager.operator import attachments
 from vmlab.manager.operator.disk_rows import disk_part
@@ -250,6 +251,8 @@ def test_disks_that_were_unplugged_and_plugged_by_hand_are_found(shared: Setting
 def test_a_guest_that_was_paused_by_hand_runs_on_under_reconcile(shared: Settings) -> None:
     async def test(manager: Watched) -> None:
         boot_id = await boot_of(manager)
+        # Its clock stands still with it, and this takes as long as it takes.
+        manager.manager.observer.thresholds = Thresholds(free_share=0.0, drift=3600)
         machine = await manager.at_host("web")
         await machine.pause()
         finding = await manager.found(MISMATCH)
@@ -260,6 +263,7 @@ def test_a_guest_that_was_paused_by_hand_runs_on_under_reconcile(shared: Setting
         assert await boot_of(manager) == boot_id
         await manager.nothing()
         await policy(manager)
+        await (await guest_of(manager)).refresh()
 
     run(shared, test)
 
