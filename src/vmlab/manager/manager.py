@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
@@ -34,7 +33,8 @@ __all__ = ["Manager"]
 
 _LOG: Final = logging.getLogger(__name__)
 _ADOPT_SECONDS: Final = 30.0
-_LET_GO_S: Final = 2.0
+_LOOKS: Final = 100
+"""Times that the lock is tried: for about two seconds, and more where all stands still."""
 assert _handlers.__all__
 
 
@@ -183,8 +183,10 @@ class Manager:
 
 async def _lock(path: Path) -> FileLock | None:
     """The lock of a home, of which a manager that was killed may have it for a moment still."""
-    deadline = time.monotonic() + _LET_GO_S
-    while (lock := FileLock.take(path)) is None and time.monotonic() < deadline:  # noqa: ASYNC110
-        # What it was about to start has the file open until it is another program: nobody tells.
+    for _ in range(_LOOKS):
+        lock = FileLock.take(path)
+        if lock is not None:
+            return lock
+        # What it was about to start has the file open until it is another program.
         await asyncio.sleep(POLL_S)
-    return lock
+    return FileLock.take(path)
