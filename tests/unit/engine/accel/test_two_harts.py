@@ -12,6 +12,9 @@ from vmlab.engine.cpu.hart import Hart
 from vmlab.engine.cpu.interrupts import MSWI_BASE, InterruptBlock
 from vmlab.engine.memory.ram import Ram
 
+# Of two that wait for each other one may stand still.
+pytestmark = pytest.mark.timeout(1800)
+
 BASE, CLINT = 0x8000_0000, 0x200_0000
 COUNTER, LOCK, GUARDED = BASE + 0x2000, BASE + 0x2040, BASE + 0x2080
 ROUNDS = 10_000_000  # enough that the two overlap on a busy host
