@@ -57,7 +57,7 @@ DEFAULT_TIMEOUTS: Mapping[str, float] = {
 }
 """Seconds that an operation has when its caller names no timeout; a host may stand still for 10."""
 
-UNDO_TIMEOUT: Final = 30.0
+UNDO_TIMEOUT: Final = 90.0
 """Seconds that undoing has before the machine is given up as `unknown`."""
 
 HOST_ERRORS: Final = (OSError, EOFError, ValueError, LookupError, RuntimeError)

@@ -26,7 +26,7 @@ from vmlab.machine.errors import OperationFailed, ResourceNotFound
 if TYPE_CHECKING:
     from qemu.qmp import Message, QMPClient
 
-COMMAND_TIMEOUT: Final = 30.0
+COMMAND_TIMEOUT: Final = 60.0
 """Seconds that a command has when its caller names no deadline."""
 
 _FIRST_RETRY: Final = 0.002
