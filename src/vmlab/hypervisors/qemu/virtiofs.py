@@ -38,7 +38,7 @@ PROGRAM: Final = "virtiofsd"
 MESSAGES: Final = "virtiofsd.log"
 WHY_UNSAVED: Final = "QEMU cannot save what a virtiofs share holds"
 _ASK_S: Final = 60.0
-_END_GRACE: Final = 5.0
+_END_GRACE: Final = 30.0
 """Seconds that a daemon whose QEMU has gone takes to notice it; it is killed after that."""
 
 
