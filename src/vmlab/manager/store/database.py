@@ -56,6 +56,7 @@ _LET_GO: Final = _CLAIM.replace("_try_advisory_lock", "_advisory_unlock")
 _MANAGERS: Final = 0x766D6C62
 """What managers' locks are called: nobody else's in the same database."""
 _CLAIM_SECONDS: Final = 15.0
+_LOOK_SECONDS: Final = 0.1
 _INSERT_EVENTS: Final = insert(EventRow.metadata.tables["events"])
 """Events are no objects of the session: nothing is to be known of them but that they are there."""
 
@@ -333,19 +334,19 @@ def _claim_connections(writing: Engine, url: URL) -> None:
 
     @event.listens_for(writing, "connect")
     def hold(connection: Any, _: object) -> None:
-        # One that was killed is gone from the server a moment after it is gone from here.
-        until = time.monotonic() + _CLAIM_SECONDS
-        while True:
+        # One that was killed is gone from the server a moment after it is gone from here. Looks are
+        # counted, and not the time that this process may have stood still between two of them.
+        for look in range(1 + int(_CLAIM_SECONDS / _LOOK_SECONDS)):
+            if look:
+                time.sleep(_LOOK_SECONDS)
             with connection.cursor() as cursor:
                 cursor.execute(_CLAIM, [_MANAGERS])
                 (claimed,) = cursor.fetchone()
             connection.commit()
             if claimed:
                 return
-            if time.monotonic() >= until:
-                connection.close()
-                raise _managed(url)
-            time.sleep(0.1)
+        connection.close()
+        raise _managed(url)
 
     broken = writing.dialect.loaded_dbapi.Error
 
