@@ -18,7 +18,7 @@ from vmlab.hypervisors.qmp import QmpError
 from vmlab.machine.errors import MigrationFailed
 
 _POLL_S: Final = 0.05
-_CANCEL_S: Final = 10.0
+_CANCEL_S: Final = 60.0
 BANDWIDTH = 0
 """Bytes a second that a migration may take; 0 is no limit."""
 SOCKET: Final = "migration.sock"
