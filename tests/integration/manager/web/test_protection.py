@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import httpx
@@ -177,8 +176,9 @@ def test_nobody_gets_in_without_a_token_and_a_token_allows_what_it_says(
 
 
 @pytest.fixture
-def run_directory() -> object:
-    """A test run's report where the lab keeps them."""
+def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A test run's report where the lab keeps them, and where no other test has left any."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     directory = reports_directory() / "20260101T000000Z-web"
     directory.mkdir(parents=True)
     recorder = Recorder.create(directory, tool="vmlab test", seed=42)
@@ -188,8 +188,7 @@ def run_directory() -> object:
         attempt.attach("console-vm.log", f"{HOSTILE}\n")
     recorder.close()
     (reports_directory() / "20260102T000000Z-broken").mkdir()
-    yield directory
-    shutil.rmtree(reports_directory())
+    return directory
 
 
 def test_test_runs_of_the_lab_are_listed_and_their_reports_are_harmless(
