@@ -77,7 +77,12 @@ def test_what_one_guest_writes_another_one_reads(tell: Tell, hypervisor: str) ->
         text, device = seen.splitlines()
         assert text == "written by one"
         await asking.do(ResizeDisk(disk="data", size=32 * MIB))
-        sectors = await asking.run("two", f"cat /sys/block/{device.removeprefix('/dev/')}/size")
+        # The guest's kernel is told, and looks when it has time.
+        size = f"/sys/block/{device.removeprefix('/dev/')}/size"
+        before = 16 * MIB // 512
+        sectors = await asking.run(
+            "two", f"while [ $(cat {size}) = {before} ]; do sleep 0.1; done; cat {size}"
+        )
         assert int(sectors) * 512 == 32 * MIB
         await asking.run("two", "umount /mnt/data")
         await asking.do(StopMachine(machine="two"))
