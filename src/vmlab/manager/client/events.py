@@ -24,17 +24,20 @@ __all__ = ["follow", "messages"]
 _PAUSE: Final = 0.5
 """Seconds before a connection that broke is made again."""
 _ATTEMPTS: Final = 10
-"""Connections that break before anything came over them, in a row, before it is given up."""
+"""Connections that break before an event came over them, in a row, before it is given up."""
 
 
 async def messages(response: httpx.Response) -> AsyncGenerator[tuple[str, str, str], None]:
-    """The messages of a stream: its event, its id and its data; comments are left out."""
-    event, id_, data = "message", "", list[str]()
+    """The messages of a stream: its event, its id and its data; comments are left out.
+
+    One without data only says where the stream is.
+    """
+    event, id_, data, said = "message", "", list[str](), False
     async for line in response.aiter_lines():
         if not line:
-            if data:
+            if said:
                 yield event, id_, "\n".join(data)
-            event, data = "message", []
+            event, data, said = "message", [], False
             continue
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
@@ -42,9 +45,10 @@ async def messages(response: httpx.Response) -> AsyncGenerator[tuple[str, str, s
             case "event":
                 event = value
             case "id":
-                id_ = value
+                id_, said = value, True
             case "data":
                 data.append(value)
+                said = True
 
 
 async def follow(
@@ -71,7 +75,10 @@ async def follow(
                 sender.stream(path_of("events"), query=query, headers=headers) as response,
                 aclosing(messages(response)) as arriving,
             ):
-                async for kind, _, data in arriving:
+                async for kind, id_, data in arriving:
+                    if not data:
+                        after = int(id_) if id_.isdecimal() else after
+                        continue
                     failures = 0
                     if kind == "resync":
                         raise _gone(after, data)

@@ -250,8 +250,9 @@ def stream(url: str, **options: Any) -> Iterator[Iterator[dict[str, str]]]:
         def messages() -> Iterator[dict[str, str]]:
             message: dict[str, str] = {}
             for line in lines:
-                if not line and message:
-                    yield message
+                if not line:
+                    if "data" in message:
+                        yield message
                     message = {}
                 elif line and not line.startswith(":"):
                     field, _, value = line.partition(": ")

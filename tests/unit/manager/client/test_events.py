@@ -37,7 +37,10 @@ class Stream(httpx.AsyncByteStream):
 
 
 def followed(
-    monkeypatch: pytest.MonkeyPatch, *connections: tuple[str, Exception | None], count: int
+    monkeypatch: pytest.MonkeyPatch,
+    *connections: tuple[str, Exception | None],
+    count: int,
+    after: int | None = 3,
 ) -> tuple[list[int], list[str | None]]:
     """The numbers of the first `count` events, and where each connection was begun."""
     monkeypatch.setattr("vmlab.manager.client.events._PAUSE", 0)
@@ -54,7 +57,7 @@ def followed(
         sender = Sender(Address("http://localhost"), transport=httpx.MockTransport(answer))
         seen: list[int] = []
         try:
-            async with aclosing(follow(sender, 3, {"kind": None})) as stream:  # type: ignore[type-var]
+            async with aclosing(follow(sender, after, {"kind": None})) as stream:  # type: ignore[type-var]
                 async for each in stream:
                     seen.append(each.id)
                     if len(seen) == count:
@@ -76,6 +79,20 @@ def test_a_broken_connection_goes_on_after_the_last_event(monkeypatch: pytest.Mo
     )
     assert seen == [4, 5, 6, 7]
     assert begun == ["3", "5", "5"]
+
+
+def test_a_connection_that_broke_before_the_first_event_goes_on_where_it_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, begun = followed(
+        monkeypatch,
+        (": the manager's events\nid: 8\n\n", httpx.ReadError("broken")),
+        (": the manager's events\nid: 8\n\n" + event(9), None),
+        count=1,
+        after=None,
+    )
+    assert seen == [9]
+    assert begun == [None, "8"]
 
 
 def test_half_an_event_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

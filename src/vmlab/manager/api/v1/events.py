@@ -106,8 +106,9 @@ async def _told_as_they_come(
     # What happens while the first bytes are on their way is told, too.
     after = stream.latest() if after is None else after
     with here.streams.place(), here.meters.streams.track_inprogress():
-        # Headers go out with the first bytes: who waits for them knows then that it listens.
-        yield b": the manager's events\n\n"
+        # Headers go out with the first bytes: who waits for them knows then that it listens. An id
+        # without data is no message, and where who connects again goes on (HTML, 9.2.6).
+        yield f": the manager's events\nid: {after}\n\n".encode()
         while not here.closing.is_set():
             try:
                 async with aclosing(_pieces(here, after, kind, subject)) as pieces:
