@@ -85,6 +85,15 @@ def ordinary_user() -> Iterator[Path]:
         shutil.rmtree(base)
 
 
+@pytest.fixture(autouse=True)
+def _umask_of_its_own() -> Iterator[None]:
+    """Programs set it for themselves, also where a test runs one in this process."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    yield
+    os.umask(umask)
+
+
 def _children() -> dict[int, psutil.Process]:
     return {child.pid: child for child in psutil.Process().children()}
 
