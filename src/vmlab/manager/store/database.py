@@ -392,7 +392,7 @@ def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: b
         # Python's module would begin transactions when it sees fit; here they begin below.
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode = WAL")
+        _log_ahead(cursor)
         # NORMAL: what is committed survives the process's death, and the database any death of
         # the host; FULL: what is committed survives that, too.
         cursor.execute(f"PRAGMA synchronous = {'FULL' if settings.power_safe else 'NORMAL'}")
@@ -409,3 +409,22 @@ def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: b
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return made
+
+
+def _log_ahead(cursor: sqlite3.Cursor) -> None:
+    """Have SQLite write to a log first: readers and a writer are in nobody's way.
+
+    Who makes a database, or is the last to close it, has it alone for a moment, for which this
+    statement does not wait by itself.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+        else:
+            return

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,6 +283,28 @@ def test_database_of_something_else_is_refused(settings: Settings, raw: Raw) -> 
     with pytest.raises(migrations.SchemaUnknown, match="holds machines, but not vmlab's"):
         Database.open(settings)
     assert columns(there, "machines") == {"serial"}
+
+
+def test_who_opens_a_store_waits_until_nobody_else_has_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=Home.open(tmp_path / "home"))
+    file = Path(store_url(settings).database or "")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("CREATE TABLE theirs (number INTEGER)")
+        other.execute("BEGIN IMMEDIATE")
+        waited: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 3:
+                other.execute("COMMIT")
+
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+        monkeypatch.setattr("vmlab.manager.store.database.time", clock)
+        Database.open(settings).close()
+    assert len(waited) == 3
 
 
 def test_two_that_open_a_new_store_at_once_make_it_once(settings: Settings) -> None:
