@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,13 +26,13 @@ from vmlab.report.comparison import middle_of
 from vmlab.report.difference import MetricKey, measured
 from vmlab.report.model import Run
 from vmlab.report.parts import Direction
+from vmlab.report.write_ahead import write_ahead
 
 __all__ = ["Baseline", "History", "RunSamples", "history_path", "samples_of_run"]
 
 VARIABLE: Final = "VMLAB_HISTORY"
 _PATIENCE_S: Final = 60.0
 """How long a writer waits for others; each transaction takes milliseconds."""
-_PAUSE_S: Final = 0.02
 
 _VERSION: Final = 1
 _SCHEMA: Final = """
@@ -155,7 +154,7 @@ class History:
 
     def _prepare(self) -> None:
         with self._errors():
-            self._write_ahead()
+            write_ahead(self._connection, _PATIENCE_S)
             self._connection.execute("PRAGMA foreign_keys = ON")
         with self._transaction() as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -168,18 +167,6 @@ class History:
                     f"{self.path} is a history of version {version}, not {_VERSION}",
                     hint=f"a later vmlab made it: use that, or another file ({VARIABLE})",
                 )
-
-    def _write_ahead(self) -> None:
-        """Change the mode, which SQLite refuses at once while another process does the same."""
-        until = time.monotonic() + _PATIENCE_S
-        while True:
-            try:
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                    raise
-                time.sleep(_PAUSE_S)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ from vmlab.manager.store import changes, migrations, pruning, queries
 from vmlab.manager.store.events import EventStream
 from vmlab.manager.store.failures import Conflict, StoreUnavailable
 from vmlab.manager.store.tables import EventRow
+from vmlab.report.write_ahead import write_ahead
 
 __all__ = ["Database", "claim", "engine", "sqlite_file", "store_url", "unavailable"]
 
@@ -391,8 +392,8 @@ def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: b
     def prepare(connection: sqlite3.Connection, _: object) -> None:
         # Python's module would begin transactions when it sees fit; here they begin below.
         connection.isolation_level = None
+        write_ahead(connection, _BUSY_SECONDS)
         cursor = connection.cursor()
-        _log_ahead(cursor)
         # NORMAL: what is committed survives the process's death, and the database any death of
         # the host; FULL: what is committed survives that, too.
         cursor.execute(f"PRAGMA synchronous = {'FULL' if settings.power_safe else 'NORMAL'}")
@@ -409,22 +410,3 @@ def _sqlite_engine(url: URL, settings: Settings, *, write: bool, foreign_keys: b
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return made
-
-
-def _log_ahead(cursor: sqlite3.Cursor) -> None:
-    """Have SQLite write to a log first: readers and a writer are in nobody's way.
-
-    Who makes a database, or is the last to close it, has it alone for a moment, for which this
-    statement does not wait by itself.
-    """
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            cursor.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-            if not busy or time.monotonic() > deadline:
-                raise
-            time.sleep(0.005)
-        else:
-            return

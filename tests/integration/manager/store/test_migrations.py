@@ -302,7 +302,7 @@ def test_who_opens_a_store_waits_until_nobody_else_has_all_of_it(
                 other.execute("COMMIT")
 
         clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
-        monkeypatch.setattr("vmlab.manager.store.database.time", clock)
+        monkeypatch.setattr("vmlab.report.write_ahead.time", clock)
         Database.open(settings).close()
     assert len(waited) == 3
 
